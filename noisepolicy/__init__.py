@@ -1,0 +1,1 @@
+"""noisepolicy learns where a frozen diffusion model should start."""

@@ -1,0 +1,1 @@
+"""The commands: noisepolicy-train and noisepolicy-bench."""

@@ -1,0 +1,134 @@
+"""The step sweep: base model and policy from the same noise, at each number of denoising steps, on held-out prompts."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from noisepolicy.evaluation.statistics import bootstrap_mean_ci95, expected_best_of, mean_pairwise_distance
+from noisepolicy.frozen import FrozenModel, PromptEmbeds
+from noisepolicy.ops import gaussian_sample, num_counters
+from noisepolicy.policies import NoisePolicy
+from noisepolicy.rewards import Reward
+
+_BEST_OF = (2, 4, 8)
+_PROMPTS_AT_A_TIME = 16
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """`rows` is the `sweep` of `summary.json`: one entry a step count. `pairs` are pictures to show."""
+
+    rows: list[dict[str, Any]]
+    pairs: list["Pair"]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One caption at one step count, base and policy from the same noise. Images `(3, height, width)` in [0, 1]."""
+
+    prompt: str
+    num_inference_steps: int
+    base_image: torch.Tensor
+    policy_image: torch.Tensor
+    base_metrics: dict[str, float]
+    policy_metrics: dict[str, float]
+
+
+@torch.no_grad()
+def evaluate_sweep(
+    policy: NoisePolicy, frozen: FrozenModel, reward: Reward, prompts: Sequence[str], *,
+    step_counts: Sequence[int], group_size: int, guidance_scale: float, seed: int, num_shown: int = 10,
+    on_progress: Callable[[int], None] = lambda num_images: None,
+) -> Sweep:  # fmt: skip
+    """Generates `len(prompts) * group_size` images with and without the policy at each step count.
+
+    Args:
+        seed: of the evaluation's noise; a pair's noise depends on it and on the pair's number alone.
+        num_shown: prompts whose first pair is kept for the report, at every step count.
+        on_progress: told of each batch of images made.
+    """
+    embeds = frozen.encode(prompts)
+    rows, pairs = [], []
+    for num_inference_steps in step_counts:
+        results = {"base": _Results(), "policy": _Results()}
+        for begin in range(0, len(prompts), _PROMPTS_AT_A_TIME):
+            chunk = slice(begin, min(begin + _PROMPTS_AT_A_TIME, len(prompts)))
+            chunk_embeds = _repeat(embeds[chunk], group_size)
+            offset = begin * group_size * num_counters(policy.latent_shape)
+            count = len(chunk_embeds)
+            prior = torch.zeros(count, *policy.latent_shape, device=chunk_embeds.prompt_embeds.device)
+            latents = {
+                "base": gaussian_sample(prior, prior.new_zeros(()), seed=seed, offset=offset)[0],
+                "policy": policy.sample(chunk_embeds.prompt_embeds, seed=seed, offset=offset).latents,
+            }
+            chunk_prompts = [prompt for prompt in prompts[chunk] for _ in range(group_size)]
+            for name, start in latents.items():
+                images = frozen.generate(
+                    start, chunk_embeds, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale
+                )
+                results[name].add(images, reward.metrics(images, chunk_prompts), group_size)
+                on_progress(count)
+        rows.append(_summarise(num_inference_steps, results["base"], results["policy"]))
+        for shown in range(min(num_shown, len(prompts))):
+            (base_image, base_metrics), (policy_image, policy_metrics) = (
+                results[name].first_of(shown) for name in ("base", "policy")
+            )
+            pairs.append(
+                Pair(prompts[shown], num_inference_steps, base_image, policy_image, base_metrics, policy_metrics)
+            )
+    return Sweep(rows, pairs)
+
+
+class _Results:
+    """What one side of the comparison gave, prompt by prompt."""
+
+    def __init__(self) -> None:
+        self._metrics: dict[str, list[torch.Tensor]] = {}
+        self._distances: list[float] = []
+        self._first_images: list[torch.Tensor] = []
+
+    def add(self, images: torch.Tensor, metrics: dict[str, torch.Tensor], group_size: int) -> None:
+        for name, values in metrics.items():
+            self._metrics.setdefault(name, []).append(values.reshape(-1, group_size))
+        groups = images.reshape(-1, group_size, *images.shape[1:]).float().cpu()
+        self._distances += [mean_pairwise_distance(group[None]) for group in groups]
+        self._first_images += list(groups[:, 0])
+
+    def values(self, name: str) -> torch.Tensor | None:
+        """`(prompts, images)`"""
+        return torch.cat(self._metrics[name]) if name in self._metrics else None
+
+    def first_of(self, prompt: int) -> tuple[torch.Tensor, dict[str, float]]:
+        return self._first_images[prompt], {name: self.values(name)[prompt, 0].item() for name in self._metrics}
+
+    def summary(self) -> dict[str, float | None]:
+        strict = self.values("strict")
+        return {
+            "reward": self.values("reward").mean().item(),
+            "strict": None if strict is None else strict.mean().item(),
+            "diversity": sum(self._distances) / len(self._distances),
+        }
+
+
+def _repeat(embeds: PromptEmbeds, count: int) -> PromptEmbeds:
+    return embeds[torch.arange(len(embeds)).repeat_interleave(count)]
+
+
+def _summarise(num_inference_steps: int, base: _Results, policy: _Results) -> dict[str, Any]:
+    base_rewards, policy_rewards = base.values("reward"), policy.values("reward")
+    difference = policy_rewards - base_rewards
+    return {
+        "num_inference_steps": num_inference_steps,
+        "num_pairs": difference.numel(),
+        "base": base.summary(),
+        "policy": policy.summary(),
+        "gain": difference.mean().item(),
+        "gain_ci95": list(bootstrap_mean_ci95(difference)),
+        "best_of_n": [
+            {"n": n, "reward": expected_best_of(base_rewards, n), "num_images": base_rewards.numel()}
+            for n in _BEST_OF
+            if n <= base_rewards.shape[1]
+        ],
+    }

@@ -1,0 +1,16 @@
+"""The policy's arithmetic: sampling, log-density and the PPO loss of a diagonal Gaussian over initial latents."""
+
+from noisepolicy.ops.dispatch import available_backends
+from noisepolicy.ops.gaussian import gaussian_kl, gaussian_log_prob, gaussian_sample, num_counters, spectral_sample
+from noisepolicy.ops.ppo import PpoStats, ppo_clip_loss
+
+__all__ = [
+    "PpoStats",
+    "available_backends",
+    "gaussian_kl",
+    "gaussian_log_prob",
+    "gaussian_sample",
+    "num_counters",
+    "ppo_clip_loss",
+    "spectral_sample",
+]

@@ -1,0 +1,42 @@
+"""Which code runs an op: chosen by this call's tensors and its `backend`, never by the process.
+
+`"auto"` takes the first backend of the tensor's device that is available; the environment variable
+NOISEPOLICY_BACKEND replaces `"auto"`. A backend asked for by name runs or raises; it is never replaced.
+"""
+
+import os
+from types import ModuleType
+
+import torch
+
+from noisepolicy.ops import native, reference
+
+_BACKENDS: dict[str, ModuleType] = {"cpp": native, "torch": reference}
+_PREFERENCE = {"cpu": ("cpp", "torch")}
+
+
+def available_backends() -> dict[str, str | None]:
+    """Every backend by name, with the reason it cannot run here, or None where it can."""
+    return {name: module.unavailable_reason() for name, module in _BACKENDS.items()}
+
+
+def resolve(backend: str, tensor: torch.Tensor) -> ModuleType:
+    """The module that runs an op on `tensor`.
+
+    Raises:
+        ValueError: if there is no backend of that name.
+        RuntimeError: if the backend cannot run here, or not on the tensor's device.
+    """
+    if backend == "auto":
+        backend = os.environ.get("NOISEPOLICY_BACKEND", "auto")
+    if backend == "auto":
+        names = _PREFERENCE.get(tensor.device.type, ("torch",))
+        backend = next(name for name in names if _BACKENDS[name].unavailable_reason() is None)
+    if backend not in _BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; choose from {['auto', *_BACKENDS]}")
+    module = _BACKENDS[backend]
+    if reason := module.unavailable_reason():
+        raise RuntimeError(f"backend {backend!r} is not available: {reason}")
+    if module.DEVICES is not None and tensor.device.type not in module.DEVICES:
+        raise RuntimeError(f"backend {backend!r} runs on {module.DEVICES}, but the tensor is on {tensor.device}")
+    return module

@@ -1,0 +1,7 @@
+"""Noise policies: Gaussians over the initial latents, conditioned on the prompt."""
+
+from noisepolicy.policies.base import NoisePolicy, PolicySample
+from noisepolicy.policies.dense import DensePolicy
+from noisepolicy.policies.spectral import SpectralPolicy
+
+__all__ = ["DensePolicy", "NoisePolicy", "PolicySample", "SpectralPolicy"]

@@ -1,0 +1,78 @@
+"""Noise PPO's policy (Miao et al., arXiv 2506.12036): a generator of the mean and std of every latent.
+
+The paper gives no architecture; this is a coarse map from the prompt, refined by upsampling convolutions.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from noisepolicy.ops import gaussian_sample
+from noisepolicy.policies.base import NoisePolicy, PolicySample
+from noisepolicy.policies.prompt_reader import PromptReader
+
+_COARSE = 4
+
+
+class DensePolicy(NoisePolicy):
+    """A Gaussian over all of the latents, for images.
+
+    Args:
+        latent_shape: `(channels, height, width)`.
+        prompt_shape: `(tokens, width)` of the prompt embeddings.
+        learn_std: whether the network also gives a log-std per element; else the std is 1.
+        token_width: numbers each token is projected to.
+        hidden_width: of the network; convolutions have a quarter of it as channels.
+
+    Raises:
+        ValueError: for video latents.
+    """
+
+    kind = "dense"
+
+    def __init__(
+        self,
+        *,
+        latent_shape: tuple[int, ...],
+        prompt_shape: tuple[int, int],
+        learn_std: bool = False,
+        token_width: int = 32,
+        hidden_width: int = 256,
+    ) -> None:
+        super().__init__(
+            latent_shape=latent_shape, prompt_shape=prompt_shape, learn_std=learn_std, token_width=token_width,
+            hidden_width=hidden_width,
+        )  # fmt: skip
+        if len(self.latent_shape) != 3:
+            raise ValueError(f"the dense policy is for images, latents (channels, height, width); got {latent_shape}")
+        self.action_shape = self.latent_shape
+        channels, height, width = self.latent_shape
+        self._width = hidden_width // 4
+        self.reader = PromptReader(self.prompt_shape, token_width=token_width, hidden_width=hidden_width)
+        self.coarse = nn.Linear(hidden_width, self._width * _COARSE**2)
+        sizes = []
+        while height > _COARSE or width > _COARSE:
+            sizes.append((height, width))
+            height, width = -(-height // 2), -(-width // 2)
+        self._sizes = sizes[::-1]
+        self.blocks = nn.ModuleList(nn.Conv2d(self._width, self._width, 3, padding=1) for _ in self._sizes)
+        self.out = nn.Conv2d(self._width, channels * (1 + learn_std), 3, padding=1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, prompt_embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        field = self.coarse(self.reader(prompt_embeds)).reshape(-1, self._width, _COARSE, _COARSE)
+        for size, block in zip(self._sizes, self.blocks, strict=True):
+            field = F.interpolate(F.silu(field), size=size, mode="nearest")
+            field = field + block(field)
+        out = self.out(F.silu(field))[..., : self.latent_shape[1], : self.latent_shape[2]]
+        if out.shape[1] == self.latent_shape[0]:
+            return out, torch.zeros((), device=out.device)
+        mean, log_std = out.chunk(2, dim=1)
+        return mean, log_std
+
+    @torch.no_grad()
+    def sample(self, prompt_embeds: torch.Tensor, *, seed: int, offset: int = 0) -> PolicySample:
+        mean, log_std = self(prompt_embeds)
+        latents, log_prob = gaussian_sample(mean.contiguous(), log_std, seed=seed, offset=offset)
+        return PolicySample(latents, latents, log_prob)

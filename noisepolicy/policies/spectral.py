@@ -1,0 +1,68 @@
+"""The default policy: it chooses the low spatial frequencies of the noise and leaves the rest to the prior.
+
+The low band carries a picture's layout. Choosing only it takes the action from thousands of numbers to tens or
+hundreds, and the variance of the policy gradient falls with it; the noise outside the band cancels from the ratio.
+"""
+
+import torch
+from torch import nn
+
+from noisepolicy.ops import spectral_sample
+from noisepolicy.policies.base import NoisePolicy, PolicySample
+from noisepolicy.policies.prompt_reader import PromptReader
+
+
+class SpectralPolicy(NoisePolicy):
+    """A Gaussian over the lowest `bands` DCT frequencies per axis of each latent channel.
+
+    Args:
+        latent_shape: `(channels, height, width)` or `(channels, frames, height, width)`.
+        prompt_shape: `(tokens, width)` of the prompt embeddings.
+        bands: frequencies per axis, at most the axis' extent.
+        learn_std: whether the network also gives a log-std per channel; else the std is 1 and only the mean moves.
+        token_width: numbers each token is projected to.
+        hidden_width: of the network.
+    """
+
+    kind = "spectral"
+
+    def __init__(
+        self,
+        *,
+        latent_shape: tuple[int, ...],
+        prompt_shape: tuple[int, int],
+        bands: int = 8,
+        learn_std: bool = False,
+        token_width: int = 32,
+        hidden_width: int = 256,
+    ) -> None:
+        super().__init__(
+            latent_shape=latent_shape, prompt_shape=prompt_shape, bands=bands, learn_std=learn_std,
+            token_width=token_width, hidden_width=hidden_width,
+        )  # fmt: skip
+        channels, *extent = self.latent_shape
+        self.action_shape = (channels, *(min(bands, size) for size in extent))
+        self.reader = PromptReader(self.prompt_shape, token_width=token_width, hidden_width=hidden_width)
+        self.mean = _zero_linear(hidden_width, torch.Size(self.action_shape).numel())
+        self.log_std = _zero_linear(hidden_width, channels) if learn_std else None
+
+    def forward(self, prompt_embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = self.reader(prompt_embeds)
+        mean = self.mean(hidden).reshape(-1, *self.action_shape)
+        if self.log_std is None:
+            return mean, torch.zeros((), device=mean.device)
+        return mean, self.log_std(hidden).reshape(-1, self.action_shape[0], *[1] * (len(self.action_shape) - 1))
+
+    @torch.no_grad()
+    def sample(self, prompt_embeds: torch.Tensor, *, seed: int, offset: int = 0) -> PolicySample:
+        mean, log_std = self(prompt_embeds)
+        return PolicySample(
+            *spectral_sample(mean, log_std, latent_shape=self.latent_shape, seed=seed, offset=offset)
+        )
+
+
+def _zero_linear(in_features: int, out_features: int) -> nn.Linear:
+    layer = nn.Linear(in_features, out_features)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer

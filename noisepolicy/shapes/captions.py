@@ -1,0 +1,76 @@
+"""The captions of the embedded world: three objects in a row or a column.
+
+A scene is three different colours, three shapes and a direction: 24 x 27 x 2 = 1,296 combinations. 1,040 are for
+training and 256 are held out; the frozen model and the policy never see a held-out combination in training.
+"""
+
+import hashlib
+import itertools
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+
+COLORS = ("red", "green", "blue", "yellow")
+SHAPES = ("circle", "square", "triangle")
+DIRECTIONS = ("from left to right", "from top to bottom")
+NUM_OBJECTS = 3
+NUM_HELD_OUT = 256
+
+_OBJECT = rf"a ({'|'.join(COLORS)}) ({'|'.join(SHAPES)})"
+_CAPTION = re.compile(rf"{_OBJECT}, {_OBJECT} and {_OBJECT} ({'|'.join(DIRECTIONS)})")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a caption says. Indices into `COLORS`, `SHAPES` and `DIRECTIONS`; objects in reading order."""
+
+    colors: tuple[int, ...]
+    shapes: tuple[int, ...]
+    direction: int
+
+    @property
+    def caption(self) -> str:
+        first, second, third = (f"a {COLORS[c]} {SHAPES[s]}" for c, s in zip(self.colors, self.shapes, strict=True))
+        return f"{first}, {second} and {third} {DIRECTIONS[self.direction]}"
+
+
+@lru_cache(maxsize=None)
+def parse_caption(caption: str) -> Scene:
+    """The scene a caption describes.
+
+    Raises:
+        ValueError: if the caption is not of this world's form.
+    """
+    match = _CAPTION.fullmatch(caption.strip().lower())
+    if match is None:
+        raise ValueError(
+            f"not a caption of the shapes world: {caption!r}; expected e.g. "
+            "'a red circle, a blue square and a green triangle from left to right'"
+        )
+    words = match.groups()
+    colors = tuple(COLORS.index(word) for word in words[0:6:2])
+    shapes = tuple(SHAPES.index(word) for word in words[1:6:2])
+    return Scene(colors, shapes, DIRECTIONS.index(words[6]))
+
+
+@lru_cache(maxsize=None)
+def _split() -> tuple[tuple[Scene, ...], tuple[Scene, ...]]:
+    scenes = [
+        Scene(colors, shapes, direction)
+        for colors in itertools.permutations(range(len(COLORS)), NUM_OBJECTS)
+        for shapes in itertools.product(range(len(SHAPES)), repeat=NUM_OBJECTS)
+        for direction in range(len(DIRECTIONS))
+    ]
+    # Ordered by a hash of the caption: a split that depends on no random generator and never changes.
+    scenes.sort(key=lambda scene: hashlib.sha256(scene.caption.encode()).digest())
+    return tuple(scenes[NUM_HELD_OUT:]), tuple(scenes[:NUM_HELD_OUT])
+
+
+def train_scenes() -> tuple[Scene, ...]:
+    """The 1,040 combinations used for training."""
+    return _split()[0]
+
+
+def held_out_scenes() -> tuple[Scene, ...]:
+    """The 256 combinations that nothing here is trained on."""
+    return _split()[1]

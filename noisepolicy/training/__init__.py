@@ -1,0 +1,1 @@
+"""Training a noise policy: settings, the loop, the reward critic, checkpoints."""

@@ -1,0 +1,185 @@
+"""The settings of a training run. The command line, presets and `config.yaml` are all this dataclass."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from tyro.constructors import PrimitiveConstructorSpec
+
+from noisepolicy.storage import write_text
+
+StepCounts = Annotated[
+    tuple[int, ...],
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="N[,N...]",
+        instance_from_str=lambda texts: tuple(int(text) for text in texts[0].split(",")),
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda value: [",".join(map(str, value))],
+    ),
+]
+"""Denoising step counts; on the command line 1,2,4,8."""
+
+
+@dataclass
+class TrainConfig:
+    """What to train, on what, and how long."""
+
+    model: str = "shapes"
+    """The frozen model: 'shapes' (the embedded one), or a folder or hub id in diffusers' format."""
+    reward: str = "shapes"
+    """A registered name ('shapes'), or 'module:function' called as function(images, prompts) -> (batch,) numbers."""
+    prompts: Path | None = None
+    """UTF-8 text file, one training prompt a line. The embedded model brings its own."""
+    eval_prompts: Path | None = None
+    """The same for the held-out prompts that the report is measured on."""
+    output_dir: Path | None = None
+    """The run folder; must not hold a run. Default: runs/ and the time."""
+    seed: int = 0
+    """Of everything random: prompts, noise, initial weights."""
+    device: str = "auto"
+    """'auto' (CUDA where there is one, else CPU), 'cpu', 'cuda' or 'cuda:N'."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Of the frozen model. Latents, log-probs and the policy are float32 always."""
+
+    num_iterations: int = 120
+    """Iterations; each generates `batch_size` images."""
+    batch_size: int = 96
+    """Images an iteration, over all processes."""
+    group_size: int = 2
+    """Images of the same prompt in a batch; divides `batch_size`. At least 2 for `algorithm ppo`."""
+    rollout_batch_size: int = 32
+    """Images the frozen model makes at a time; a matter of memory and speed only."""
+    num_inference_steps: StepCounts = (2,)
+    """Denoising steps in training; several, as in 1,2,4,8, train one policy for all of them."""
+    guidance_scale: float = 1.5
+    """Classifier-free guidance of the frozen model; 1 and below turn it off."""
+
+    algorithm: Literal["critic", "ppo"] = "critic"
+    """'critic': clipped PPO on what a reward critic left unexplained, beside the critic's own gradient.
+    'ppo': plain Noise PPO with leave-one-out advantages."""
+    policy: Literal["spectral", "dense"] = "spectral"
+    """What the policy chooses: the noise's low frequencies, or every latent."""
+    bands: int = 8
+    """Spectral policy: DCT frequencies per axis, at most the latents' extent."""
+    learn_std: bool = False
+    """Whether the policy's standard deviation is learned, too; else it is 1."""
+    learning_rate: float = 1e-3
+    """Of the policy (AdamW)."""
+    num_updates: int = 10
+    """Gradient steps on the policy an iteration, at most (see `target_kl`)."""
+    clip_range: float = 0.2
+    """PPO's clip of the ratio, for log-probs summed over the action."""
+    target_kl: float = 2.0
+    """Nats: an iteration's updates stop once KL(old policy, new policy) passes this."""
+    kl_budget: float = 40.0
+    """Nats: how far the policy may go from N(0, I), on average over prompts; the penalty adapts to it."""
+    kl_coef: float = 2e-3
+    """The penalty per nat of KL to the prior to start from, in units of reward."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+
+    critic_updates: int = 20
+    """Gradient steps on the reward critic an iteration."""
+    critic_batch_size: int = 256
+    """Samples of the history in each, and samples of the policy in the critic's term of the policy's loss."""
+    critic_size: int = 3
+    """Networks in the critic's ensemble; the policy ascends their mean minus their spread."""
+    critic_learning_rate: float = 1e-3
+    """Of the critic (AdamW)."""
+    critic_weight_decay: float = 1e-2
+    """Of the critic (AdamW)."""
+    critic_warmup: int = 1500
+    """Images generated before the policy first moves."""
+
+    eval_steps: StepCounts = (1, 2, 4, 8, 16)
+    """Denoising steps of the final sweep."""
+    eval_num_prompts: int = 64
+    """Held-out prompts in the sweep; 0 skips sweep and report."""
+    eval_group_size: int = 8
+    """Images of each, for the base model and the policy, from the same noise. Best-of-n is measured within them."""
+    checkpoint_every: int = 10
+    """Iterations between checkpoints."""
+    sample_every: int = 30
+    """Iterations between sample grids."""
+    tensorboard: bool = False
+    """Also write TensorBoard events to RUN/tensorboard (needs the extra 'tensorboard')."""
+
+    def __post_init__(self) -> None:
+        self.num_inference_steps = tuple(self.num_inference_steps)
+        self.eval_steps = tuple(self.eval_steps)
+
+    def check(self) -> None:
+        """Raises ValueError for values that cannot work together."""
+        positive = (
+            "num_iterations", "batch_size", "group_size", "rollout_batch_size", "bands", "learning_rate",
+            "num_updates", "clip_range", "target_kl", "kl_budget", "kl_coef", "max_grad_norm", "critic_updates",
+            "critic_batch_size", "critic_learning_rate", "eval_group_size", "checkpoint_every", "sample_every",
+        )  # fmt: skip
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{_flag(name)} must be positive, got {getattr(self, name)}")
+        for name in ("seed", "eval_num_prompts", "critic_warmup", "critic_weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{_flag(name)} must not be negative, got {getattr(self, name)}")
+        for name in ("num_inference_steps", "eval_steps"):
+            steps = getattr(self, name)
+            if not steps or min(steps) < 1:
+                raise ValueError(f"{_flag(name)} must be one or more positive step counts, got {list(steps)}")
+        if self.batch_size % self.group_size:
+            raise ValueError(f"--group-size {self.group_size} must divide --batch-size {self.batch_size}")
+        if self.algorithm == "ppo" and self.group_size < 2:
+            raise ValueError("--algorithm ppo compares images of one prompt: --group-size must be at least 2, got 1")
+        if self.critic_size < 2:
+            raise ValueError(f"--critic-size must be at least 2 (their spread is used), got {self.critic_size}")
+
+    def save(self, path: Path) -> None:
+        write_text(path, yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False))
+
+
+def load_config(path: Path, base: TrainConfig | None = None) -> TrainConfig:
+    """A YAML file's settings over `base`.
+
+    Raises:
+        ValueError: if the file is missing, is no YAML mapping, or has a key or value that is no setting's.
+    """
+    try:
+        values = yaml.safe_load(path.read_text("utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"cannot read settings from {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a YAML mapping of settings, got {type(values).__name__}")
+    known = {field.name: field for field in dataclasses.fields(TrainConfig)}
+    if unknown := sorted(str(name) for name in set(values) - set(known)):
+        raise ValueError(f"{path}: unknown setting {unknown[0]!r}; see noisepolicy-train --help")
+    return dataclasses.replace(base or TrainConfig(), **{name: _typed(name, v, path) for name, v in values.items()})
+
+
+def _typed(name: str, value: Any, path: Path) -> Any:
+    """Converts a YAML value to the type of the setting's default."""
+    default = getattr(TrainConfig(), name)
+    if name in ("prompts", "eval_prompts", "output_dir"):
+        return None if value is None else Path(value)
+    try:
+        if isinstance(default, tuple):
+            return tuple(int(item) for item in (value if isinstance(value, list) else [value]))
+        if isinstance(default, bool):
+            if not isinstance(value, bool):
+                raise ValueError
+            return value
+        return type(default)(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{path}: {name} must be like {default!r}, got {value!r}") from None
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+        for name, value in values.items()
+    }
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,81 @@
+"""The run folder and its files: config.yaml, policy/, checkpoints/, metrics.jsonl, samples/, summary.json, report.html."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from noisepolicy.storage import write_text
+from noisepolicy.training.config import TrainConfig, load_config
+
+
+class RunFolder:
+    """Paths of one run and its metrics file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.policy = path / "policy"
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"
+        self.samples = path / "samples"
+        self.summary = path / "summary.json"
+        self.report = path / "report.html"
+        self.tensorboard = path / "tensorboard"
+
+    @classmethod
+    def create(cls, config: TrainConfig) -> "RunFolder":
+        """A new run's folder, with its `config.yaml`; in runs/, named by the time, unless `config` says where.
+
+        Raises:
+            ValueError: as `check_free`.
+        """
+        check_free(config.output_dir)
+        run = cls(config.output_dir or Path("runs") / time.strftime("%Y%m%d-%H%M%S"))
+        config.save(run.config)
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> tuple["RunFolder", TrainConfig]:
+        """An existing run and its settings.
+
+        Raises:
+            ValueError: if `path` does not hold a run.
+        """
+        run = cls(path)
+        if not run.config.is_file():
+            raise ValueError(f"--resume {path}: not a run folder (there is no {run.config})")
+        return run, load_config(run.config)
+
+    def append_metrics(self, values: dict[str, Any]) -> None:
+        with open(self.metrics, "a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The whole lines, in order; a last line cut by a crash is left out."""
+        if not self.metrics.exists():
+            return []
+        values = []
+        for line in self.metrics.read_text("utf-8").splitlines():
+            try:
+                values.append(json.loads(line))
+            except ValueError:
+                break
+        return values
+
+    def truncate_metrics(self, num_iterations: int) -> None:
+        """Forgets the iterations that a resumed run makes again."""
+        lines = [json.dumps(values) + "\n" for values in self.read_metrics() if values["iteration"] <= num_iterations]
+        write_text(self.metrics, "".join(lines))
+
+
+def check_free(output_dir: Path | None) -> None:
+    """Raises ValueError if a run could not be made in `output_dir`: it holds one, or is a file."""
+    if output_dir is None:
+        return
+    if RunFolder(output_dir).config.exists():
+        raise ValueError(
+            f"{output_dir} already holds a run; go on with --resume {output_dir}, or choose another --output-dir"
+        )
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"--output-dir {output_dir} is a file; give a folder")

@@ -1,0 +1,217 @@
+"""Noise PPO: the loop from prompts to a trained policy.
+
+Each iteration draws prompts, samples starting noise from the policy, lets the frozen model make the images, scores
+them, adds them to the history, trains the critic on it and takes a few steps on the policy. Nothing is
+back-propagated through the frozen model or the reward. Evaluation and reports are not here (see `evaluation`).
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import time
+
+import torch
+from accelerate import Accelerator
+
+from noisepolicy.policies import NoisePolicy
+from noisepolicy.policies.base import make_policy
+from noisepolicy.storage import load_optimizer_tensors, optimizer_tensors
+from noisepolicy.training.checkpoint import (
+    load_newest_checkpoint,
+    save_checkpoint,
+    with_prefix,
+    without_prefix,
+)
+from noisepolicy.training.config import TrainConfig
+from noisepolicy.training.critic import RewardCritic
+from noisepolicy.training.history import History
+from noisepolicy.training.phases import PHASES, PhaseClock
+from noisepolicy.training.rollout import Rollout, roll_out
+from noisepolicy.training.run_folder import RunFolder
+from noisepolicy.training.seeding import stream_generator, stream_seed
+from noisepolicy.training.task import Task
+from noisepolicy.training.updates import update_critic, update_policy
+
+_KL_COEF_RATE = 0.1
+
+
+class Trainer:
+    """Holds everything that changes in a run.
+
+    Args:
+        config: checked settings.
+        task: the frozen model, the reward and the prompts.
+        run: where checkpoints and metrics go.
+        accelerator: device and processes.
+    """
+
+    def __init__(self, config: TrainConfig, task: Task, run: RunFolder, accelerator: Accelerator) -> None:
+        self.config, self.task, self.run, self.accelerator = config, task, run, accelerator
+        device = accelerator.device
+        self._embeds = task.frozen.encode(task.train_prompts)
+        self._prompt_rows = self._embeds.prompt_embeds.float()
+        self.policy = make_config_policy(config, task.frozen.latent_shape, tuple(self._prompt_rows.shape[1:]))
+        self.policy.to(device)
+        self._policy_optimizer = torch.optim.AdamW(
+            self.policy.parameters(), lr=config.learning_rate, weight_decay=1e-3
+        )
+        self._critic: RewardCritic | None = None
+        if config.algorithm == "critic":
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(stream_seed(config.seed, "critic weights"))
+                self._critic = RewardCritic(
+                    self.policy.prompt_shape,
+                    torch.Size(self.policy.action_shape).numel(),
+                    num_step_counts=len(config.num_inference_steps),
+                    size=config.critic_size,
+                ).to(device)
+            self._critic_optimizer = torch.optim.AdamW(
+                self._critic.parameters(), lr=config.critic_learning_rate, weight_decay=config.critic_weight_decay
+            )
+            capacity = config.num_iterations * config.batch_size
+            self._history = History(capacity, self.policy.action_shape, device)
+        self.iteration = 0
+        self.train_seconds = 0.0
+        self._kl_coef = config.kl_coef
+        self._clock = PhaseClock(device)
+
+    @property
+    def images_trained(self) -> int:
+        return self.iteration * self.config.batch_size
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Training time by phase; they sum to `train_seconds`."""
+        phases = dict(self._clock.seconds)
+        return {**phases, "other": max(self.train_seconds - sum(phases.values()), 0.0)}
+
+    def train(self) -> Iterator[dict[str, Any]]:
+        """Runs to the last iteration, yielding each one's metrics once they are written.
+
+        Raises:
+            RewardError: if the reward fails.
+            RuntimeError: if the policy's numbers stop being finite.
+        """
+        while self.iteration < self.config.num_iterations:
+            start = time.perf_counter()
+            metrics = self._iterate()
+            self.iteration += 1
+            is_last = self.iteration == self.config.num_iterations
+            if self.accelerator.is_main_process:
+                if is_last or self.iteration % self.config.checkpoint_every == 0:
+                    self.train_seconds += time.perf_counter() - start
+                    start = time.perf_counter()
+                    self._save()
+                self.run.append_metrics(metrics)
+            self.train_seconds += time.perf_counter() - start
+            yield metrics
+
+    def _iterate(self) -> dict[str, Any]:
+        config, number = self.config, self.iteration
+        rollout = self._roll_out(number)
+        with self._clock.phase("policy"):
+            metrics: dict[str, Any] = {
+                "iteration": number + 1,
+                "images": (number + 1) * config.batch_size,
+                "reward": rollout.reward.mean().item(),
+                "reward_std": rollout.reward.std().item(),
+                "kl_coef": self._kl_coef,
+            }
+            if self._critic is not None:
+                metrics |= self._learn_reward(rollout, number)
+            if self._critic is None or (number + 1) * config.batch_size >= config.critic_warmup:
+                metrics |= update_policy(
+                    self.policy, self._policy_optimizer, self._critic, rollout, self._prompt_rows, config,
+                    kl_coef=self._kl_coef, generator=stream_generator(config.seed, "policy update", number),
+                )  # fmt: skip
+                self._adapt_kl_coef(metrics["kl_to_prior"])
+            else:
+                metrics |= {"kl_to_prior": 0.0, "step_kl": 0.0}
+        if not all(value == value for value in metrics.values()):
+            raise RuntimeError(f"training diverged at iteration {number + 1}: {metrics}; try a lower --learning-rate")
+        return metrics
+
+    def _roll_out(self, number: int) -> Rollout:
+        config = self.config
+        generator = stream_generator(config.seed, "prompts", number)
+        num_groups = config.batch_size // config.group_size
+        groups = torch.randint(len(self.task.train_prompts), (num_groups,), generator=generator)
+        steps = (torch.arange(num_groups) + number) % len(config.num_inference_steps)
+        return roll_out(
+            self.policy, self.task.frozen, self.task.reward, self.task.train_prompts, self._embeds,
+            prompt_index=groups.repeat_interleave(config.group_size),
+            step_index=steps.repeat_interleave(config.group_size),
+            step_counts=config.num_inference_steps, guidance_scale=config.guidance_scale,
+            seed=stream_seed(config.seed, "noise"), first_row=number * config.batch_size,
+            accelerator=self.accelerator, clock=self._clock,
+        )  # fmt: skip
+
+    def _learn_reward(self, rollout: Rollout, number: int) -> dict[str, float]:
+        """Adds the batch to the history and trains the critic; measures first how well it foresaw the batch."""
+        with torch.no_grad():
+            embeds = self._prompt_rows[rollout.prompt_index]
+            foreseen = self._critic(embeds, rollout.action, rollout.step_index).mean(0)
+        self._history.append(
+            prompt_index=rollout.prompt_index, step_index=rollout.step_index, reward=rollout.reward,
+            action=rollout.action,
+        )  # fmt: skip
+        self._critic.requires_grad_(True)
+        loss = update_critic(
+            self._critic, self._critic_optimizer, self._history, self._prompt_rows,
+            num_updates=self.config.critic_updates, batch_size=self.config.critic_batch_size,
+            generator=stream_generator(self.config.seed, "critic", number),
+        )  # fmt: skip
+        self._critic.requires_grad_(False)
+        error = ((foreseen - rollout.reward) ** 2).mean() / rollout.reward.var().clamp(min=1e-12)
+        return {"critic_loss": loss, "critic_unexplained": error.item()}
+
+    def _adapt_kl_coef(self, kl_to_prior: float) -> None:
+        """Raises the penalty while the policy is over its budget and lets it fall back to its start below."""
+        excess = min(max(kl_to_prior / self.config.kl_budget - 1, -1.0), 1.0)
+        self._kl_coef = max(self._kl_coef * (1 + _KL_COEF_RATE * excess), self.config.kl_coef)
+
+    def _save(self) -> None:
+        tensors = with_prefix("policy", self.policy.state_dict())
+        tensors |= optimizer_tensors(self._policy_optimizer, "policy_optimizer")
+        if self._critic is not None:
+            tensors |= with_prefix("critic", self._critic.state_dict())
+            tensors |= optimizer_tensors(self._critic_optimizer, "critic_optimizer")
+            tensors |= with_prefix("history", self._history.state())
+        progress = {
+            "iteration": self.iteration,
+            "kl_coef": self._kl_coef,
+            "train_seconds": self.train_seconds,
+            "seconds": self._clock.seconds,
+        }
+        save_checkpoint(self.run.checkpoints, self.iteration, tensors, progress)
+        self.policy.save_pretrained(self.run.policy)
+
+    def resume(self) -> None:
+        """Goes back to the newest readable checkpoint, or to the start where there is none yet."""
+        checkpoint = load_newest_checkpoint(self.run.checkpoints)
+        if checkpoint is not None:
+            tensors, progress = checkpoint
+            self.policy.load_state_dict(without_prefix("policy", tensors))
+            load_optimizer_tensors(self._policy_optimizer, tensors, "policy_optimizer")
+            if self._critic is not None:
+                self._critic.load_state_dict(without_prefix("critic", tensors))
+                load_optimizer_tensors(self._critic_optimizer, tensors, "critic_optimizer")
+                self._history.load_state(without_prefix("history", tensors))
+            self.iteration = progress["iteration"]
+            self._kl_coef = progress["kl_coef"]
+            self.train_seconds = progress["train_seconds"]
+            self._clock.seconds = {phase: progress["seconds"][phase] for phase in PHASES}
+        if self.accelerator.is_main_process:
+            self.run.truncate_metrics(self.iteration)
+
+
+def make_config_policy(
+    config: TrainConfig, latent_shape: tuple[int, ...], prompt_shape: tuple[int, int]
+) -> NoisePolicy:
+    """The untrained policy `config` describes; its weights depend on the seed alone."""
+    options: dict[str, Any] = {"learn_std": config.learn_std}
+    if config.policy == "spectral":
+        options["bands"] = config.bands
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream_seed(config.seed, "policy weights"))
+        return make_policy(config.policy, latent_shape=latent_shape, prompt_shape=prompt_shape, **options)

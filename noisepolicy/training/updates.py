@@ -1,0 +1,109 @@
+"""The gradient steps of one iteration: the critic on the history, then the policy.
+
+Every process holds the whole gathered batch and does the same arithmetic, so there are no gradients to average: the
+update is a thousandth of the cost of the images.
+"""
+
+import torch
+
+from noisepolicy.ops import gaussian_kl, gaussian_log_prob, ppo_clip_loss
+from noisepolicy.policies import NoisePolicy
+from noisepolicy.training.advantages import leave_one_out, residual
+from noisepolicy.training.config import TrainConfig
+from noisepolicy.training.critic import RewardCritic
+from noisepolicy.training.history import History
+from noisepolicy.training.rollout import Rollout
+
+_MAX_LOG_PROB_DRIFT = 1e-2
+
+
+def update_critic(
+    critic: RewardCritic, optimizer: torch.optim.Optimizer, history: History, embeds: torch.Tensor, *,
+    num_updates: int, batch_size: int, generator: torch.Generator,
+) -> float:  # fmt: skip
+    """Regresses rewards on the history; returns the mean squared error over the updates."""
+    total = torch.zeros((), device=embeds.device)
+    for _ in range(num_updates):
+        rows = history.draw(batch_size, generator)
+        predicted = critic(embeds[rows["prompt_index"]], rows["action"], rows["step_index"])
+        # Summed over the ensemble: each network has the gradient it would have alone.
+        errors = ((predicted - rows["reward"]) ** 2).mean(1)
+        optimizer.zero_grad()
+        errors.sum().backward()
+        optimizer.step()
+        total += errors.detach().mean()
+    return total.item() / num_updates
+
+
+def update_policy(
+    policy: NoisePolicy, optimizer: torch.optim.Optimizer, critic: RewardCritic | None, rollout: Rollout,
+    embeds: torch.Tensor, config: TrainConfig, *, kl_coef: float, generator: torch.Generator,
+) -> dict[str, float]:  # fmt: skip
+    """Clipped PPO on the batch and, with a critic, its gradient on fresh samples of the policy.
+
+        loss = std(reward) * ppo_clip_loss(advantages) - mean(critic.lower_bound) + kl_coef * KL(policy, prior)
+
+    The advantages are the rewards less the critic's prediction (a control variate, as in Q-Prop, arXiv 1611.02247),
+    or the leave-one-out advantages of plain Noise PPO. Stops early when KL(old, new) passes its target.
+
+    Args:
+        embeds: of all training prompts, `(prompts, tokens, width)`.
+        kl_coef: reward per nat.
+        generator: for fresh prompts and noise.
+
+    Returns:
+        Metrics of the iteration.
+    """
+    batch_embeds = embeds[rollout.prompt_index]
+    with torch.no_grad():
+        old_mean, old_log_std = policy(batch_embeds)
+        # Taken anew by the op that the loss uses, so the first ratio is 1 to the bit; float32 log-probs of hundreds of
+        # dimensions are exact to 1e-4 only.
+        old_log_prob = gaussian_log_prob(rollout.action, old_mean, old_log_std)
+        if (drift := (old_log_prob - rollout.log_prob).abs().max().item()) > _MAX_LOG_PROB_DRIFT:
+            raise RuntimeError(f"log-probs of the rollout and of its update differ by {drift:.3g}; the ratio would lie")
+        if critic is None:
+            advantages = leave_one_out(rollout.reward, config.group_size)
+        else:
+            predicted = critic(batch_embeds, rollout.action, rollout.step_index).mean(0)
+            advantages = residual(rollout.reward, predicted)
+    reward_std = rollout.reward.std().item()
+    for update in range(config.num_updates):
+        mean, log_std = policy(batch_embeds)
+        with torch.no_grad():
+            step_kl = gaussian_kl(old_mean, old_log_std, mean, log_std).mean().item()
+        if step_kl > config.target_kl:
+            break
+        ppo_kl_coef = kl_coef / (reward_std + 1e-6) if critic is None else 0.0
+        ppo_loss, stats = ppo_clip_loss(
+            rollout.action, mean, log_std, old_log_prob, advantages,
+            clip_range=config.clip_range, kl_coef=ppo_kl_coef,
+        )  # fmt: skip
+        loss = reward_std * ppo_loss
+        if critic is not None:
+            loss = loss + _critic_loss(policy, critic, embeds, config, kl_coef, generator)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+        optimizer.step()
+    with torch.no_grad():
+        mean, log_std = policy(batch_embeds)
+        return {
+            "kl_to_prior": gaussian_kl(mean, log_std).mean().item(),
+            "step_kl": gaussian_kl(old_mean, old_log_std, mean, log_std).mean().item(),
+            "clip_fraction": stats.clip_fraction.item(),
+        }
+
+
+def _critic_loss(
+    policy: NoisePolicy, critic: RewardCritic, embeds: torch.Tensor, config: TrainConfig, kl_coef: float,
+    generator: torch.Generator,
+) -> torch.Tensor:  # fmt: skip
+    count = config.critic_batch_size
+    index = torch.randint(len(embeds), (count,), generator=generator)
+    step_index = torch.randint(len(config.num_inference_steps), (count,), generator=generator)
+    fresh = embeds[index.to(embeds.device)]
+    mean, log_std = policy(fresh)
+    noise = torch.randn(mean.shape, generator=generator).to(mean.device)
+    value = critic.lower_bound(fresh, mean + log_std.exp() * noise, step_index.to(embeds.device))
+    return kl_coef * gaussian_kl(mean, log_std).mean() - value.mean()
