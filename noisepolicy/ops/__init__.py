@@ -2,11 +2,13 @@
 
 from noisepolicy.ops.dispatch import available_backends
 from noisepolicy.ops.gaussian import gaussian_kl, gaussian_log_prob, gaussian_sample, num_counters, spectral_sample
+from noisepolicy.ops.layout import dct_basis
 from noisepolicy.ops.ppo import PpoStats, ppo_clip_loss
 
 __all__ = [
     "PpoStats",
     "available_backends",
+    "dct_basis",
     "gaussian_kl",
     "gaussian_log_prob",
     "gaussian_sample",

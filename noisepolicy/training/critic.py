@@ -1,76 +1,166 @@
-"""The reward critic: an ensemble that predicts an image's reward from prompt and action, before any image is made.
+"""The reward critic: predicts an image's reward from prompt and action, before any image is made.
 
 FIND (Chen et al., arXiv 2407.19453) calibrates with a network that predicts the expected reward of the current
-distribution; this one is conditioned on the noise itself, so it has a gradient that the policy can follow, and every
-image ever made trains it: a sample of the history is an action and one number.
+distribution. This one is conditioned on the noise itself, so it has a gradient that the policy can follow, and it is
+trained on every image ever made. A reward is one number an image, and a network that has to find it in the noise
+learns it by heart; the image is hundreds of numbers, and free. So the critic learns in two parts: a convolutional
+sketch of the picture from the noise (a smooth, local map, the same for every reward), and an ensemble that reads
+the reward from prompt and picture.
 """
 
-import math
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from noisepolicy.ops import dct_basis
+from noisepolicy.policies.prompt_reader import PromptReader
+
+_SKETCH_SCALE = 2  # the sketch has twice the action's resolution
+
+
+@dataclass(frozen=True)
+class CriticShape:
+    """What a critic looks at: `(tokens, width)`, the action, the pictures' channels, and how many step counts."""
+
+    prompt_shape: tuple[int, int]
+    action_shape: tuple[int, ...]
+    is_spectral: bool
+    picture_channels: int
+    num_step_counts: int
+
+    @property
+    def sketch_shape(self) -> tuple[int, int, int]:
+        height, width = self.action_shape[-2:]
+        return (self.picture_channels, _SKETCH_SCALE * height, _SKETCH_SCALE * width)
+
 
 class RewardCritic(nn.Module):
-    """`size` independent networks, evaluated as one batched matrix product per layer.
+    """Sketch and ensemble of readers.
 
     Args:
-        prompt_shape: `(tokens, width)` of the prompt embeddings.
-        action_size: numbers in an action.
-        num_step_counts: how many different `num_inference_steps` are trained.
-        size: networks in the ensemble.
-        token_width, hidden_width: as in the policy.
+        shape: of its inputs.
+        size: readers in the ensemble.
+        channels: of the sketch network.
+        hidden_width: of everything that is not convolutional.
     """
 
-    def __init__(
-        self, prompt_shape: tuple[int, int], action_size: int, *, num_step_counts: int, size: int,
-        token_width: int = 32, hidden_width: int = 256,
-    ) -> None:  # fmt: skip
+    def __init__(self, shape: CriticShape, *, size: int, channels: int = 48, hidden_width: int = 192) -> None:
         super().__init__()
-        num_tokens, width = prompt_shape
-        self.size = size
-        self.token = _EnsembleLinear(size, width, token_width)
-        self.prompt_in = _EnsembleLinear(size, num_tokens * token_width, hidden_width)
-        self.prompt_out = _EnsembleLinear(size, hidden_width, hidden_width)
-        self.action_in = _EnsembleLinear(size, action_size, hidden_width)
-        self.steps_in = nn.Parameter(torch.zeros(size, num_step_counts, hidden_width))
-        self.joint_in = _EnsembleLinear(size, 2 * hidden_width, hidden_width)
-        self.joint_out = _EnsembleLinear(size, hidden_width, hidden_width)
-        self.value = _EnsembleLinear(size, hidden_width, 1)
+        self.shape = shape
+        self.sketch = _Sketch(shape, channels, hidden_width)
+        self.readers = nn.ModuleList(_Reader(shape, hidden_width) for _ in range(size))
 
     def forward(self, prompt_embeds: torch.Tensor, action: torch.Tensor, step_index: torch.Tensor) -> torch.Tensor:
-        """Predicted rewards, `(size, batch)`.
+        """Predicted rewards, `(size, batch)`, from `(batch, tokens, width)`, `(batch, *action_shape)`, `(batch,)`."""
+        sketch = self.sketch(prompt_embeds, action, step_index)
+        return torch.stack([reader(prompt_embeds, sketch) for reader in self.readers])
+
+    def lower_bound(
+        self, prompt_embeds: torch.Tensor, action: torch.Tensor, step_index: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The ensemble's mean minus its spread, `(batch,)`: what the policy may count on; and the sketches."""
+        sketch = self.sketch(prompt_embeds, action, step_index)
+        values = torch.stack([reader(prompt_embeds, sketch) for reader in self.readers])
+        return values.mean(0) - values.std(0), sketch
+
+    def loss(
+        self, prompt_embeds: torch.Tensor, action: torch.Tensor, step_index: torch.Tensor, picture: torch.Tensor,
+        reward: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """The training loss, and the mean squared error of the reward predicted from the action.
+
+        The readers see real pictures and sketches; their errors do not reach the sketch, which would learn rewards by
+        heart if they did.
 
         Args:
-            prompt_embeds: `(batch, tokens, width)`, or `(size, batch, ...)` for a batch of its own per network.
-            action: `(batch, ...)`, or likewise.
-            step_index: which of the trained step counts, int64 `(batch,)`, or likewise.
+            picture: from `shrink_pictures`.
+            reward: `(batch,)`
         """
-        if step_index.ndim == 1:
-            step_index = step_index.expand(self.size, -1)
-            prompt_embeds = prompt_embeds.expand(self.size, *prompt_embeds.shape)
-            action = action.expand(self.size, *action.shape)
-        batch = step_index.shape[1]
-        tokens = self.token(prompt_embeds.float().flatten(1, 2)).reshape(self.size, batch, -1)
-        prompt = self.prompt_out(F.silu(self.prompt_in(tokens)))
-        steps = torch.take_along_dim(self.steps_in, step_index[..., None], dim=1)
-        joint = F.silu(self.action_in(action.flatten(2)) + prompt + steps)
-        hidden = F.silu(self.joint_in(torch.cat([prompt, joint], dim=2)))
-        return self.value(F.silu(self.joint_out(hidden)))[..., 0]
-
-    def lower_bound(self, prompt_embeds: torch.Tensor, action: torch.Tensor, step_index: torch.Tensor) -> torch.Tensor:
-        """The ensemble's mean minus its spread, `(batch,)`: what the policy may count on."""
-        values = self(prompt_embeds, action, step_index)
-        return values.mean(0) - values.std(0)
+        sketch = self.sketch(prompt_embeds, action, step_index)
+        loss = F.mse_loss(sketch, picture) / picture.var(0).mean().clamp(min=1e-6)
+        sketch = sketch.detach()
+        scale = reward.var().clamp(min=1e-6)
+        error = torch.zeros_like(scale)
+        for reader in self.readers:
+            from_picture = reader(prompt_embeds, picture)
+            from_sketch = reader(prompt_embeds, sketch)
+            error = error + F.mse_loss(from_sketch, reward) / len(self.readers)
+            loss = loss + (F.mse_loss(from_picture, reward) + F.mse_loss(from_sketch, reward)) / scale
+        return loss, error.detach()
 
 
-class _EnsembleLinear(nn.Module):
-    def __init__(self, size: int, in_features: int, out_features: int) -> None:
+def shrink_pictures(images: torch.Tensor, shape: CriticShape) -> torch.Tensor:
+    """Images `(batch, 3, height, width)`, or video with its frames, as the sketch's targets, around zero."""
+    flat = images.reshape(len(images), -1, *images.shape[-2:]).float()
+    return F.adaptive_avg_pool2d(flat, shape.sketch_shape[1:]) * 2 - 1
+
+
+class _Sketch(nn.Module):
+    """A residual convolutional network on the action's grid, scaled and shifted by the prompt (FiLM)."""
+
+    _NUM_BLOCKS = 3
+
+    def __init__(self, shape: CriticShape, channels: int, hidden_width: int) -> None:
         super().__init__()
-        bound = 1 / math.sqrt(in_features)
-        self.weight = nn.Parameter(torch.empty(size, in_features, out_features).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(size, 1, out_features).uniform_(-bound, bound))
+        self._shape = shape
+        *planes, height, width = shape.action_shape
+        self._grid = (torch.Size(planes).numel(), height, width)
+        self.reader = PromptReader(shape.prompt_shape, token_width=32, hidden_width=hidden_width)
+        self.steps = nn.Embedding(shape.num_step_counts, hidden_width)
+        # What the prompt alone says of each place, in a few channels.
+        self._layout = (channels // 4, height, width)
+        self.layout = nn.Linear(hidden_width, torch.Size(self._layout).numel())
+        self.first = nn.Conv2d(self._grid[0] + channels // 4, channels, 3, padding=1)
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(channels, channels, 3, padding=1) for _ in range(self._NUM_BLOCKS)
+        )
+        self.contexts = nn.ModuleList(nn.Linear(channels, channels) for _ in range(self._NUM_BLOCKS))
+        self.films = nn.ModuleList(nn.Linear(hidden_width, 2 * channels) for _ in range(self._NUM_BLOCKS + 1))
+        self.last = nn.Conv2d(channels, shape.picture_channels * _SKETCH_SCALE**2, 3, padding=1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.baddbmm(self.bias, x, self.weight)
+    def forward(self, prompt_embeds: torch.Tensor, action: torch.Tensor, step_index: torch.Tensor) -> torch.Tensor:
+        prompt = self.reader(prompt_embeds) + self.steps(step_index)
+        layout = self.layout(prompt).reshape(-1, *self._layout)
+        field = self.first(torch.cat([self._to_grid(action), layout], 1))
+        field = F.silu(_film(field, self.films[0](prompt)))
+        for convolution, context, film in zip(self.convolutions, self.contexts, self.films[1:], strict=True):
+            change = convolution(field) + context(field.mean((2, 3)))[:, :, None, None]
+            field = field + F.silu(_film(change, film(prompt)))
+        return F.pixel_shuffle(self.last(field), _SKETCH_SCALE)
+
+    def _to_grid(self, action: torch.Tensor) -> torch.Tensor:
+        """Coefficients as a small picture of the noise, so that a convolution sees places; latents as they are."""
+        grid = action.reshape(-1, *self._grid)
+        if not self._shape.is_spectral:
+            return grid
+        height, width = self._grid[1:]
+        rows, columns = dct_basis(height, height, action.device), dct_basis(width, width, action.device)
+        return rows.T @ grid @ columns
+
+
+class _Reader(nn.Module):
+    """The reward from prompt and picture."""
+
+    def __init__(self, shape: CriticShape, hidden_width: int) -> None:
+        super().__init__()
+        self.prompt = PromptReader(shape.prompt_shape, token_width=32, hidden_width=hidden_width)
+        self.picture = nn.Linear(torch.Size(shape.sketch_shape).numel(), hidden_width)
+        self.body = nn.Sequential(
+            nn.Linear(2 * hidden_width, hidden_width),
+            nn.SiLU(),
+            nn.Linear(hidden_width, hidden_width),
+            nn.SiLU(),
+            nn.Linear(hidden_width, 1),
+        )
+
+    def forward(self, prompt_embeds: torch.Tensor, picture: torch.Tensor) -> torch.Tensor:
+        prompt = self.prompt(prompt_embeds)
+        seen = F.silu(self.picture(picture.flatten(1)) + prompt)
+        return self.body(torch.cat([prompt, seen], 1))[:, 0]
+
+
+def _film(field: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
+    scale, shift = parameters[:, :, None, None].chunk(2, 1)
+    return field * (1 + scale) + shift

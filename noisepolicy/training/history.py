@@ -1,18 +1,28 @@
-"""Every image made so far, as the critic sees it: prompt, action, step count and reward."""
+"""Every image made so far, as the critic sees it: prompt, step count, action, a small picture and the reward."""
 
 import torch
 
 
 class History:
-    """A growing table of `capacity` rows at most, on one device. A row is an action and three numbers."""
+    """A growing table of `capacity` rows at most, on one device.
 
-    def __init__(self, capacity: int, action_shape: tuple[int, ...], device: torch.device) -> None:
+    Args:
+        capacity: rows at most.
+        action_shape: of one action, float32.
+        picture_shape: of one small picture, kept as float16.
+        device: where it lies.
+    """
+
+    def __init__(
+        self, capacity: int, action_shape: tuple[int, ...], picture_shape: tuple[int, ...], device: torch.device
+    ) -> None:
         self.size = 0
         self._columns = {
             "prompt_index": torch.zeros(capacity, dtype=torch.int64, device=device),
             "step_index": torch.zeros(capacity, dtype=torch.int64, device=device),
             "reward": torch.zeros(capacity, device=device),
             "action": torch.zeros(capacity, *action_shape, device=device),
+            "picture": torch.zeros(capacity, *picture_shape, dtype=torch.float16, device=device),
         }
 
     def append(self, **rows: torch.Tensor) -> None:

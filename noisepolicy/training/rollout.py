@@ -10,6 +10,7 @@ from noisepolicy.frozen import FrozenModel, PromptEmbeds
 from noisepolicy.ops import num_counters
 from noisepolicy.policies import NoisePolicy
 from noisepolicy.rewards import Reward
+from noisepolicy.training.critic import CriticShape, shrink_pictures
 from noisepolicy.training.phases import PhaseClock
 
 
@@ -22,13 +23,15 @@ class Rollout:
     action: torch.Tensor
     log_prob: torch.Tensor
     reward: torch.Tensor
+    picture: torch.Tensor | None
+    """What the critic learns to sketch; None without a critic."""
 
 
 @torch.no_grad()
 def roll_out(
     policy: NoisePolicy, frozen: FrozenModel, reward: Reward, prompts: Sequence[str], embeds: PromptEmbeds, *,
     prompt_index: torch.Tensor, step_index: torch.Tensor, step_counts: Sequence[int], guidance_scale: float,
-    seed: int, first_row: int, accelerator: Accelerator, clock: PhaseClock,
+    seed: int, first_row: int, accelerator: Accelerator, clock: PhaseClock, critic_shape: CriticShape | None,
 ) -> Rollout:  # fmt: skip
     """Samples, generates and scores.
 
@@ -38,6 +41,7 @@ def roll_out(
     Args:
         prompt_index: row -> prompt, int64 `(batch,)`.
         step_index: row -> index into `step_counts`, int64 `(batch,)`.
+        critic_shape: of the pictures to keep for the critic, if there is one.
     """
     batch = len(prompt_index)
     share = -(-batch // accelerator.num_processes)
@@ -48,6 +52,9 @@ def roll_out(
         offset = (first_row + mine.start) * num_counters(policy.latent_shape)
         sample = policy.sample(my_embeds.prompt_embeds, seed=seed, offset=offset)
     rewards = torch.zeros(len(my_prompts))
+    pictures = None
+    if critic_shape is not None:
+        pictures = torch.zeros(len(my_prompts), *critic_shape.sketch_shape, device=sample.action.device)
     for index, num_inference_steps in enumerate(step_counts):
         rows = (my_steps == index).nonzero()[:, 0]
         if len(rows) == 0:
@@ -60,6 +67,8 @@ def roll_out(
             )  # fmt: skip
         with clock.phase("reward"):
             rewards[rows] = reward(images, [prompts[i] for i in my_prompts[rows].tolist()])
+        if pictures is not None:
+            pictures[on_device] = shrink_pictures(images, critic_shape)
 
     def gather(rows: torch.Tensor) -> torch.Tensor:
         if accelerator.num_processes == 1:
@@ -74,4 +83,5 @@ def roll_out(
         gather(sample.action),
         gather(sample.log_prob),
         gather(rewards.to(device)),
+        None if pictures is None else gather(pictures),
     )

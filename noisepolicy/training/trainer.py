@@ -23,7 +23,7 @@ from noisepolicy.training.checkpoint import (
     without_prefix,
 )
 from noisepolicy.training.config import TrainConfig
-from noisepolicy.training.critic import RewardCritic
+from noisepolicy.training.critic import CriticShape, RewardCritic
 from noisepolicy.training.history import History
 from noisepolicy.training.phases import PHASES, PhaseClock
 from noisepolicy.training.rollout import Rollout, roll_out
@@ -56,20 +56,25 @@ class Trainer:
             self.policy.parameters(), lr=config.learning_rate, weight_decay=1e-3
         )
         self._critic: RewardCritic | None = None
+        self._critic_shape: CriticShape | None = None
         if config.algorithm == "critic":
+            self._critic_shape = CriticShape(
+                prompt_shape=self.policy.prompt_shape,
+                action_shape=self.policy.action_shape,
+                is_spectral=config.policy == "spectral",
+                picture_channels=3,
+                num_step_counts=len(config.num_inference_steps),
+            )
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(stream_seed(config.seed, "critic weights"))
-                self._critic = RewardCritic(
-                    self.policy.prompt_shape,
-                    torch.Size(self.policy.action_shape).numel(),
-                    num_step_counts=len(config.num_inference_steps),
-                    size=config.critic_size,
-                ).to(device)
+                self._critic = RewardCritic(self._critic_shape, size=config.critic_size).to(device)
             self._critic_optimizer = torch.optim.AdamW(
                 self._critic.parameters(), lr=config.critic_learning_rate, weight_decay=config.critic_weight_decay
             )
             capacity = config.num_iterations * config.batch_size
-            self._history = History(capacity, self.policy.action_shape, device)
+            self._history = History(
+                capacity, self.policy.action_shape, self._critic_shape.sketch_shape, device
+            )
         self.iteration = 0
         self.train_seconds = 0.0
         self._kl_coef = config.kl_coef
@@ -143,7 +148,7 @@ class Trainer:
             step_index=steps.repeat_interleave(config.group_size),
             step_counts=config.num_inference_steps, guidance_scale=config.guidance_scale,
             seed=stream_seed(config.seed, "noise"), first_row=number * config.batch_size,
-            accelerator=self.accelerator, clock=self._clock,
+            accelerator=self.accelerator, clock=self._clock, critic_shape=self._critic_shape,
         )  # fmt: skip
 
     def _learn_reward(self, rollout: Rollout, number: int) -> dict[str, float]:
@@ -153,7 +158,7 @@ class Trainer:
             foreseen = self._critic(embeds, rollout.action, rollout.step_index).mean(0)
         self._history.append(
             prompt_index=rollout.prompt_index, step_index=rollout.step_index, reward=rollout.reward,
-            action=rollout.action,
+            action=rollout.action, picture=rollout.picture,
         )  # fmt: skip
         self._critic.requires_grad_(True)
         loss = update_critic(

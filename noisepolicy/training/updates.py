@@ -21,17 +21,17 @@ def update_critic(
     critic: RewardCritic, optimizer: torch.optim.Optimizer, history: History, embeds: torch.Tensor, *,
     num_updates: int, batch_size: int, generator: torch.Generator,
 ) -> float:  # fmt: skip
-    """Regresses rewards on the history; returns the mean squared error over the updates."""
+    """Regresses pictures and rewards on the history; returns the reward's mean squared error over the updates."""
     total = torch.zeros((), device=embeds.device)
     for _ in range(num_updates):
         rows = history.draw(batch_size, generator)
-        predicted = critic(embeds[rows["prompt_index"]], rows["action"], rows["step_index"])
-        # Summed over the ensemble: each network has the gradient it would have alone.
-        errors = ((predicted - rows["reward"]) ** 2).mean(1)
+        loss, error = critic.loss(
+            embeds[rows["prompt_index"]], rows["action"], rows["step_index"], rows["picture"].float(), rows["reward"]
+        )
         optimizer.zero_grad()
-        errors.sum().backward()
+        loss.backward()
         optimizer.step()
-        total += errors.detach().mean()
+        total += error
     return total.item() / num_updates
 
 
@@ -99,11 +99,15 @@ def _critic_loss(
     policy: NoisePolicy, critic: RewardCritic, embeds: torch.Tensor, config: TrainConfig, kl_coef: float,
     generator: torch.Generator,
 ) -> torch.Tensor:  # fmt: skip
-    count = config.critic_batch_size
-    index = torch.randint(len(embeds), (count,), generator=generator)
-    step_index = torch.randint(len(config.num_inference_steps), (count,), generator=generator)
+    # Two samples of each prompt, to see how far apart their pictures are.
+    count = config.critic_batch_size // 2
+    index = torch.randint(len(embeds), (count,), generator=generator).repeat(2)
+    step_index = torch.randint(len(config.num_inference_steps), (count,), generator=generator).repeat(2)
     fresh = embeds[index.to(embeds.device)]
     mean, log_std = policy(fresh)
     noise = torch.randn(mean.shape, generator=generator).to(mean.device)
-    value = critic.lower_bound(fresh, mean + log_std.exp() * noise, step_index.to(embeds.device))
-    return kl_coef * gaussian_kl(mean, log_std).mean() - value.mean()
+    value, sketch = critic.lower_bound(fresh, mean + log_std.exp() * noise, step_index.to(embeds.device))
+    first, second = sketch.flatten(1).chunk(2)
+    # Pictures are in [-1, 1] here; half the difference is that of pixels in [0, 1].
+    distance = ((first - second) ** 2).mean(1).add(1e-12).sqrt() / 2
+    return kl_coef * gaussian_kl(mean, log_std).mean() - value.mean() - config.diversity_coef * distance.mean()

@@ -1,0 +1,95 @@
+"""Our denoising loop against the pipeline's own `__call__`."""
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler
+from diffusers import EulerDiscreteScheduler, LCMScheduler, StableDiffusionPipeline, UniPCMultistepScheduler
+
+from noisepolicy.frozen import FrozenDiffusersPipeline
+from noisepolicy.shapes import held_out_scenes, model_folder
+
+PROMPTS = [scene.caption for scene in held_out_scenes()[:3]]
+
+
+def make_pipeline(scheduler_class=None):
+    pipeline = StableDiffusionPipeline.from_pretrained(model_folder())
+    if scheduler_class is not None:
+        pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("guidance_scale", [1.0, 1.5, 4.0])
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_same_images_as_the_pipeline(batch, guidance_scale, steps):
+    pipeline = make_pipeline()
+    latents = torch.randn(batch, 8, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = pipeline(
+        PROMPTS[:batch], latents=latents, num_inference_steps=steps, guidance_scale=guidance_scale, output_type="pt"
+    ).images
+    frozen = FrozenDiffusersPipeline(pipeline)
+    ours = frozen.generate(
+        latents, frozen.encode(PROMPTS[:batch]), num_inference_steps=steps, guidance_scale=guidance_scale
+    )
+    assert ours.dtype == torch.float32 and ours.shape == (batch, 3, 64, 64)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "scheduler_class", [EulerDiscreteScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler]
+)
+def test_other_deterministic_schedulers(scheduler_class):
+    pipeline = make_pipeline(scheduler_class)
+    latents = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = pipeline(
+        PROMPTS[:2], latents=latents, num_inference_steps=4, guidance_scale=1.5, output_type="pt"
+    ).images
+    frozen = FrozenDiffusersPipeline(pipeline)
+    ours = frozen.generate(latents, frozen.encode(PROMPTS[:2]), num_inference_steps=4, guidance_scale=1.5)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("scheduler_class", [DDPMScheduler, EulerAncestralDiscreteScheduler, LCMScheduler])
+def test_stochastic_schedulers_are_refused(scheduler_class):
+    with pytest.raises(ValueError, match=f"{scheduler_class.__name__} is stochastic"):
+        FrozenDiffusersPipeline(make_pipeline(scheduler_class))
+
+
+def test_sde_variant_of_a_deterministic_scheduler_is_refused():
+    pipeline = make_pipeline()
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(
+        pipeline.scheduler.config, algorithm_type="sde-dpmsolver++"
+    )
+    with pytest.raises(ValueError, match="is stochastic"):
+        FrozenDiffusersPipeline(pipeline)
+
+
+def test_other_families_are_refused_by_name():
+    class OtherPipeline(DiffusionPipeline):
+        pass
+
+    with pytest.raises(ValueError, match="unsupported pipeline OtherPipeline; supported: StableDiffusionPipeline"):
+        FrozenDiffusersPipeline(OtherPipeline())
+
+
+def test_rollout_batch_size_changes_no_image(frozen):
+    latents = torch.randn(5, 8, 8, 8, generator=torch.Generator().manual_seed(0))
+    embeds = frozen.encode([*PROMPTS, *PROMPTS[:2]])
+    whole = frozen.generate(latents, embeds, num_inference_steps=2, guidance_scale=1.5)
+    split = FrozenDiffusersPipeline(make_pipeline(), rollout_batch_size=2)
+    torch.testing.assert_close(
+        whole, split.generate(latents, embeds, num_inference_steps=2, guidance_scale=1.5), rtol=0, atol=1e-5
+    )
+
+
+def test_hash_sees_a_change_in_any_component():
+    pipeline = make_pipeline()
+    frozen = FrozenDiffusersPipeline(pipeline)
+    before = frozen.weights_sha256()
+    assert before == frozen.weights_sha256()
+    for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        parameter = next(module.parameters())
+        parameter.data.view(-1)[0] += 1e-3
+        assert frozen.weights_sha256() != before
+        before = frozen.weights_sha256()

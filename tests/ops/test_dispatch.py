@@ -1,0 +1,29 @@
+"""A backend is chosen by the call, and one asked for by name is never replaced."""
+
+import pytest
+import torch
+
+from noisepolicy.ops import available_backends, dispatch, gaussian_sample, native, reference
+
+
+def test_both_backends_run_here():
+    assert available_backends() == {"cpp": None, "torch": None}
+
+
+def test_auto_prefers_cpp_on_the_cpu(monkeypatch):
+    monkeypatch.delenv("NOISEPOLICY_BACKEND", raising=False)
+    assert dispatch.resolve("auto", torch.zeros(1)) is native
+    monkeypatch.setenv("NOISEPOLICY_BACKEND", "torch")
+    assert dispatch.resolve("auto", torch.zeros(1)) is reference
+
+
+def test_a_missing_extension_is_refused_with_its_reason(monkeypatch):
+    monkeypatch.setattr(native, "_LOAD_ERROR", ImportError("libmissing.so"))
+    assert dispatch.resolve("auto", torch.zeros(1)) is reference
+    with pytest.raises(RuntimeError, match=r"libmissing\.so"):
+        gaussian_sample(torch.zeros(1, 4), torch.zeros(()), seed=0, backend="cpp")
+
+
+def test_a_backend_refuses_another_device():
+    with pytest.raises(RuntimeError, match="meta"):
+        dispatch.resolve("cpp", torch.zeros(1, device="meta"))

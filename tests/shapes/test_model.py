@@ -1,0 +1,63 @@
+"""The shipped model: its format, its size, and that it is worth training a policy for."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from noisepolicy.ops import gaussian_sample
+from noisepolicy.shapes import held_out_scenes, model_folder
+from noisepolicy.shapes.reward import score
+from noisepolicy.storage import read_tensors
+
+
+def test_it_is_a_stable_diffusion_pipeline_of_safetensors():
+    pipeline = StableDiffusionPipeline.from_pretrained(model_folder(), use_safetensors=True)
+    pipeline.set_progress_bar_config(disable=True)
+    picture = pipeline(held_out_scenes()[0].caption, num_inference_steps=2, guidance_scale=1.5, height=64, width=64)
+    assert picture.images[0].size == (64, 64)
+    size = sum(path.stat().st_size for path in model_folder().rglob("*") if path.is_file())
+    assert size <= 12e6
+
+
+def test_each_word_is_one_token_and_any_text_tokenizes():
+    tokenizer = StableDiffusionPipeline.from_pretrained(model_folder()).tokenizer
+    for scene in held_out_scenes():
+        assert len(tokenizer(scene.caption).input_ids) == 17
+    assert len(tokenizer("Grüße, 世界! 🙂").input_ids) > 3
+
+
+@pytest.mark.slow
+def test_scores_by_step_count_and_the_noise_matters(frozen):
+    prompts = [scene.caption for scene in held_out_scenes()[:48] for _ in range(16)]
+    embeds = frozen.encode(prompts)
+    zeros = torch.zeros(len(prompts), *frozen.latent_shape)
+    latents, _ = gaussian_sample(zeros, torch.zeros(()), seed=1)
+    results = {}
+    for steps in (1, 2, 16):
+        images = frozen.generate(latents, embeds, num_inference_steps=steps, guidance_scale=1.5)
+        results[steps] = score(images, prompts)
+    assert 0.5 <= results[16].strict.mean() <= 0.75 and results[16].reward.mean() <= 0.95
+    assert results[2].strict.mean() <= results[16].strict.mean() * 2 / 3
+    for steps, least in ((1, 1.4), (2, 1.4)):
+        rewards = results[steps].reward.reshape(-1, 16)
+        assert rewards.max(1).values.mean() > least * rewards.mean()
+
+
+@pytest.mark.slow
+def test_pretraining_resumes(tmp_path):
+    command = [
+        sys.executable, "-m", "noisepolicy.shapes.pretrain", str(tmp_path),
+        "--vae-steps", "2", "--text-steps", "2", "--unet-steps", "2",
+    ]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True)
+    first = read_tensors(tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+    (tmp_path / "unet.safetensors").unlink()
+    os.remove(tmp_path / "text_encoder.safetensors")
+    subprocess.run(command, check=True, capture_output=True)
+    again = read_tensors(tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[name], again[name]) for name in first)

@@ -1,0 +1,140 @@
+"""The small parts of training: advantages, settings, history, checkpoints, prompts, randomness."""
+
+import warnings
+
+import pytest
+import torch
+
+from noisepolicy.storage import read_tensors, write_bytes, write_tensors
+from noisepolicy.training.advantages import leave_one_out, residual
+from noisepolicy.training.checkpoint import load_newest_checkpoint, save_checkpoint
+from noisepolicy.training.config import TrainConfig, load_config
+from noisepolicy.training.history import History
+from noisepolicy.training.run_folder import RunFolder
+from noisepolicy.training.seeding import stream_generator, stream_seed
+from noisepolicy.training.task import read_prompts
+
+
+def test_leave_one_out_compares_within_a_prompt():
+    advantages = leave_one_out(torch.tensor([1.0, 3.0, 10.0, 10.0]), group_size=2)
+    assert advantages[0] == -advantages[1] and (advantages[2:] == 0).all()
+    assert advantages.std() == pytest.approx(1, abs=1e-4)
+
+
+def test_residual_removes_what_was_foreseen():
+    rewards = torch.tensor([0.1, 0.5, 0.9])
+    assert residual(rewards, rewards - 0.3).abs().max() < 1e-6
+    assert residual(rewards, torch.zeros(3)).mean().abs() < 1e-6
+
+
+def test_config_round_trip(tmp_path):
+    config = TrainConfig(num_inference_steps=(1, 4), learning_rate=3e-4, output_dir=tmp_path / "run", policy="dense")
+    config.save(tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("colour: red", "unknown setting 'colour'"),
+        ("bands: many", "bands must be like 8, got 'many'"),
+        ("learn_std: 3", "learn_std must be like False, got 3"),
+        ("- a list", "must hold a YAML mapping"),
+        ("a: [", "cannot read settings"),
+        ("!!python/object/apply:os.system ['true']", "cannot read settings"),
+    ],
+)
+def test_bad_config_files(tmp_path, text, message):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_config(tmp_path / "config.yaml")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 0}, "--batch-size must be positive"),
+        ({"group_size": 5}, "--group-size 5 must divide --batch-size"),
+        ({"algorithm": "ppo", "group_size": 1}, "--group-size must be at least 2"),
+        ({"num_inference_steps": (2, 0)}, "--num-inference-steps must be"),
+        ({"learning_rate": float("nan")}, "--learning-rate must be positive"),
+        ({"seed": -1}, "--seed must not be negative"),
+    ],
+)
+def test_settings_that_cannot_work(change, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**change).check()
+
+
+def test_history_keeps_rows_together_and_restores():
+    history = History(10, (3,), (1, 2, 2), torch.device("cpu"))
+    for batch in range(2):
+        rows = torch.arange(4) + 4 * batch
+        history.append(
+            prompt_index=rows, step_index=rows, reward=rows.float(), action=rows[:, None].expand(4, 3).float(),
+            picture=rows[:, None, None, None].expand(4, 1, 2, 2).half(),
+        )  # fmt: skip
+    restored = History(10, (3,), (1, 2, 2), torch.device("cpu"))
+    restored.load_state(history.state())
+    drawn = restored.draw(64, torch.Generator().manual_seed(0))
+    assert set(drawn["prompt_index"].tolist()) == set(range(8))
+    assert (drawn["reward"] == drawn["prompt_index"]).all() and (drawn["action"][:, 2] == drawn["reward"]).all()
+
+
+def test_checkpoints_keep_two_and_skip_the_damaged(tmp_path):
+    for iteration in (1, 2, 3):
+        save_checkpoint(tmp_path, iteration, {"weight": torch.tensor([float(iteration)])}, {"iteration": iteration})
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [
+        "iteration_000002.safetensors",
+        "iteration_000003.safetensors",
+    ]
+    newest = tmp_path / "iteration_000003.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-2])
+    with pytest.warns(UserWarning, match=r"skipping damaged checkpoint .*000003"):
+        checkpoint = load_newest_checkpoint(tmp_path)
+    assert checkpoint.progress == {"iteration": 2} and checkpoint.tensors["weight"].item() == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_newest_checkpoint(tmp_path / "nothing") is None
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "file.safetensors"
+    write_tensors(path, {"a": torch.ones(2)})
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        write_bytes(path, b"torn")
+    assert torch.equal(read_tensors(path)["a"], torch.ones(2))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file.safetensors"]
+
+
+def test_metrics_forget_what_a_resumed_run_makes_again(tmp_path):
+    run = RunFolder(tmp_path)
+    for iteration in (1, 2, 3):
+        run.append_metrics({"iteration": iteration})
+    with open(run.metrics, "a") as file:
+        file.write('{"iterat')
+    run.truncate_metrics(2)
+    assert [row["iteration"] for row in run.read_metrics()] == [1, 2]
+
+
+def test_prompt_files(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a cat\n\n  ein Bär \n", "utf-8")
+    assert read_prompts(path) == ["a cat", "ein Bär"]
+    with pytest.raises(ValueError, match="cannot read prompt file"):
+        read_prompts(tmp_path / "missing.txt")
+    path.write_bytes(b"caf\xe9\n")
+    with pytest.raises(ValueError, match="not UTF-8"):
+        read_prompts(path)
+    path.write_text("\n \n")
+    with pytest.raises(ValueError, match="holds no prompt"):
+        read_prompts(path)
+
+
+def test_streams_are_distinct_and_repeatable():
+    assert len({stream_seed(seed, purpose) for seed in range(20) for purpose in ("noise", "prompts")}) == 40
+    first, again, other = (
+        torch.rand(3, generator=stream_generator(0, "critic", number)) for number in (1, 1, 2)
+    )
+    assert torch.equal(first, again) and not torch.equal(first, other)

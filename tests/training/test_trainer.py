@@ -1,0 +1,164 @@
+"""The loop itself, on a tiny frozen model with no diffusers in it, and on the embedded one."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from noisepolicy.frozen import PromptEmbeds
+from noisepolicy.ops import gaussian_log_prob, ppo_clip_loss
+from noisepolicy.rewards import Reward
+from noisepolicy.training.config import TrainConfig
+from noisepolicy.training.run_folder import RunFolder
+from noisepolicy.training.task import Task
+from noisepolicy.training.trainer import Trainer
+from noisepolicy.training.updates import update_policy
+
+
+class BlobModel:
+    """A frozen model that is a plain function: the picture is a smoothed view of the noise."""
+
+    latent_shape = (2, 8, 8)
+
+    def encode(self, prompts):
+        bits = torch.tensor([[float(len(prompt) % 2), 1.0] for prompt in prompts])
+        return PromptEmbeds(bits[:, None, :].expand(-1, 3, -1))
+
+    def generate(self, latents, prompt_embeds, *, num_inference_steps, guidance_scale):
+        smooth = torch.nn.functional.avg_pool2d(latents, 2)
+        return torch.sigmoid(torch.cat([smooth, smooth[:, :1]], 1)).repeat_interleave(4, 2).repeat_interleave(4, 3)
+
+    def weights_sha256(self):
+        return "none"
+
+
+def left_or_right(images, prompts):
+    """Bright on the left for prompts of odd length, on the right for the others."""
+    sign = torch.tensor([1.0 if len(prompt) % 2 else -1.0 for prompt in prompts])
+    return sign * (images[..., :8].mean((1, 2, 3)) - images[..., 8:].mean((1, 2, 3)))
+
+
+PROMPTS = ["a", "bb", "ccc", "dddd"]
+
+
+def make_trainer(folder, **settings):
+    defaults = {
+        "batch_size": 32, "group_size": 4, "num_iterations": 20, "checkpoint_every": 5, "critic_warmup": 64,
+        "critic_batch_size": 64, "bands": 4, "output_dir": folder, "critic_updates": 10,
+    }  # fmt: skip
+    config = TrainConfig(**(defaults | settings))
+    config.check()
+    task = Task(BlobModel(), Reward("left_or_right", left_or_right), PROMPTS, [])
+    run = RunFolder(folder)
+    config.save(run.config)
+    return Trainer(config, task, run, Accelerator(cpu=True))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"algorithm": "critic"},
+        {"algorithm": "ppo"},
+        {"algorithm": "critic", "policy": "dense"},
+        {"algorithm": "ppo", "policy": "dense", "learn_std": True},
+        {"algorithm": "critic", "num_inference_steps": (1, 2), "learn_std": True},
+    ],
+    ids=lambda settings: "-".join(str(value) for value in settings.values()),
+)
+def test_every_recipe_learns(tmp_path, settings):
+    metrics = list(make_trainer(tmp_path, num_iterations=40, **settings).train())
+    start = sum(row["reward"] for row in metrics[:3]) / 3
+    end = sum(row["reward"] for row in metrics[-3:]) / 3
+    assert end > start + 0.05, (start, end)
+    assert [row["iteration"] for row in metrics] == list(range(1, 41))
+
+
+@pytest.mark.parametrize("algorithm", ["critic", "ppo"])
+def test_resumed_run_is_bit_identical(tmp_path, algorithm):
+    whole = make_trainer(tmp_path / "whole", algorithm=algorithm)
+    all_metrics = list(whole.train())
+    stopped = make_trainer(tmp_path / "stopped", algorithm=algorithm)
+    for metrics in stopped.train():
+        if metrics["iteration"] == 13:  # three iterations after the last checkpoint
+            break
+    resumed = make_trainer(tmp_path / "stopped", algorithm=algorithm)
+    resumed.resume()
+    assert resumed.iteration == 10
+    list(resumed.train())
+    for name, parameter in whole.policy.state_dict().items():
+        assert torch.equal(parameter, resumed.policy.state_dict()[name]), name
+    assert resumed.run.read_metrics() == all_metrics
+
+
+def test_seeds_differ_and_repeat(tmp_path):
+    def final(folder, seed):
+        trainer = make_trainer(tmp_path / folder, seed=seed, num_iterations=4)
+        list(trainer.train())
+        return torch.cat([parameter.flatten() for parameter in trainer.policy.parameters()])
+
+    first, again, other = final("a", 0), final("b", 0), final("c", 1)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_budget_holds_the_kl(tmp_path):
+    loose = list(make_trainer(tmp_path / "loose", num_iterations=60, kl_budget=50.0).train())[-1]["kl_to_prior"]
+    tight = list(make_trainer(tmp_path / "tight", num_iterations=60, kl_budget=1.0).train())[-1]["kl_to_prior"]
+    assert tight < 2.0 < loose
+
+
+def test_updates_stop_at_the_target_kl(tmp_path):
+    trainer = make_trainer(tmp_path, target_kl=1e-9, num_updates=10)
+    for metrics in trainer.train():
+        if metrics["iteration"] > 3:
+            # One step is taken before a change can be seen.
+            assert metrics["step_kl"] > 1e-9
+            break
+    free = make_trainer(tmp_path / "free", target_kl=1e9, num_updates=10)
+    steps = [row["step_kl"] for row, _ in zip(free.train(), range(5), strict=False)]
+    assert steps[-1] > 3 * metrics["step_kl"]
+
+
+def test_first_ratio_is_one(tmp_path, monkeypatch):
+    """Watches every loss call of an iteration: the first sees the policy that made the batch."""
+    ratios = []
+
+    def watched(*args, **kwargs):
+        loss, stats = ppo_clip_loss(*args, **kwargs)
+        ratios.append(stats.ratio)
+        return loss, stats
+
+    monkeypatch.setattr("noisepolicy.training.updates.ppo_clip_loss", watched)
+    trainer = make_trainer(tmp_path, num_iterations=4, num_updates=3, target_kl=1e9)
+    for _ in trainer.train():
+        if ratios:
+            assert (ratios[0] - 1).abs().max() <= 1e-6
+            assert (ratios[1] - 1).abs().max() > 1e-6
+            ratios.clear()
+
+
+def test_an_action_of_another_policy_is_noticed(tmp_path):
+    """Plants the bug: the rollout was made by other weights than the update starts from."""
+    trainer = make_trainer(tmp_path)
+    rollout = trainer._roll_out(0)
+    mean, log_std = trainer.policy(trainer._prompt_rows[rollout.prompt_index])
+    assert torch.allclose(rollout.log_prob, gaussian_log_prob(rollout.action, mean, log_std), atol=1e-3)
+    trainer.policy.mean.bias.data += 0.1
+    with pytest.raises(RuntimeError, match="log-probs of the rollout"):
+        update_policy(
+            trainer.policy, trainer._policy_optimizer, trainer._critic, rollout, trainer._prompt_rows,
+            trainer.config, kl_coef=0.0, generator=torch.Generator(),
+        )  # fmt: skip
+
+
+def test_processes_share_a_batch_by_row(tmp_path, monkeypatch):
+    """Two ranks' shares put together are one rank's batch, uneven shares included."""
+    whole = make_trainer(tmp_path, batch_size=15, group_size=5)._roll_out(2)
+    shares = []
+    for rank in range(2):
+        trainer = make_trainer(tmp_path, batch_size=15, group_size=5)
+        monkeypatch.setattr(Accelerator, "num_processes", 2)
+        monkeypatch.setattr(Accelerator, "process_index", rank)
+        monkeypatch.setattr(Accelerator, "gather", lambda _, rows: torch.cat([rows, rows]))
+        share = trainer._roll_out(2)
+        shares.append(share.action[:8] if rank == 0 else share.action[:7])
+        monkeypatch.undo()
+    assert torch.equal(torch.cat(shares), whole.action)
