@@ -31,6 +31,14 @@ def find_browser() -> str | None:
 
 
 @pytest.fixture(scope="session")
+def browser() -> str:
+    path = find_browser()
+    if path is None:
+        pytest.skip("no Chromium here")
+    return path
+
+
+@pytest.fixture(scope="session")
 def frozen() -> FrozenDiffusersPipeline:
     """The embedded model."""
     return FrozenDiffusersPipeline.from_pretrained(model_folder())

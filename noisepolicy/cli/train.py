@@ -50,6 +50,11 @@ class _Session:
     """One run of the command. Heavy imports wait until the command line is known to be right."""
 
     def __init__(self, arguments: Arguments) -> None:
+        from diffusers.utils.logging import disable_progress_bar as disable_diffusers_bar
+        from transformers.utils.logging import disable_progress_bar as disable_transformers_bar
+
+        disable_diffusers_bar()
+        disable_transformers_bar()
         from noisepolicy.cli.devices import make_accelerator
         from noisepolicy.training.run_folder import RunFolder
         from noisepolicy.training.task import load_task
@@ -103,7 +108,7 @@ class _Session:
 
         prompts = self.task.eval_prompts[:_NUM_SAMPLES] or self.task.train_prompts[:_NUM_SAMPLES]
         embeds = self.task.frozen.encode(prompts)
-        sample = self.trainer.policy.sample(embeds.prompt_embeds, seed=stream_seed(self.config.seed, "samples"))
+        sample = self.trainer.average.sample(embeds.prompt_embeds, seed=stream_seed(self.config.seed, "samples"))
         images = self.task.frozen.generate(
             sample.latents, embeds, num_inference_steps=self.config.num_inference_steps[0],
             guidance_scale=self.config.guidance_scale,
@@ -156,7 +161,7 @@ class _Session:
         with tqdm(total=num_images, desc="evaluating", unit="image", dynamic_ncols=True,
                   mininterval=0.5 if sys.stderr.isatty() else 15.0) as progress:  # fmt: skip
             return evaluate_sweep(
-                self.trainer.policy.eval(), self.task.frozen, self.task.reward, self._eval_prompts,
+                self.trainer.average, self.task.frozen, self.task.reward, self._eval_prompts,
                 step_counts=config.eval_steps, group_size=config.eval_group_size,
                 guidance_scale=config.guidance_scale, seed=stream_seed(0, "evaluation"),
                 on_progress=progress.update,

@@ -7,6 +7,7 @@ and 2.x; other families are refused by name.
 import copy
 import hashlib
 import inspect
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -72,7 +73,10 @@ class FrozenDiffusersPipeline:
         verbosity = diffusers_logging.get_verbosity()
         diffusers_logging.set_verbosity_error()
         try:
-            pipeline = DiffusionPipeline.from_pretrained(str(model), torch_dtype=dtype, use_safetensors=True)
+            with warnings.catch_warnings():
+                # Newer releases call it `dtype`, older ones know only this name.
+                warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
+                pipeline = DiffusionPipeline.from_pretrained(str(model), torch_dtype=dtype, use_safetensors=True)
         finally:
             diffusers_logging.set_verbosity(verbosity)
         return cls(pipeline, device=device, rollout_batch_size=rollout_batch_size)

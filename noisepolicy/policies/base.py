@@ -5,12 +5,15 @@
 
 import json
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 
 from noisepolicy.storage import read_tensors, write_json, write_tensors
+
+Std = Literal["power", "one", "learned"]
+"""How a policy's standard deviation follows: see `power_preserving`; always 1; or from the network."""
 
 _CONFIG, _WEIGHTS = "config.json", "policy.safetensors"
 
@@ -113,6 +116,16 @@ class NoisePolicy(torch.nn.Module):
             self.save_pretrained(folder)
             api.upload_folder(repo_id=repo_id, folder_path=folder)
         return url
+
+
+def power_preserving(shift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`mean` and `log_std` of `(shift + e) / sqrt(1 + shift^2)`, e ~ N(0, 1): every element keeps the prior's power.
+
+    A mean added to noise of std 1 makes it louder than any noise the model was trained on; few steps forgive that,
+    many do not. KL to the prior is `sum(log(1 + shift^2)) / 2`.
+    """
+    log_std = -0.5 * torch.log1p(shift**2)
+    return shift * log_std.exp(), log_std
 
 
 def make_policy(kind: str, **config: Any) -> NoisePolicy:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from noisepolicy.ops import gaussian_sample
-from noisepolicy.policies.base import NoisePolicy, PolicySample
+from noisepolicy.policies.base import NoisePolicy, PolicySample, Std, power_preserving
 from noisepolicy.policies.prompt_reader import PromptReader
 
 _COARSE = 4
@@ -20,7 +20,7 @@ class DensePolicy(NoisePolicy):
     Args:
         latent_shape: `(channels, height, width)`.
         prompt_shape: `(tokens, width)` of the prompt embeddings.
-        learn_std: whether the network also gives a log-std per element; else the std is 1.
+        std: as in `SpectralPolicy`, learned per element.
         token_width: numbers each token is projected to.
         hidden_width: of the network; convolutions have a quarter of it as channels.
 
@@ -35,12 +35,12 @@ class DensePolicy(NoisePolicy):
         *,
         latent_shape: tuple[int, ...],
         prompt_shape: tuple[int, int],
-        learn_std: bool = False,
+        std: Std = "power",
         token_width: int = 32,
         hidden_width: int = 256,
     ) -> None:
         super().__init__(
-            latent_shape=latent_shape, prompt_shape=prompt_shape, learn_std=learn_std, token_width=token_width,
+            latent_shape=latent_shape, prompt_shape=prompt_shape, std=std, token_width=token_width,
             hidden_width=hidden_width,
         )  # fmt: skip
         if len(self.latent_shape) != 3:
@@ -56,7 +56,8 @@ class DensePolicy(NoisePolicy):
             height, width = -(-height // 2), -(-width // 2)
         self._sizes = sizes[::-1]
         self.blocks = nn.ModuleList(nn.Conv2d(self._width, self._width, 3, padding=1) for _ in self._sizes)
-        self.out = nn.Conv2d(self._width, channels * (1 + learn_std), 3, padding=1)
+        self.out = nn.Conv2d(self._width, channels * (2 if std == "learned" else 1), 3, padding=1)
+        self._std = std
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
@@ -66,7 +67,9 @@ class DensePolicy(NoisePolicy):
             field = F.interpolate(F.silu(field), size=size, mode="nearest")
             field = field + block(field)
         out = self.out(F.silu(field))[..., : self.latent_shape[1], : self.latent_shape[2]]
-        if out.shape[1] == self.latent_shape[0]:
+        if self._std == "power":
+            return power_preserving(out)
+        if self._std == "one":
             return out, torch.zeros((), device=out.device)
         mean, log_std = out.chunk(2, dim=1)
         return mean, log_std

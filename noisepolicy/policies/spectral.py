@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from noisepolicy.ops import spectral_sample
-from noisepolicy.policies.base import NoisePolicy, PolicySample
+from noisepolicy.policies.base import NoisePolicy, PolicySample, Std, power_preserving
 from noisepolicy.policies.prompt_reader import PromptReader
 
 
@@ -19,7 +19,8 @@ class SpectralPolicy(NoisePolicy):
         latent_shape: `(channels, height, width)` or `(channels, frames, height, width)`.
         prompt_shape: `(tokens, width)` of the prompt embeddings.
         bands: frequencies per axis, at most the axis' extent.
-        learn_std: whether the network also gives a log-std per channel; else the std is 1 and only the mean moves.
+        std: "power" keeps each coefficient's power at the prior's 1 (see `power_preserving`), "one" moves the mean
+            alone, "learned" has the network give a log-std per channel.
         token_width: numbers each token is projected to.
         hidden_width: of the network.
     """
@@ -32,23 +33,26 @@ class SpectralPolicy(NoisePolicy):
         latent_shape: tuple[int, ...],
         prompt_shape: tuple[int, int],
         bands: int = 8,
-        learn_std: bool = False,
+        std: Std = "power",
         token_width: int = 32,
         hidden_width: int = 256,
     ) -> None:
         super().__init__(
-            latent_shape=latent_shape, prompt_shape=prompt_shape, bands=bands, learn_std=learn_std,
+            latent_shape=latent_shape, prompt_shape=prompt_shape, bands=bands, std=std,
             token_width=token_width, hidden_width=hidden_width,
         )  # fmt: skip
         channels, *extent = self.latent_shape
         self.action_shape = (channels, *(min(bands, size) for size in extent))
         self.reader = PromptReader(self.prompt_shape, token_width=token_width, hidden_width=hidden_width)
         self.mean = _zero_linear(hidden_width, torch.Size(self.action_shape).numel())
-        self.log_std = _zero_linear(hidden_width, channels) if learn_std else None
+        self.log_std = _zero_linear(hidden_width, channels) if std == "learned" else None
+        self._std = std
 
     def forward(self, prompt_embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         hidden = self.reader(prompt_embeds)
         mean = self.mean(hidden).reshape(-1, *self.action_shape)
+        if self._std == "power":
+            return power_preserving(mean)
         if self.log_std is None:
             return mean, torch.zeros((), device=mean.device)
         return mean, self.log_std(hidden).reshape(-1, self.action_shape[0], *[1] * (len(self.action_shape) - 1))

@@ -64,10 +64,13 @@ class TrainConfig:
     """What the policy chooses: the noise's low frequencies, or every latent."""
     bands: int = 8
     """Spectral policy: DCT frequencies per axis, at most the latents' extent."""
-    learn_std: bool = False
-    """Whether the policy's standard deviation is learned, too; else it is 1."""
+    std: Literal["power", "one", "learned"] = "power"
+    """The policy's standard deviation: 'power' makes room for the mean, so the noise is as loud as the prior's; 'one';
+    or 'learned'."""
     learning_rate: float = 1e-3
     """Of the policy (AdamW)."""
+    average_decay: float = 0.95
+    """The policy that is kept is an exponential average of its weights over iterations; 0 keeps the last."""
     num_updates: int = 10
     """Gradient steps on the policy an iteration, at most (see `target_kl`)."""
     clip_range: float = 0.2
@@ -131,6 +134,8 @@ class TrainConfig:
             steps = getattr(self, name)
             if not steps or min(steps) < 1:
                 raise ValueError(f"{_flag(name)} must be one or more positive step counts, got {list(steps)}")
+        if not 0 <= self.average_decay < 1:
+            raise ValueError(f"--average-decay must be in [0, 1), got {self.average_decay}")
         if self.batch_size % self.group_size:
             raise ValueError(f"--group-size {self.group_size} must divide --batch-size {self.batch_size}")
         if self.algorithm == "ppo" and self.group_size < 2:

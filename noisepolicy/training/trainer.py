@@ -5,10 +5,10 @@ them, adds them to the history, trains the critic on it and takes a few steps on
 back-propagated through the frozen model or the reward. Evaluation and reports are not here (see `evaluation`).
 """
 
+import copy
+import time
 from collections.abc import Iterator
 from typing import Any
-
-import time
 
 import torch
 from accelerate import Accelerator
@@ -38,6 +38,9 @@ _KL_COEF_RATE = 0.1
 class Trainer:
     """Holds everything that changes in a run.
 
+    `policy` makes the images and takes the gradient steps; `average`, the mean of its recent weights, is what the run
+    is for. Iterations leave noise in the weights, the average loses it, and KL with it.
+
     Args:
         config: checked settings.
         task: the frozen model, the reward and the prompts.
@@ -52,6 +55,7 @@ class Trainer:
         self._prompt_rows = self._embeds.prompt_embeds.float()
         self.policy = make_config_policy(config, task.frozen.latent_shape, tuple(self._prompt_rows.shape[1:]))
         self.policy.to(device)
+        self.average = copy.deepcopy(self.policy).eval().requires_grad_(False)
         self._policy_optimizer = torch.optim.AdamW(
             self.policy.parameters(), lr=config.learning_rate, weight_decay=1e-3
         )
@@ -130,6 +134,7 @@ class Trainer:
                     kl_coef=self._kl_coef, generator=stream_generator(config.seed, "policy update", number),
                 )  # fmt: skip
                 self._adapt_kl_coef(metrics["kl_to_prior"])
+                self._average_weights()
             else:
                 metrics |= {"kl_to_prior": 0.0, "step_kl": 0.0}
         if not all(value == value for value in metrics.values()):
@@ -170,6 +175,12 @@ class Trainer:
         error = ((foreseen - rollout.reward) ** 2).mean() / rollout.reward.var().clamp(min=1e-12)
         return {"critic_loss": loss, "critic_unexplained": error.item()}
 
+    @torch.no_grad()
+    def _average_weights(self) -> None:
+        pairs = zip(self.average.parameters(), self.policy.parameters(), strict=True)
+        for mean, current in pairs:
+            mean.lerp_(current, 1 - self.config.average_decay)
+
     def _adapt_kl_coef(self, kl_to_prior: float) -> None:
         """Raises the penalty while the policy is over its budget and lets it fall back to its start below."""
         excess = min(max(kl_to_prior / self.config.kl_budget - 1, -1.0), 1.0)
@@ -177,6 +188,7 @@ class Trainer:
 
     def _save(self) -> None:
         tensors = with_prefix("policy", self.policy.state_dict())
+        tensors |= with_prefix("average", self.average.state_dict())
         tensors |= optimizer_tensors(self._policy_optimizer, "policy_optimizer")
         if self._critic is not None:
             tensors |= with_prefix("critic", self._critic.state_dict())
@@ -189,7 +201,7 @@ class Trainer:
             "seconds": self._clock.seconds,
         }
         save_checkpoint(self.run.checkpoints, self.iteration, tensors, progress)
-        self.policy.save_pretrained(self.run.policy)
+        self.average.save_pretrained(self.run.policy)
 
     def resume(self) -> None:
         """Goes back to the newest readable checkpoint, or to the start where there is none yet."""
@@ -197,6 +209,7 @@ class Trainer:
         if checkpoint is not None:
             tensors, progress = checkpoint
             self.policy.load_state_dict(without_prefix("policy", tensors))
+            self.average.load_state_dict(without_prefix("average", tensors))
             load_optimizer_tensors(self._policy_optimizer, tensors, "policy_optimizer")
             if self._critic is not None:
                 self._critic.load_state_dict(without_prefix("critic", tensors))
@@ -214,7 +227,7 @@ def make_config_policy(
     config: TrainConfig, latent_shape: tuple[int, ...], prompt_shape: tuple[int, int]
 ) -> NoisePolicy:
     """The untrained policy `config` describes; its weights depend on the seed alone."""
-    options: dict[str, Any] = {"learn_std": config.learn_std}
+    options: dict[str, Any] = {"std": config.std}
     if config.policy == "spectral":
         options["bands"] = config.bands
     with torch.random.fork_rng(devices=[]):

@@ -12,7 +12,6 @@ from noisepolicy.policies import SpectralPolicy
 from noisepolicy.rewards import load_reward
 from noisepolicy.shapes import held_out_scenes
 from noisepolicy.training.config import TrainConfig
-from tests.conftest import find_browser
 
 PROMPTS = [scene.caption for scene in held_out_scenes()[:3]]
 
@@ -74,8 +73,7 @@ def test_report_is_self_contained_and_escaped(report):
 
 
 @pytest.mark.browser
-@pytest.mark.skipif(find_browser() is None, reason="no Chromium here")
-def test_report_opens_in_a_browser(report, tmp_path):
+def test_report_opens_in_a_browser(report, tmp_path, browser):
     path, _ = report
     screenshot = tmp_path / "report.png"
     flags = [
@@ -84,7 +82,7 @@ def test_report_opens_in_a_browser(report, tmp_path):
         f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1100,2200",
     ]  # fmt: skip
     subprocess.run(
-        [find_browser(), *flags, f"--screenshot={screenshot}", path.as_uri()],
+        [browser, *flags, f"--screenshot={screenshot}", path.as_uri()],
         check=True, capture_output=True, timeout=120,
     )  # fmt: skip
     pixels = torch.frombuffer(bytearray(Image.open(screenshot).convert("RGB").tobytes()), dtype=torch.uint8)

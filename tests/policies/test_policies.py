@@ -11,10 +11,11 @@ from noisepolicy.shapes import held_out_scenes, model_folder
 PROMPT_SHAPE = (6, 16)
 POLICIES = [
     (SpectralPolicy, {"latent_shape": (4, 16, 12), "bands": 4}),
-    (SpectralPolicy, {"latent_shape": (4, 16, 12), "bands": 4, "learn_std": True}),
-    (SpectralPolicy, {"latent_shape": (4, 6, 16, 12), "bands": 4, "learn_std": True}),
+    (SpectralPolicy, {"latent_shape": (4, 16, 12), "bands": 4, "std": "learned"}),
+    (SpectralPolicy, {"latent_shape": (4, 6, 16, 12), "bands": 4, "std": "learned"}),
+    (SpectralPolicy, {"latent_shape": (4, 16, 12), "std": "one"}),
     (DensePolicy, {"latent_shape": (4, 16, 13)}),
-    (DensePolicy, {"latent_shape": (4, 5, 3), "learn_std": True}),
+    (DensePolicy, {"latent_shape": (4, 5, 3), "std": "learned"}),
 ]
 
 

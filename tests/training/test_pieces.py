@@ -38,7 +38,7 @@ def test_config_round_trip(tmp_path):
     [
         ("colour: red", "unknown setting 'colour'"),
         ("bands: many", "bands must be like 8, got 'many'"),
-        ("learn_std: 3", "learn_std must be like False, got 3"),
+        ("tensorboard: 3", "tensorboard must be like False, got 3"),
         ("- a list", "must hold a YAML mapping"),
         ("a: [", "cannot read settings"),
         ("!!python/object/apply:os.system ['true']", "cannot read settings"),

@@ -59,8 +59,8 @@ def make_trainer(folder, **settings):
         {"algorithm": "critic"},
         {"algorithm": "ppo"},
         {"algorithm": "critic", "policy": "dense"},
-        {"algorithm": "ppo", "policy": "dense", "learn_std": True},
-        {"algorithm": "critic", "num_inference_steps": (1, 2), "learn_std": True},
+        {"algorithm": "ppo", "policy": "dense", "std": "learned"},
+        {"algorithm": "critic", "num_inference_steps": (1, 2), "std": "learned"},
     ],
     ids=lambda settings: "-".join(str(value) for value in settings.values()),
 )

@@ -1,0 +1,71 @@
+"""`noisepolicy-bench training`: the default recipe on several seeds, each a run of the real command.
+
+Finished runs are not made again, and interrupted ones are resumed, so the command can be stopped and repeated.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def run(output_dir: Path, seeds: list[int], train_arguments: list[str]) -> dict[str, Any]:
+    """Trains each seed, prints the table and returns its numbers."""
+    summaries = [_train(output_dir / f"seed{seed}", seed, train_arguments) for seed in seeds]
+    result = {
+        "seeds": seeds,
+        "images_trained": [summary["images_trained"] for summary in summaries],
+        "train_seconds": [summary["train_seconds"] for summary in summaries],
+        "seconds": [summary["seconds"] for summary in summaries],
+        "peak_rss_bytes": [summary["peak_rss_bytes"] for summary in summaries],
+        "steps": [_combine([summary["sweep"][i] for summary in summaries]) for i in range(len(summaries[0]["sweep"]))],
+    }
+    _print(result)
+    return result
+
+
+def _train(folder: Path, seed: int, train_arguments: list[str]) -> dict[str, Any]:
+    summary = folder / "summary.json"
+    if not summary.exists():
+        command = [str(Path(sys.executable).with_name("noisepolicy-train"))]
+        if (folder / "config.yaml").exists():
+            command += ["--resume", str(folder)]
+        else:
+            command += ["--seed", str(seed), "--output-dir", str(folder), *train_arguments]
+        subprocess.run(command, check=True)
+    return json.loads(summary.read_text("utf-8"))
+
+
+def _combine(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    first = rows[0]
+    return {
+        "num_inference_steps": first["num_inference_steps"],
+        "base": first["base"],
+        "best_of_n": first["best_of_n"],
+        "reward": [row["policy"]["reward"] for row in rows],
+        "strict": [row["policy"]["strict"] for row in rows],
+        "diversity_kept": [row["policy"]["diversity"] / row["base"]["diversity"] for row in rows],
+        "gain": [row["gain"] for row in rows],
+        "gain_ci95": [row["gain_ci95"] for row in rows],
+    }
+
+
+def _print(result: dict[str, Any]) -> None:
+    def spread(values: list[float], form: str = ".3f") -> str:
+        return " ".join(format(value, form) for value in values)
+
+    print(f"\nseeds {result['seeds']}, {result['images_trained'][0]:,} images each")
+    print("steps | base reward, strict | policy reward | strict | gain, lowest bound | diversity kept | base best of 2, 4")
+    for row in result["steps"]:
+        bound = min(low for low, _ in row["gain_ci95"])
+        best = spread([entry["reward"] for entry in row["best_of_n"][:2]])
+        print(
+            f"{row['num_inference_steps']:5d} | {row['base']['reward']:.3f} {row['base']['strict']:.3f} | "
+            f"{spread(row['reward'])} | {spread(row['strict'])} | {spread(row['gain'], '+.3f')}, {bound:+.3f} | "
+            f"{spread(row['diversity_kept'], '.0%')} | {best}"
+        )
+    for seed, seconds, total in zip(result["seeds"], result["seconds"], result["train_seconds"], strict=True):
+        share = 1 - (seconds["frozen_model"] + seconds["reward"]) / total
+        print(f"seed {seed}: {total:.0f} s of training, {share:.0%} of it outside frozen model and reward")
+    print(f"peak memory {max(result['peak_rss_bytes']) / 1e9:.2f} GB")
