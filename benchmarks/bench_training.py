@@ -56,7 +56,9 @@ def _print(result: dict[str, Any]) -> None:
         return " ".join(format(value, form) for value in values)
 
     print(f"\nseeds {result['seeds']}, {result['images_trained'][0]:,} images each")
-    print("steps | base reward, strict | policy reward | strict | gain, lowest bound | diversity kept | base best of 2, 4")
+    print(
+        "steps | base reward, strict | policy reward | strict | gain, lowest bound | diversity kept | base best of 2, 4"
+    )
     for row in result["steps"]:
         bound = min(low for low, _ in row["gain_ci95"])
         best = spread([entry["reward"] for entry in row["best_of_n"][:2]])

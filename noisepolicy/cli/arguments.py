@@ -98,9 +98,7 @@ def _parse_flags(argv: list[str], default: TrainConfig) -> TrainConfig:
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(
-                TrainConfig, prog="noisepolicy-train", description=description, args=argv, default=default
-            )
+            return tyro.cli(TrainConfig, prog="noisepolicy-train", description=description, args=argv, default=default)
     except SystemExit as exit_request:
         if exit_request.code in (0, None):
             raise
@@ -112,7 +110,7 @@ def _one_line(box: str) -> str:
     message = []
     for line in box.splitlines():
         text = re.sub("\x1b\\[[0-9;]*m", "", line).strip("│| \t")
-        if not text or text[0] in "╭╰─+-" and not text.startswith("--"):
+        if not text or (text[0] in "╭╰─+-" and not text.startswith("--")):
             if message:
                 break
             continue

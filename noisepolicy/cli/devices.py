@@ -11,7 +11,9 @@ def make_accelerator(device: str) -> Accelerator:
         ValueError: if the device is not one of ours, or is not there.
     """
     try:
-        wanted = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
+        wanted = (
+            torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
+        )
     except RuntimeError:
         raise ValueError(f"unknown --device {device!r}; choose auto, cpu, cuda or cuda:N") from None
     if wanted.type not in ("cpu", "cuda"):

@@ -175,7 +175,9 @@ def _make_board(is_wanted: bool) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ValueError("--tensorboard needs the package tensorboard: pip install 'noisepolicy[tensorboard]'") from error
+        raise ValueError(
+            "--tensorboard needs the package tensorboard: pip install 'noisepolicy[tensorboard]'"
+        ) from error
     return SummaryWriter
 
 
@@ -184,7 +186,8 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
         return
     has_strict = rows[0]["base"]["strict"] is not None
     strict_head = "    strict        " if has_strict else ""
-    print(f"\nheld-out prompts, same noise\n steps   reward base -> policy   gain (95% interval)       {strict_head}diversity kept")
+    print("\nheld-out prompts, same noise")
+    print(f" steps   reward base -> policy   gain (95% interval)       {strict_head}diversity kept")
     for row in rows:
         base, policy = row["base"], row["policy"]
         low, high = row["gain_ci95"]

@@ -48,5 +48,7 @@ def write_report(
 
 
 def _embed(pair: Pair) -> dict[str, Any]:
-    images = {side: base64.b64encode(png(to_pil(getattr(pair, f"{side}_image")))).decode() for side in ("base", "policy")}
+    images = {
+        side: base64.b64encode(png(to_pil(getattr(pair, f"{side}_image")))).decode() for side in ("base", "policy")
+    }
     return {**{field.name: getattr(pair, field.name) for field in dataclasses.fields(pair)}, **images}

@@ -61,7 +61,11 @@ class FrozenDiffusersPipeline:
 
     @classmethod
     def from_pretrained(
-        cls, model: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
+        cls,
+        model: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
         rollout_batch_size: int = 32,
     ) -> "FrozenDiffusersPipeline":
         """Loads a folder or hub id as `DiffusionPipeline.from_pretrained` does; safetensors only.

@@ -83,8 +83,10 @@ def make_spectrum(action_shape: tuple[int, ...], latent_shape: tuple[int, ...]) 
         ValueError: if the shapes differ in rank or channels, or there are more bands than elements on an axis.
     """
     fits = len(latent_shape) in (3, 4) and len(action_shape) == len(latent_shape)
-    if not fits or action_shape[0] != latent_shape[0] or any(
-        not 1 <= bands <= extent for bands, extent in zip(action_shape[1:], latent_shape[1:], strict=True)
+    if (
+        not fits
+        or action_shape[0] != latent_shape[0]
+        or any(not 1 <= bands <= extent for bands, extent in zip(action_shape[1:], latent_shape[1:], strict=True))
     ):
         raise ValueError(
             f"coefficients of shape {action_shape} are no low band of latents {latent_shape}; expected "

@@ -1,6 +1,6 @@
 """What every noise policy has: a Gaussian over its action, sampling through the ops, and save/load.
 
-    latents ~ pi(. | prompt) = N(mean(prompt), std(prompt)^2) over the action; N(0, I) exactly at initialisation
+latents ~ pi(. | prompt) = N(mean(prompt), std(prompt)^2) over the action; N(0, I) exactly at initialisation
 """
 
 import json

@@ -60,9 +60,7 @@ class SpectralPolicy(NoisePolicy):
     @torch.no_grad()
     def sample(self, prompt_embeds: torch.Tensor, *, seed: int, offset: int = 0) -> PolicySample:
         mean, log_std = self(prompt_embeds)
-        return PolicySample(
-            *spectral_sample(mean, log_std, latent_shape=self.latent_shape, seed=seed, offset=offset)
-        )
+        return PolicySample(*spectral_sample(mean, log_std, latent_shape=self.latent_shape, seed=seed, offset=offset))
 
 
 def _zero_linear(in_features: int, out_features: int) -> nn.Linear:

@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 COLORS = ("red", "green", "blue", "yellow")
 SHAPES = ("circle", "square", "triangle")
@@ -34,7 +34,7 @@ class Scene:
         return f"{first}, {second} and {third} {DIRECTIONS[self.direction]}"
 
 
-@lru_cache(maxsize=None)
+@cache
 def parse_caption(caption: str) -> Scene:
     """The scene a caption describes.
 
@@ -53,7 +53,7 @@ def parse_caption(caption: str) -> Scene:
     return Scene(colors, shapes, DIRECTIONS.index(words[6]))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _split() -> tuple[tuple[Scene, ...], tuple[Scene, ...]]:
     scenes = [
         Scene(colors, shapes, direction)

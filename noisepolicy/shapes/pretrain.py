@@ -108,8 +108,14 @@ def encode_pictures(vae: AutoencoderTiny, seed: int) -> dict[str, torch.Tensor]:
 
 
 def train_unet(
-    unet: UNet2DConditionModel, data: dict[str, torch.Tensor], text: torch.Tensor, null_text: torch.Tensor, *,
-    num_steps: int, seed: int, checkpoint: Path,
+    unet: UNet2DConditionModel,
+    data: dict[str, torch.Tensor],
+    text: torch.Tensor,
+    null_text: torch.Tensor,
+    *,
+    num_steps: int,
+    seed: int,
+    checkpoint: Path,
 ) -> None:
     """Trains `unet` on scaled latents and leaves the moving average of its weights in it."""
     scheduler = build_scheduler()
@@ -185,7 +191,8 @@ def main() -> None:
 
     run_stage("vae", vae, lambda: train_vae(vae, arguments.vae_steps, seed, use_bf16=arguments.vae_bf16))
     run_stage(
-        "text_encoder", text_encoder,
+        "text_encoder",
+        text_encoder,
         lambda: train_text_encoder(text_encoder, tokenizer, arguments.text_steps, seed),
     )
     latents_path = folder / "latents.safetensors"
@@ -200,15 +207,27 @@ def main() -> None:
         text = text_encoder(_tokens(tokenizer, [scene.caption for scene in train_scenes()])).last_hidden_state
         null_text = text_encoder(_tokens(tokenizer, [""])).last_hidden_state
     run_stage(
-        "unet", unet,
+        "unet",
+        unet,
         lambda: train_unet(
-            unet, data, text, null_text,
-            num_steps=arguments.unet_steps, seed=seed, checkpoint=folder / "unet_checkpoint.safetensors",
+            unet,
+            data,
+            text,
+            null_text,
+            num_steps=arguments.unet_steps,
+            seed=seed,
+            checkpoint=folder / "unet_checkpoint.safetensors",
         ),
     )
     pipeline = StableDiffusionPipeline(
-        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=build_scheduler(),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
     # The text encoder stays float32: transformers loads a file in the type it was saved in, diffusers in float32.
     pipeline.unet.half()

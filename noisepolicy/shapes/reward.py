@@ -65,15 +65,8 @@ def score(images: torch.Tensor, prompts: Sequence[str]) -> ShapesScore:
     both_present = presence[:, 1:] * presence[:, :-1]
     places = (np.clip(gaps / _FULL_GAP, 0, 1) * both_present).mean(1)
     cleanliness = np.clip(1 - litter / _MAX_LITTER, 0, 1)
-    reward = (
-        0.25 * presence.mean(1) + 0.35 * places + 0.25 * (is_right_shape * presence).mean(1) + 0.15 * cleanliness
-    )
-    strict = (
-        (presence > 0.9).all(1)
-        & is_right_shape.all(1)
-        & (gaps > _STRICT_GAP).all(1)
-        & (litter < _STRICT_LITTER)
-    )
+    reward = 0.25 * presence.mean(1) + 0.35 * places + 0.25 * (is_right_shape * presence).mean(1) + 0.15 * cleanliness
+    strict = (presence > 0.9).all(1) & is_right_shape.all(1) & (gaps > _STRICT_GAP).all(1) & (litter < _STRICT_LITTER)
     return ShapesScore(torch.from_numpy(reward.astype(np.float32)), torch.from_numpy(strict.astype(np.float32)))
 
 

@@ -26,9 +26,7 @@ def save_checkpoint(
     folder: Path, iteration: int, tensors: Mapping[str, torch.Tensor], progress: Mapping[str, Any]
 ) -> None:
     """Writes the checkpoint, then removes all but the newest two."""
-    write_tensors(
-        folder / f"iteration_{iteration:06d}.safetensors", tensors, {"progress": json.dumps(dict(progress))}
-    )
+    write_tensors(folder / f"iteration_{iteration:06d}.safetensors", tensors, {"progress": json.dumps(dict(progress))})
     for path in sorted(folder.glob(_PATTERN))[:-_NUM_KEPT]:
         path.unlink()
 

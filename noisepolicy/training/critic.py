@@ -46,7 +46,7 @@ class RewardCritic(nn.Module):
         hidden_width: of everything that is not convolutional.
     """
 
-    def __init__(self, shape: CriticShape, *, size: int, channels: int = 48, hidden_width: int = 192) -> None:
+    def __init__(self, shape: CriticShape, *, size: int, channels: int = 40, hidden_width: int = 192) -> None:
         super().__init__()
         self.shape = shape
         self.sketch = _Sketch(shape, channels, hidden_width)
@@ -84,8 +84,7 @@ class RewardCritic(nn.Module):
         scale = reward.var().clamp(min=1e-6)
         error = torch.zeros_like(scale)
         for reader in self.readers:
-            from_picture = reader(prompt_embeds, picture)
-            from_sketch = reader(prompt_embeds, sketch)
+            from_picture, from_sketch = reader(prompt_embeds, torch.cat([picture, sketch])).chunk(2)
             error = error + F.mse_loss(from_sketch, reward) / len(self.readers)
             loss = loss + (F.mse_loss(from_picture, reward) + F.mse_loss(from_sketch, reward)) / scale
         return loss, error.detach()
@@ -113,9 +112,7 @@ class _Sketch(nn.Module):
         self._layout = (channels // 4, height, width)
         self.layout = nn.Linear(hidden_width, torch.Size(self._layout).numel())
         self.first = nn.Conv2d(self._grid[0] + channels // 4, channels, 3, padding=1)
-        self.convolutions = nn.ModuleList(
-            nn.Conv2d(channels, channels, 3, padding=1) for _ in range(self._NUM_BLOCKS)
-        )
+        self.convolutions = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(self._NUM_BLOCKS))
         self.contexts = nn.ModuleList(nn.Linear(channels, channels) for _ in range(self._NUM_BLOCKS))
         self.films = nn.ModuleList(nn.Linear(hidden_width, 2 * channels) for _ in range(self._NUM_BLOCKS + 1))
         self.last = nn.Conv2d(channels, shape.picture_channels * _SKETCH_SCALE**2, 3, padding=1)
@@ -156,7 +153,9 @@ class _Reader(nn.Module):
         )
 
     def forward(self, prompt_embeds: torch.Tensor, picture: torch.Tensor) -> torch.Tensor:
+        """Of one picture a prompt or of several, one batch of prompts after the other."""
         prompt = self.prompt(prompt_embeds)
+        prompt = prompt.repeat(len(picture) // len(prompt), 1)
         seen = F.silu(self.picture(picture.flatten(1)) + prompt)
         return self.body(torch.cat([prompt, seen], 1))[:, 0]
 

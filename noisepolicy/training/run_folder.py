@@ -1,4 +1,4 @@
-"""The run folder and its files: config.yaml, policy/, checkpoints/, metrics.jsonl, samples/, summary.json, report.html."""
+"""The run folder: config.yaml, policy/, checkpoints/, metrics.jsonl, samples/, summary.json and report.html."""
 
 import json
 import time

@@ -57,7 +57,7 @@ class Trainer:
         self.policy.to(device)
         self.average = copy.deepcopy(self.policy).eval().requires_grad_(False)
         self._policy_optimizer = torch.optim.AdamW(
-            self.policy.parameters(), lr=config.learning_rate, weight_decay=1e-3
+            self.policy.parameters(), lr=config.learning_rate, weight_decay=1e-3, fused=True
         )
         self._critic: RewardCritic | None = None
         self._critic_shape: CriticShape | None = None
@@ -73,12 +73,13 @@ class Trainer:
                 torch.manual_seed(stream_seed(config.seed, "critic weights"))
                 self._critic = RewardCritic(self._critic_shape, size=config.critic_size).to(device)
             self._critic_optimizer = torch.optim.AdamW(
-                self._critic.parameters(), lr=config.critic_learning_rate, weight_decay=config.critic_weight_decay
+                self._critic.parameters(),
+                lr=config.critic_learning_rate,
+                weight_decay=config.critic_weight_decay,
+                fused=True,
             )
             capacity = config.num_iterations * config.batch_size
-            self._history = History(
-                capacity, self.policy.action_shape, self._critic_shape.sketch_shape, device
-            )
+            self._history = History(capacity, self.policy.action_shape, self._critic_shape.sketch_shape, device)
         self.iteration = 0
         self.train_seconds = 0.0
         self._kl_coef = config.kl_coef

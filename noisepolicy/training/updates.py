@@ -68,7 +68,7 @@ def update_policy(
             predicted = critic(batch_embeds, rollout.action, rollout.step_index).mean(0)
             advantages = residual(rollout.reward, predicted)
     reward_std = rollout.reward.std().item()
-    for update in range(config.num_updates):
+    for _ in range(config.num_updates):
         mean, log_std = policy(batch_embeds)
         with torch.no_grad():
             step_kl = gaussian_kl(old_mean, old_log_std, mean, log_std).mean().item()

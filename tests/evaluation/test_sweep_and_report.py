@@ -43,7 +43,10 @@ def test_a_policy_is_compared_on_its_own_noise(frozen, policy):
     )
     assert first.rows[1]["gain"] != 0
     # The base side does not depend on the policy.
-    assert first.rows[1]["base"] == sweep(frozen, SpectralPolicy(latent_shape=(8, 8, 8), prompt_shape=(20, 128))).rows[1]["base"]
+    assert (
+        first.rows[1]["base"]
+        == sweep(frozen, SpectralPolicy(latent_shape=(8, 8, 8), prompt_shape=(20, 128))).rows[1]["base"]
+    )
 
 
 @pytest.fixture
@@ -58,7 +61,13 @@ def report(frozen, policy, tmp_path):
     metrics = [{"images": 96 * i, "reward": 0.5 + 0.01 * i, "kl_to_prior": 0.5 * i} for i in range(1, 11)]
     config = dataclasses.asdict(TrainConfig(output_dir=None, num_inference_steps=(2,)))
     path = tmp_path / "report.html"
-    write_report(path, config=config | {"num_inference_steps": [2], "eval_steps": [1, 2]}, summary=summary, metrics=metrics, pairs=pairs)
+    write_report(
+        path,
+        config=config | {"num_inference_steps": [2], "eval_steps": [1, 2]},
+        summary=summary,
+        metrics=metrics,
+        pairs=pairs,
+    )
     return path, summary
 
 

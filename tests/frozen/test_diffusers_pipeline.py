@@ -2,8 +2,16 @@
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler
-from diffusers import EulerDiscreteScheduler, LCMScheduler, StableDiffusionPipeline, UniPCMultistepScheduler
+from diffusers import (
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    StableDiffusionPipeline,
+    UniPCMultistepScheduler,
+)
 
 from noisepolicy.frozen import FrozenDiffusersPipeline
 from noisepolicy.shapes import held_out_scenes, model_folder

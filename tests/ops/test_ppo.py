@@ -37,9 +37,7 @@ def exact_loss(latents, mean, log_std, old_log_prob, advantages, clip_range, kl_
 def test_loss_statistics_and_gradients(backend, dtype, shape, log_std_shape):
     latents, mean, log_std, old_log_prob, advantages = make_case(shape, dtype, log_std_shape)
     ours = [tensor.clone().requires_grad_() for tensor in (mean, log_std)]
-    loss, stats = ppo_clip_loss(
-        latents, *ours, old_log_prob, advantages, clip_range=0.2, kl_coef=0.05, backend=backend
-    )
+    loss, stats = ppo_clip_loss(latents, *ours, old_log_prob, advantages, clip_range=0.2, kl_coef=0.05, backend=backend)
     loss.backward()
     oracle = [tensor.double().requires_grad_() for tensor in (mean, log_std)]
     expected, ratio, kl = exact_loss(latents, *oracle, old_log_prob, advantages, 0.2, 0.05)

@@ -15,7 +15,9 @@ def test_named_reward_gives_dense_and_strict_scores():
 
 
 def test_module_function(tmp_path, monkeypatch):
-    (tmp_path / "brightness_reward.py").write_text("def brightness(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    (tmp_path / "brightness_reward.py").write_text(
+        "def brightness(images, prompts):\n    return images.mean((1, 2, 3))\n"
+    )
     monkeypatch.chdir(tmp_path)
     reward = load_reward("brightness_reward:brightness")
     torch.testing.assert_close(reward(IMAGES, PROMPTS), IMAGES.mean((1, 2, 3)))

@@ -1,6 +1,5 @@
 """The shipped model: its format, its size, and that it is worth training a policy for."""
 
-import os
 import subprocess
 import sys
 
@@ -56,7 +55,7 @@ def test_pretraining_resumes(tmp_path):
     subprocess.run(command, check=True, capture_output=True)
     first = read_tensors(tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors")
     (tmp_path / "unet.safetensors").unlink()
-    os.remove(tmp_path / "text_encoder.safetensors")
+    (tmp_path / "text_encoder.safetensors").unlink()
     subprocess.run(command, check=True, capture_output=True)
     again = read_tensors(tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors")
     assert first.keys() == again.keys()

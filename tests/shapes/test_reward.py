@@ -35,7 +35,9 @@ def test_real_scenes_through_the_autoencoder(images):
 
 
 def swap_places(scene):
-    return dataclasses.replace(scene, colors=scene.colors[1::-1] + scene.colors[2:], shapes=scene.shapes[1::-1] + scene.shapes[2:])
+    return dataclasses.replace(
+        scene, colors=scene.colors[1::-1] + scene.colors[2:], shapes=scene.shapes[1::-1] + scene.shapes[2:]
+    )
 
 
 def wrong_color(scene):

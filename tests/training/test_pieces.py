@@ -134,7 +134,5 @@ def test_prompt_files(tmp_path):
 
 def test_streams_are_distinct_and_repeatable():
     assert len({stream_seed(seed, purpose) for seed in range(20) for purpose in ("noise", "prompts")}) == 40
-    first, again, other = (
-        torch.rand(3, generator=stream_generator(0, "critic", number)) for number in (1, 1, 2)
-    )
+    first, again, other = (torch.rand(3, generator=stream_generator(0, "critic", number)) for number in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)

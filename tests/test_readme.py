@@ -1,0 +1,59 @@
+"""The README's layout and example against the files."""
+
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from noisepolicy.policies import SpectralPolicy
+
+ROOT = Path(__file__).parent.parent
+
+
+def layout() -> list[str]:
+    """The paths named in the README's tree."""
+    block = re.search(r"## Layout\n```\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL).group(1)
+    paths, folder = [], ""
+    for line in block.splitlines():
+        name = line.split()[0]
+        if not line.startswith(" "):
+            folder = name
+        paths.append(name if not line.startswith(" ") else folder + name)
+    return paths
+
+
+@pytest.mark.parametrize("path", layout())
+def test_what_the_tree_names_is_there(path):
+    assert (ROOT / path).exists()
+
+
+def test_the_tree_names_every_part():
+    parts = {
+        f"{path.parent.name}/{path.name}" + ("/" if path.is_dir() else "")
+        for folder in ("csrc", "noisepolicy")
+        for path in (ROOT / folder).iterdir()
+        if not path.name.startswith(("_", ".")) and path.suffix != ".so"
+    }
+    assert parts <= set(layout())
+
+
+def test_commands_of_the_readme_are_in_the_makefile():
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    for command in re.findall(r"^make (\w+)", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE):
+        assert re.search(rf"^{command}:", makefile, re.MULTILINE)
+
+
+def test_the_example_runs(tmp_path, monkeypatch):
+    SpectralPolicy(latent_shape=(8, 8, 8), prompt_shape=(20, 128)).save_pretrained(tmp_path / "runs/first/policy")
+    monkeypatch.chdir(tmp_path)
+    example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL).group(1)
+    exec(compile(example, "README.md", "exec"), {})
+    assert Image.open(tmp_path / "picture.png").size == (64, 64)
+
+
+def test_files_stay_short():
+    for folder in ("csrc", "noisepolicy", "benchmarks", "tests"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in (".py", ".cpp", ".h"):
+                assert len(path.read_text("utf-8").splitlines()) <= 320, path
