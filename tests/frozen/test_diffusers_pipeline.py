@@ -32,11 +32,11 @@ def make_pipeline(scheduler_class=None):
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_same_images_as_the_pipeline(batch, guidance_scale, steps):
     pipeline = make_pipeline()
+    frozen = FrozenDiffusersPipeline(pipeline)  # first: it lays the weights out anew, and rounding depends on that
     latents = torch.randn(batch, 8, 8, 8, generator=torch.Generator().manual_seed(0))
     expected = pipeline(
         PROMPTS[:batch], latents=latents, num_inference_steps=steps, guidance_scale=guidance_scale, output_type="pt"
     ).images
-    frozen = FrozenDiffusersPipeline(pipeline)
     ours = frozen.generate(
         latents, frozen.encode(PROMPTS[:batch]), num_inference_steps=steps, guidance_scale=guidance_scale
     )
@@ -49,11 +49,11 @@ def test_same_images_as_the_pipeline(batch, guidance_scale, steps):
 )
 def test_other_deterministic_schedulers(scheduler_class):
     pipeline = make_pipeline(scheduler_class)
+    frozen = FrozenDiffusersPipeline(pipeline)
     latents = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(0))
     expected = pipeline(
         PROMPTS[:2], latents=latents, num_inference_steps=4, guidance_scale=1.5, output_type="pt"
     ).images
-    frozen = FrozenDiffusersPipeline(pipeline)
     ours = frozen.generate(latents, frozen.encode(PROMPTS[:2]), num_inference_steps=4, guidance_scale=1.5)
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
 
@@ -98,6 +98,6 @@ def test_hash_sees_a_change_in_any_component():
     assert before == frozen.weights_sha256()
     for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         parameter = next(module.parameters())
-        parameter.data.view(-1)[0] += 1e-3
+        parameter.data[0] += 1e-3
         assert frozen.weights_sha256() != before
         before = frozen.weights_sha256()
