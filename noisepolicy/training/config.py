@@ -44,7 +44,7 @@ class TrainConfig:
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Of the frozen model. Latents, log-probs and the policy are float32 always."""
 
-    num_iterations: int = 120
+    num_iterations: int = 125
     """Iterations; each generates `batch_size` images."""
     batch_size: int = 96
     """Images an iteration, over all processes."""
@@ -71,25 +71,25 @@ class TrainConfig:
     """Of the policy (AdamW)."""
     average_decay: float = 0.95
     """The policy that is kept is an exponential average of its weights over iterations; 0 keeps the last."""
-    num_updates: int = 10
+    num_updates: int = 8
     """Gradient steps on the policy an iteration, at most (see `target_kl`)."""
     clip_range: float = 0.2
     """PPO's clip of the ratio, for log-probs summed over the action."""
-    target_kl: float = 2.0
+    target_kl: float = 1.0
     """Nats: an iteration's updates stop once KL(old policy, new policy) passes this."""
-    kl_budget: float = 40.0
+    kl_budget: float = 30.0
     """Nats: how far the policy may go from N(0, I), on average over prompts; the penalty adapts to it."""
     kl_coef: float = 2e-3
     """The penalty per nat of KL to the prior to start from, in units of reward."""
-    diversity_coef: float = 1.0
+    diversity_coef: float = 0.7
     """With a critic: reward that a unit of difference between two pictures of one prompt is worth (root mean square of
     pixels in [0, 1]); 0 lets the policy give up variety for reward."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
 
-    critic_updates: int = 20
+    critic_updates: int = 16
     """Gradient steps on the reward critic an iteration."""
-    critic_batch_size: int = 256
+    critic_batch_size: int = 64
     """Samples of the history in each, and samples of the policy in the critic's term of the policy's loss."""
     critic_size: int = 3
     """Networks in the critic's ensemble; the policy ascends their mean minus their spread."""
@@ -97,18 +97,18 @@ class TrainConfig:
     """Of the critic (AdamW)."""
     critic_weight_decay: float = 1e-2
     """Of the critic (AdamW)."""
-    critic_warmup: int = 1500
+    critic_warmup: int = 960
     """Images generated before the policy first moves."""
 
     eval_steps: StepCounts = (1, 2, 4, 8, 16)
     """Denoising steps of the final sweep."""
-    eval_num_prompts: int = 64
+    eval_num_prompts: int = 48
     """Held-out prompts in the sweep; 0 skips sweep and report."""
     eval_group_size: int = 8
     """Images of each, for the base model and the policy, from the same noise. Best-of-n is measured within them."""
     checkpoint_every: int = 10
     """Iterations between checkpoints."""
-    sample_every: int = 30
+    sample_every: int = 25
     """Iterations between sample grids."""
     tensorboard: bool = False
     """Also write TensorBoard events to RUN/tensorboard (needs the extra 'tensorboard')."""
