@@ -75,7 +75,7 @@ class _Session:
         from tqdm import tqdm
 
         trainer, config = self.trainer, self.config
-        board = self._board(str(self.run.tensorboard)) if self._board else None
+        board = self._board(str(self.run.tensorboard)) if self._board and self._is_main else None
         print(f"training {config.policy} policy on {self.accelerator.device}; run folder {self.run.path}", flush=True)
         progress = tqdm(
             total=config.num_iterations, initial=trainer.iteration, unit="it", disable=not self._is_main,

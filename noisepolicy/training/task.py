@@ -44,7 +44,7 @@ def load_task(config: TrainConfig, device: torch.device) -> Task:
             model_folder() if is_embedded else config.model, device=device, dtype=getattr(torch, config.dtype),
             rollout_batch_size=config.rollout_batch_size,
         )  # fmt: skip
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"cannot load --model {config.model}: {' '.join(str(error).split())}") from error
     return Task(frozen, reward, train, held_out)
 

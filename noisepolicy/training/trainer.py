@@ -108,11 +108,12 @@ class Trainer:
             self.iteration += 1
             is_last = self.iteration == self.config.num_iterations
             if self.accelerator.is_main_process:
+                # Before the checkpoint: a kill between the two then loses neither.
+                self.run.append_metrics(metrics)
                 if is_last or self.iteration % self.config.checkpoint_every == 0:
                     self.train_seconds += time.perf_counter() - start
                     start = time.perf_counter()
                     self._save()
-                self.run.append_metrics(metrics)
             self.train_seconds += time.perf_counter() - start
             yield metrics
 

@@ -41,7 +41,8 @@ def update_policy(
 ) -> dict[str, float]:  # fmt: skip
     """Clipped PPO on the batch and, with a critic, its gradient on fresh samples of the policy.
 
-        loss = std(reward) * ppo_clip_loss(advantages) - mean(critic.lower_bound) + kl_coef * KL(policy, prior)
+        loss = std(reward) * ppo_clip_loss(advantages)
+               - mean(critic.lower_bound) - diversity_coef * difference of two sketches + kl_coef * KL(policy, prior)
 
     The advantages are the rewards less the critic's prediction (a control variate, as in Q-Prop, arXiv 1611.02247),
     or the leave-one-out advantages of plain Noise PPO. Stops early when KL(old, new) passes its target.
