@@ -81,13 +81,13 @@ class TrainConfig:
     """Nats: how far the policy may go from N(0, I), on average over prompts; the penalty adapts to it."""
     kl_coef: float = 2e-3
     """The penalty per nat of KL to the prior to start from, in units of reward."""
-    diversity_coef: float = 0.7
+    diversity_coef: float = 1.0
     """With a critic: reward that a unit of difference between two pictures of one prompt is worth (root mean square of
     pixels in [0, 1]); 0 lets the policy give up variety for reward."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
 
-    critic_updates: int = 16
+    critic_updates: int = 24
     """Gradient steps on the reward critic an iteration."""
     critic_batch_size: int = 64
     """Samples of the history in each, and samples of the policy in the critic's term of the policy's loss."""
