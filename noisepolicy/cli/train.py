@@ -108,7 +108,7 @@ class _Session:
 
         prompts = self.task.eval_prompts[:_NUM_SAMPLES] or self.task.train_prompts[:_NUM_SAMPLES]
         embeds = self.task.frozen.encode(prompts)
-        sample = self.trainer.average.sample(embeds.prompt_embeds, seed=stream_seed(self.config.seed, "samples"))
+        sample = self.trainer.kept_policy().sample(embeds.prompt_embeds, seed=stream_seed(self.config.seed, "samples"))
         images = self.task.frozen.generate(
             sample.latents, embeds, num_inference_steps=self.config.num_inference_steps[0],
             guidance_scale=self.config.guidance_scale,
@@ -161,7 +161,7 @@ class _Session:
         with tqdm(total=num_images, desc="evaluating", unit="image", dynamic_ncols=True,
                   mininterval=0.5 if sys.stderr.isatty() else 15.0) as progress:  # fmt: skip
             return evaluate_sweep(
-                self.trainer.average, self.task.frozen, self.task.reward, self._eval_prompts,
+                self.trainer.kept_policy(), self.task.frozen, self.task.reward, self._eval_prompts,
                 step_counts=config.eval_steps, group_size=config.eval_group_size,
                 guidance_scale=config.guidance_scale, seed=stream_seed(0, "evaluation"),
                 on_progress=progress.update,

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from safetensors import SafetensorError
 
+from noisepolicy.ops import gaussian_kl
 from noisepolicy.storage import read_tensors, write_json, write_tensors
 
 Std = Literal["power", "one", "learned"]
@@ -49,6 +50,28 @@ class NoisePolicy(torch.nn.Module):
         self.config = {name: list(value) if isinstance(value, tuple) else value for name, value in config.items()}
         self.latent_shape = tuple(config["latent_shape"])
         self.prompt_shape = tuple(config["prompt_shape"])
+        self.register_buffer("scale", torch.ones(()))
+
+    @torch.no_grad()
+    def shrink_to(self, kl_budget: float, prompt_embeds: torch.Tensor) -> None:
+        """Scales the policy's distance from the prior down until KL to it, averaged over prompts, is in the budget.
+
+        The first nats buy the most: a policy trained further and scaled back beats one that was held back in training.
+
+        Args:
+            kl_budget: nats.
+            prompt_embeds: `(prompts, tokens, width)`.
+        """
+        low, high = 0.0, 1.0
+        for _ in range(20):
+            if gaussian_kl(*self(prompt_embeds)).mean() <= kl_budget:
+                low = self.scale.item()
+            else:
+                high = self.scale.item()
+            if low == 1.0:
+                return
+            self.scale.fill_((low + high) / 2)
+        self.scale.fill_(low)
 
     def forward(self, prompt_embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`mean (batch, *action_shape)` and a broadcastable `log_std` of the action, from `(batch, tokens, width)`."""

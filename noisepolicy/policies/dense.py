@@ -66,7 +66,7 @@ class DensePolicy(NoisePolicy):
         for size, block in zip(self._sizes, self.blocks, strict=True):
             field = F.interpolate(F.silu(field), size=size, mode="nearest")
             field = field + block(field)
-        out = self.out(F.silu(field))[..., : self.latent_shape[1], : self.latent_shape[2]]
+        out = self.scale * self.out(F.silu(field))[..., : self.latent_shape[1], : self.latent_shape[2]]
         if self._std == "power":
             return power_preserving(out)
         if self._std == "one":

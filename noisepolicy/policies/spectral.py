@@ -50,12 +50,14 @@ class SpectralPolicy(NoisePolicy):
 
     def forward(self, prompt_embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         hidden = self.reader(prompt_embeds)
-        mean = self.mean(hidden).reshape(-1, *self.action_shape)
+        mean = self.scale * self.mean(hidden).reshape(-1, *self.action_shape)
         if self._std == "power":
             return power_preserving(mean)
         if self.log_std is None:
             return mean, torch.zeros((), device=mean.device)
-        return mean, self.log_std(hidden).reshape(-1, self.action_shape[0], *[1] * (len(self.action_shape) - 1))
+        return mean, self.scale * self.log_std(hidden).reshape(
+            -1, self.action_shape[0], *[1] * (len(self.action_shape) - 1)
+        )
 
     @torch.no_grad()
     def sample(self, prompt_embeds: torch.Tensor, *, seed: int, offset: int = 0) -> PolicySample:

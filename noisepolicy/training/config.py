@@ -77,8 +77,11 @@ class TrainConfig:
     """PPO's clip of the ratio, for log-probs summed over the action."""
     target_kl: float = 1.0
     """Nats: an iteration's updates stop once KL(old policy, new policy) passes this."""
-    kl_budget: float = 30.0
-    """Nats: how far the policy may go from N(0, I), on average over prompts; the penalty adapts to it."""
+    kl_budget: float = 15.0
+    """Nats: how far the policy that is kept may be from N(0, I), on average over prompts; its shift is scaled down to
+    this. More reward for more, less variety and less use at other step counts."""
+    kl_training_budget: float = 30.0
+    """Nats: how far the policy may go in training, where its scale is free; the penalty adapts to it."""
     kl_coef: float = 2e-3
     """The penalty per nat of KL to the prior to start from, in units of reward."""
     diversity_coef: float = 1.0
@@ -121,8 +124,9 @@ class TrainConfig:
         """Raises ValueError for values that cannot work together."""
         positive = (
             "num_iterations", "batch_size", "group_size", "rollout_batch_size", "bands", "learning_rate",
-            "num_updates", "clip_range", "target_kl", "kl_budget", "kl_coef", "max_grad_norm", "critic_updates",
-            "critic_batch_size", "critic_learning_rate", "eval_group_size", "checkpoint_every", "sample_every",
+            "num_updates", "clip_range", "target_kl", "kl_budget", "kl_training_budget", "kl_coef", "max_grad_norm",
+            "critic_updates", "critic_batch_size", "critic_learning_rate", "eval_group_size", "checkpoint_every",
+            "sample_every",
         )  # fmt: skip
         for name in positive:
             if not getattr(self, name) > 0:

@@ -33,13 +33,15 @@ from noisepolicy.training.task import Task
 from noisepolicy.training.updates import update_critic, update_policy
 
 _KL_COEF_RATE = 0.1
+_NUM_BUDGET_PROMPTS = 256
 
 
 class Trainer:
     """Holds everything that changes in a run.
 
-    `policy` makes the images and takes the gradient steps; `average`, the mean of its recent weights, is what the run
-    is for. Iterations leave noise in the weights, the average loses it, and KL with it.
+    `policy` makes the images and takes the gradient steps; `average` is the mean of its recent weights, and
+    `kept_policy`, the average within its KL budget, is what the run is for. Iterations leave noise in the weights, the
+    average loses it, and KL with it.
 
     Args:
         config: checked settings.
@@ -177,6 +179,12 @@ class Trainer:
         error = ((foreseen - rollout.reward) ** 2).mean() / rollout.reward.var().clamp(min=1e-12)
         return {"critic_loss": loss, "critic_unexplained": error.item()}
 
+    def kept_policy(self) -> NoisePolicy:
+        """A copy of the averaged policy, scaled to the KL budget on the first training prompts."""
+        kept = copy.deepcopy(self.average)
+        kept.shrink_to(self.config.kl_budget, self._prompt_rows[:_NUM_BUDGET_PROMPTS])
+        return kept
+
     @torch.no_grad()
     def _average_weights(self) -> None:
         pairs = zip(self.average.parameters(), self.policy.parameters(), strict=True)
@@ -185,7 +193,7 @@ class Trainer:
 
     def _adapt_kl_coef(self, kl_to_prior: float) -> None:
         """Raises the penalty while the policy is over its budget and lets it fall back to its start below."""
-        excess = min(max(kl_to_prior / self.config.kl_budget - 1, -1.0), 1.0)
+        excess = min(max(kl_to_prior / self.config.kl_training_budget - 1, -1.0), 1.0)
         self._kl_coef = max(self._kl_coef * (1 + _KL_COEF_RATE * excess), self.config.kl_coef)
 
     def _save(self) -> None:
@@ -203,7 +211,7 @@ class Trainer:
             "seconds": self._clock.seconds,
         }
         save_checkpoint(self.run.checkpoints, self.iteration, tensors, progress)
-        self.average.save_pretrained(self.run.policy)
+        self.kept_policy().save_pretrained(self.run.policy)
 
     def resume(self) -> None:
         """Goes back to the newest readable checkpoint, or to the start where there is none yet."""

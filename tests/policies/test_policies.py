@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from noisepolicy.ops import gaussian_log_prob, gaussian_sample
+from noisepolicy.ops import gaussian_kl, gaussian_log_prob, gaussian_sample
 from noisepolicy.policies import DensePolicy, NoisePolicy, SpectralPolicy
 from noisepolicy.shapes import held_out_scenes, model_folder
 
@@ -88,3 +88,12 @@ def test_drop_in_use_with_a_pipeline():
     assert images.shape == (2, 3, 64, 64)
     with pytest.raises(ValueError, match="trained on prompt embeddings of shape"):
         SpectralPolicy(latent_shape=(8, 8, 8), prompt_shape=(77, 768)).sample_latents(pipeline, prompts)
+
+
+def test_shrinking_meets_the_budget_and_no_more(policy, embeds):
+    disturb(policy)
+    before = gaussian_kl(*policy(embeds)).mean().item()
+    policy.shrink_to(2 * before, embeds)
+    assert policy.scale == 1
+    policy.shrink_to(before / 3, embeds)
+    assert gaussian_kl(*policy(embeds)).mean().item() == pytest.approx(before / 3, rel=1e-3)

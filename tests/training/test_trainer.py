@@ -100,8 +100,10 @@ def test_seeds_differ_and_repeat(tmp_path):
 
 
 def test_budget_holds_the_kl(tmp_path):
-    loose = list(make_trainer(tmp_path / "loose", num_iterations=60, kl_budget=50.0).train())[-1]["kl_to_prior"]
-    tight = list(make_trainer(tmp_path / "tight", num_iterations=60, kl_budget=1.0).train())[-1]["kl_to_prior"]
+    loose = list(make_trainer(tmp_path / "loose", num_iterations=60, kl_training_budget=50.0).train())[-1][
+        "kl_to_prior"
+    ]
+    tight = list(make_trainer(tmp_path / "tight", num_iterations=60, kl_training_budget=1.0).train())[-1]["kl_to_prior"]
     assert tight < 2.0 < loose
 
 
