@@ -28,7 +28,7 @@ from noisepolicy.shapes.renderer import render
 from noisepolicy.shapes.tokenizer import build_tokenizer
 from noisepolicy.storage import load_optimizer_tensors, optimizer_tensors, read_tensors, write_tensors
 
-_LATENT_BATCHES, _LATENT_BATCH = 160, 128
+_LATENT_BATCH = 128
 _CHECKPOINT_EVERY = 250
 
 
@@ -96,10 +96,10 @@ def train_text_encoder(encoder: CLIPTextModel, tokenizer: CLIPTokenizer, num_ste
 
 
 @torch.no_grad()
-def encode_pictures(vae: AutoencoderTiny, seed: int) -> dict[str, torch.Tensor]:
+def encode_pictures(vae: AutoencoderTiny, num_pictures: int, seed: int) -> dict[str, torch.Tensor]:
     index_of = {scene: index for index, scene in enumerate(train_scenes())}
     latents, scene_index = [], []
-    for batch in range(_LATENT_BATCHES):
+    for batch in range(-(-num_pictures // _LATENT_BATCH)):
         generator = _generator(seed, 1_000_000 + batch)
         scenes = _choose(generator, _LATENT_BATCH)
         latents.append(vae.encoder(render(scenes, generator) * 2 - 1))
@@ -172,6 +172,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae-steps", type=int, default=3000)
     parser.add_argument("--text-steps", type=int, default=1000)
+    parser.add_argument("--num-pictures", type=int, default=20_480, help="encoded once for the UNet")
     parser.add_argument("--unet-steps", type=int, default=2000)
     parser.add_argument("--vae-bf16", action="store_true", help="worth it on processors with AMX only")
     arguments = parser.parse_args()
@@ -197,7 +198,7 @@ def main() -> None:
     )
     latents_path = folder / "latents.safetensors"
     if not latents_path.exists():
-        write_tensors(latents_path, encode_pictures(vae, seed))
+        write_tensors(latents_path, encode_pictures(vae, arguments.num_pictures, seed))
     data = read_tensors(latents_path)
     scaling_factor = 1 / data["latents"].std().item()
     data["latents"] *= scaling_factor

@@ -50,7 +50,7 @@ def test_scores_by_step_count_and_the_noise_matters(frozen):
 def test_pretraining_resumes(tmp_path):
     command = [
         sys.executable, "-m", "noisepolicy.shapes.pretrain", str(tmp_path),
-        "--vae-steps", "2", "--text-steps", "2", "--unet-steps", "2",
+        "--vae-steps", "2", "--text-steps", "2", "--unet-steps", "2", "--num-pictures", "128",
     ]  # fmt: skip
     subprocess.run(command, check=True, capture_output=True)
     first = read_tensors(tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors")
