@@ -1,12 +1,10 @@
 """`noisepolicy-train`: train, evaluate, report."""
 
-import dataclasses
 import os
 import resource
 import sys
 import traceback
 import warnings
-from pathlib import Path
 from typing import Any
 
 from noisepolicy.cli.arguments import Arguments, parse_arguments
@@ -140,12 +138,12 @@ class _Session:
         trained = self.config.num_inference_steps[0]
         if shown := [pair for pair in sweep.pairs if pair.num_inference_steps == trained]:
             write_bytes(self.run.samples / "before_after.png", before_after(shown[:8]))
-        config = {
-            name: list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
-            for name, value in dataclasses.asdict(self.config).items()
-        }
         write_report(
-            self.run.report, config=config, summary=summary, metrics=self.run.read_metrics(), pairs=sweep.pairs
+            self.run.report,
+            config=self.config.plain(),
+            summary=summary,
+            metrics=self.run.read_metrics(),
+            pairs=sweep.pairs,
         )
         _print_table(sweep.rows)
         print(f"policy  {self.run.policy}\nreport  {self.run.report}")

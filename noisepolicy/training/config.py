@@ -148,7 +148,14 @@ class TrainConfig:
             raise ValueError(f"--critic-size must be at least 2 (their spread is used), got {self.critic_size}")
 
     def save(self, path: Path) -> None:
-        write_text(path, yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False))
+        write_text(path, yaml.safe_dump(self.plain(), sort_keys=False))
+
+    def plain(self) -> dict[str, Any]:
+        """The settings as values that YAML and JSON know."""
+        return {
+            name: list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+            for name, value in dataclasses.asdict(self).items()
+        }
 
 
 def load_config(path: Path, base: TrainConfig | None = None) -> TrainConfig:
@@ -184,13 +191,6 @@ def _typed(name: str, value: Any, path: Path) -> Any:
         return type(default)(value)
     except (TypeError, ValueError):
         raise ValueError(f"{path}: {name} must be like {default!r}, got {value!r}") from None
-
-
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
-        for name, value in values.items()
-    }
 
 
 def _flag(name: str) -> str:
