@@ -26,6 +26,7 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             "-DPYBIND11_FINDPYTHON=ON",
             f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DNOISEPOLICY_CUDA={os.environ.get('NOISEPOLICY_CUDA', 'auto')}",
         ]  # fmt: skip
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build), "--parallel"], check=True)

@@ -43,11 +43,11 @@ NP_HD Uint4 philox4x32(Uint4 counter, uint32_t key0, uint32_t key1) {
 // -2 ln(u) for u in [2^-24, 1], after Cephes' logf: u = m * 2^e with m in [sqrt(1/2), sqrt(2)).
 NP_HD float minus_two_log(float u) {
   uint32_t bits;
-  std::memcpy(&bits, &u, sizeof bits);
+  memcpy(&bits, &u, sizeof bits);
   const int32_t exponent = static_cast<int32_t>(bits - 0x3F3504F3u) >> 23;
   bits -= static_cast<uint32_t>(exponent) << 23;
   float mantissa;
-  std::memcpy(&mantissa, &bits, sizeof mantissa);
+  memcpy(&mantissa, &bits, sizeof mantissa);
   const float f = mantissa - 1.0f, square = f * f, e = static_cast<float>(exponent);
   float p = 7.0376836292e-2f;
   p = p * f - 1.1514610310e-1f;
@@ -86,10 +86,14 @@ NP_HD void box_muller(uint32_t a, uint32_t b, float& first, float& second) {
   second *= radius;
 }
 
+NP_HD Uint4 counter_words(uint64_t counter) {
+  return {static_cast<uint32_t>(counter), static_cast<uint32_t>(counter >> 32), 0u, 0u};
+}
+
 // The four standard normals of one counter.
 NP_HD Float4 normal4(uint64_t seed, uint64_t counter) {
-  const Uint4 words = philox4x32({static_cast<uint32_t>(counter), static_cast<uint32_t>(counter >> 32), 0u, 0u},
-                                 static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+  const Uint4 words = philox4x32(counter_words(counter), static_cast<uint32_t>(seed),
+                                 static_cast<uint32_t>(seed >> 32));
   Float4 normals;
   box_muller(words.x, words.y, normals.x, normals.y);
   box_muller(words.z, words.w, normals.z, normals.w);

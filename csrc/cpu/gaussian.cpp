@@ -1,168 +1,144 @@
-// Sampling and log-density of the Gaussian policy, portable loops. Row sums are kept in double.
-#include <algorithm>
-#include <vector>
+// Sampling, log-density, the PPO loss and their gradients: blocks over threads, then sums in a fixed order.
+#include <cmath>
+#include <stdexcept>
+#include <string>
 
-#include "../gaussian_math.h"
 #include "kernels.h"
+#include "rows.h"
 
 namespace noisepolicy::cpu {
-namespace {
 
-// Writes the standard normals of one row. The last quad may be cut.
-void fill_noise(uint64_t seed, uint64_t first_counter, int64_t size, float* out) {
-  for (int64_t begin = 0; begin < size; begin += 4) {
-    const Float4 normals = normal4(seed, first_counter + static_cast<uint64_t>(begin / 4));
-    const float values[4] = {normals.x, normals.y, normals.z, normals.w};
-    std::copy(values, values + std::min<int64_t>(4, size - begin), out + begin);
-  }
-}
-
-uint64_t row_counter(uint64_t offset, int64_t row, int64_t size) {
-  return offset + static_cast<uint64_t>(row) * static_cast<uint64_t>((size + 3) / 4);
-}
-
-// Turns a row of noise into a row of the policy's samples in place and returns its log-density.
-template <typename T>
-double shift_and_scale(const Gaussian& policy, int64_t row, float* values) {
-  const T* mean = static_cast<const T*>(policy.mean) + row * policy.size;
-  const T* log_std = static_cast<const T*>(policy.log_std) + row * policy.log_std_size;
-  const int64_t run = policy.size / std::max<int64_t>(policy.log_std_size, 1);
-  double total = 0.0;
-  for (int64_t group = 0; group < policy.log_std_size; ++group) {
-    const float group_log_std = to_float(log_std[group]), std = expf(group_log_std);
-    for (int64_t d = group * run; d < (group + 1) * run; ++d) {
-      total += log_density(values[d], group_log_std);
-      values[d] = to_float(mean[d]) + std * values[d];
-    }
-  }
-  return total;
-}
-
-// out[o, j, i] = sum_k matrix(j, k) in[o, k, i]: one axis of a separable transform.
-// Analysis takes matrix = basis (bands, extent), synthesis its transpose.
-void transform_axis(const float* in, int64_t outer, int64_t in_size, int64_t inner, const float* basis,
-                    int64_t out_size, bool is_synthesis, float* out) {
-  std::fill(out, out + outer * out_size * inner, 0.0f);
-  for (int64_t o = 0; o < outer; ++o) {
-    for (int64_t j = 0; j < out_size; ++j) {
-      float* target = out + (o * out_size + j) * inner;
-      for (int64_t k = 0; k < in_size; ++k) {
-        const float weight = is_synthesis ? basis[k * out_size + j] : basis[j * in_size + k];
-        const float* source = in + (o * in_size + k) * inner;
-        for (int64_t i = 0; i < inner; ++i) target[i] += weight * source[i];
+void check_log_std(const Gaussian& policy, const float* log_prob) {
+  const StoredArray log_std(policy.log_std, policy.storage);
+  for (int64_t row = 0; row < policy.batch; ++row) {
+    if (!std::isnan(log_prob[row])) continue;
+    for (int64_t i = row * policy.log_std_size; i < (row + 1) * policy.log_std_size; ++i) {
+      if (std::isnan(log_std.at(i))) {
+        throw std::invalid_argument("log_std must not hold NaN, found in row " + std::to_string(row));
       }
     }
   }
 }
 
-// The low-band transform of one channel, with its workspace.
-class ChannelTransform {
- public:
-  explicit ChannelTransform(const Spectrum& spectrum)
-      : s_(spectrum),
-        first_(s_.extent[0] * s_.extent[1] * s_.extent[2]),
-        second_(first_.size()) {}
-
-  void analyse(const float* channel, float* coefficients) {
-    const int64_t *n = s_.extent, *b = s_.bands;
-    transform_axis(channel, n[0] * n[1], n[2], 1, s_.basis[2], b[2], false, first_.data());
-    transform_axis(first_.data(), n[0], n[1], b[2], s_.basis[1], b[1], false, second_.data());
-    transform_axis(second_.data(), 1, n[0], b[1] * b[2], s_.basis[0], b[0], false, coefficients);
-  }
-
-  void add_synthesis(const float* coefficients, float* channel) {
-    const int64_t *n = s_.extent, *b = s_.bands;
-    transform_axis(coefficients, 1, b[0], b[1] * b[2], s_.basis[0], n[0], true, first_.data());
-    transform_axis(first_.data(), n[0], b[1], b[2], s_.basis[1], n[1], true, second_.data());
-    transform_axis(second_.data(), n[0] * n[1], b[2], 1, s_.basis[2], n[2], true, first_.data());
-    for (size_t i = 0; i < first_.size(); ++i) channel[i] += first_[i];
-  }
-
- private:
-  const Spectrum& s_;
-  std::vector<float> first_, second_;
-};
-
-}  // namespace
-
-void gaussian_sample(const Gaussian& policy, uint64_t seed, uint64_t offset, float* latents, float* log_prob) {
-  dispatch_storage(policy.storage, [&](auto* type) {
-    using T = std::remove_cv_t<std::remove_pointer_t<decltype(type)>>;
-    for (int64_t row = 0; row < policy.batch; ++row) {
-      float* values = latents + row * policy.size;
-      fill_noise(seed, row_counter(offset, row, policy.size), policy.size, values);
-      log_prob[row] = static_cast<float>(shift_and_scale<T>(policy, row, values));
+void gaussian_sample(const Gaussian& policy, uint64_t seed, uint64_t offset, int num_threads, float* latents,
+                     float* log_prob) {
+  const BlockKernels& kernels = block_kernels();
+  const Rows rows(policy);
+  const int64_t per_row = rows.blocks_in_row();
+  const uint64_t row_counters = static_cast<uint64_t>((policy.size + 3) / 4);
+  std::vector<double> partial(policy.batch * per_row);
+  parallel_for(policy.batch * per_row, rows.grain(), num_threads, [&](int64_t begin, int64_t end) {
+    float mean[kBlock], log_std[kBlock], noise[kBlock + kNoisePadding];
+    for (int64_t number = begin; number < end; ++number) {
+      const Rows::Block block = rows.block(number);
+      // A run may begin inside a counter's four.
+      const int64_t skipped = block.begin % 4;
+      const uint64_t counter = offset + static_cast<uint64_t>(block.row) * row_counters + block.begin / 4;
+      kernels.normals(seed, counter, skipped + block.count, noise);
+      partial[number] = kernels.shift_and_scale(rows.view(block, mean, log_std), noise + skipped,
+                                                latents + block.row * policy.size + block.begin);
     }
   });
+  for (int64_t row = 0; row < policy.batch; ++row) {
+    double total = 0.0;
+    for (int64_t i = row * per_row; i < (row + 1) * per_row; ++i) total += partial[i];
+    log_prob[row] = static_cast<float>(total);
+  }
+  check_log_std(policy, log_prob);
 }
 
-void spectral_sample(const Gaussian& policy, const Spectrum& spectrum, uint64_t seed, uint64_t offset, float* latents,
-                     float* coefficients, float* log_prob) {
-  const int64_t channel_size = spectrum.extent[0] * spectrum.extent[1] * spectrum.extent[2];
-  const int64_t row_size = spectrum.channels * channel_size;
-  const int64_t band_size = spectrum.bands[0] * spectrum.bands[1] * spectrum.bands[2];
-  ChannelTransform transform(spectrum);
-  std::vector<float> difference(policy.size);
-  dispatch_storage(policy.storage, [&](auto* type) {
-    using T = std::remove_cv_t<std::remove_pointer_t<decltype(type)>>;
-    for (int64_t row = 0; row < policy.batch; ++row) {
-      float* values = latents + row * row_size;
-      float* action = coefficients + row * policy.size;
-      fill_noise(seed, row_counter(offset, row, row_size), row_size, values);
-      for (int64_t c = 0; c < spectrum.channels; ++c) {
-        transform.analyse(values + c * channel_size, action + c * band_size);
-      }
-      std::copy(action, action + policy.size, difference.begin());
-      log_prob[row] = static_cast<float>(shift_and_scale<T>(policy, row, action));
-      // What is added is action - noise: exactly zero where the policy is the prior, so the latents keep their bits.
-      for (int64_t k = 0; k < policy.size; ++k) difference[k] = action[k] - difference[k];
-      for (int64_t c = 0; c < spectrum.channels; ++c) {
-        transform.add_synthesis(difference.data() + c * band_size, values + c * channel_size);
-      }
+void gaussian_log_prob(const Gaussian& policy, const float* latents, int num_threads, float* log_prob) {
+  const BlockKernels& kernels = block_kernels();
+  const Rows rows(policy);
+  const int64_t per_row = rows.blocks_in_row();
+  std::vector<double> partial(policy.batch * per_row);
+  parallel_for(policy.batch * per_row, rows.grain(), num_threads, [&](int64_t begin, int64_t end) {
+    float mean[kBlock], log_std[kBlock];
+    for (int64_t number = begin; number < end; ++number) {
+      const Rows::Block block = rows.block(number);
+      partial[number] =
+          kernels.log_prob(rows.view(block, mean, log_std), latents + block.row * policy.size + block.begin);
     }
   });
+  for (int64_t row = 0; row < policy.batch; ++row) {
+    double total = 0.0;
+    for (int64_t i = row * per_row; i < (row + 1) * per_row; ++i) total += partial[i];
+    log_prob[row] = static_cast<float>(total);
+  }
+  check_log_std(policy, log_prob);
 }
 
-void gaussian_log_prob(const Gaussian& policy, const float* latents, float* log_prob) {
-  dispatch_storage(policy.storage, [&](auto* type) {
-    using T = std::remove_cv_t<std::remove_pointer_t<decltype(type)>>;
-    const T* mean = static_cast<const T*>(policy.mean);
-    const T* log_std = static_cast<const T*>(policy.log_std);
-    const int64_t run = policy.size / std::max<int64_t>(policy.log_std_size, 1);
-    for (int64_t row = 0; row < policy.batch; ++row) {
-      double total = 0.0;
-      for (int64_t d = 0; d < policy.size; ++d) {
-        const int64_t i = row * policy.size + d;
-        const float group_log_std = to_float(log_std[row * policy.log_std_size + d / run]);
-        total += log_density(standardize(latents[i], to_float(mean[i]), group_log_std), group_log_std);
-      }
-      log_prob[row] = static_cast<float>(total);
+void ppo_clip_loss(const Gaussian& policy, const float* latents, const float* old_log_prob, const float* advantages,
+                   float clip_range, float kl_coef, int num_threads, const PpoForward& out) {
+  const BlockKernels& kernels = block_kernels();
+  const Rows rows(policy);
+  const int64_t per_row = rows.blocks_in_row();
+  std::vector<BlockTerms> partial(policy.batch * per_row);
+  parallel_for(policy.batch * per_row, rows.grain(), num_threads, [&](int64_t begin, int64_t end) {
+    float mean[kBlock], log_std[kBlock];
+    for (int64_t number = begin; number < end; ++number) {
+      const Rows::Block block = rows.block(number);
+      partial[number] =
+          kernels.terms(rows.view(block, mean, log_std), latents + block.row * policy.size + block.begin);
     }
   });
+  const double divisor = static_cast<double>(std::max<int64_t>(policy.batch, 1));
+  double loss = 0.0, approx_kl = 0.0, num_clipped = 0.0;
+  for (int64_t row = 0; row < policy.batch; ++row) {
+    BlockTerms total{0.0, 0.0};
+    for (int64_t i = row * per_row; i < (row + 1) * per_row; ++i) {
+      total.log_prob += partial[i].log_prob;
+      total.kl_to_prior += partial[i].kl_to_prior;
+    }
+    out.log_prob[row] = static_cast<float>(total.log_prob);
+    out.kl_to_prior[row] = static_cast<float>(total.kl_to_prior);
+    const float log_ratio = out.log_prob[row] - old_log_prob[row], ratio = expf(log_ratio), advantage = advantages[row];
+    const float clipped_ratio = std::min(std::max(ratio, 1.0f - clip_range), 1.0f + clip_range);
+    const float unclipped = ratio * advantage, clipped = clipped_ratio * advantage;
+    out.ratio[row] = ratio;
+    // Where the clipped branch is the smaller one the ratio has no gradient.
+    out.grad_log_prob[row] = unclipped <= clipped ? -unclipped / static_cast<float>(policy.batch) : 0.0f;
+    loss += static_cast<double>(kl_coef * out.kl_to_prior[row] - std::min(unclipped, clipped));
+    approx_kl += static_cast<double>(ratio - 1.0f - log_ratio);
+    num_clipped += std::abs(ratio - 1.0f) > clip_range;
+  }
+  out.totals[0] = static_cast<float>(loss / divisor);
+  out.totals[1] = static_cast<float>(approx_kl / divisor);
+  out.totals[2] = static_cast<float>(num_clipped / divisor);
+  check_log_std(policy, out.log_prob);
 }
 
-void gaussian_log_prob_backward(const Gaussian& policy, const float* latents, const float* grad_output,
-                                float* grad_latents, float* grad_mean, float* grad_log_std) {
-  dispatch_storage(policy.storage, [&](auto* type) {
-    using T = std::remove_cv_t<std::remove_pointer_t<decltype(type)>>;
-    const T* mean = static_cast<const T*>(policy.mean);
-    const T* log_std = static_cast<const T*>(policy.log_std);
-    const int64_t run = policy.size / std::max<int64_t>(policy.log_std_size, 1);
-    for (int64_t row = 0; row < policy.batch; ++row) {
-      for (int64_t group = 0; group < policy.log_std_size; ++group) {
-        const float group_log_std = to_float(log_std[row * policy.log_std_size + group]);
-        double total = 0.0;
-        for (int64_t i = row * policy.size + group * run, end = i + run; i < end; ++i) {
-          const float noise = standardize(latents[i], to_float(mean[i]), group_log_std);
-          const float grad = grad_output[row] * log_density_grad_mean(noise, group_log_std);
-          total += log_density_grad_log_std(noise);
-          if (grad_mean) grad_mean[i] = grad;
-          if (grad_latents) grad_latents[i] = -grad;
-        }
-        if (grad_log_std) grad_log_std[row * policy.log_std_size + group] = static_cast<float>(grad_output[row] * total);
+void gaussian_backward(const Gaussian& policy, const float* latents, const float* grad_log_prob, const float* grad_kl,
+                       int num_threads, const GaussianGradients& out) {
+  const BlockKernels& kernels = block_kernels();
+  const Rows rows(policy);
+  const StoredOutput grad_mean(out.mean, policy.storage), grad_log_std(out.log_std, policy.storage);
+  const int64_t num_blocks = policy.batch * rows.blocks_in_row();
+  std::vector<double> partial(rows.is_shared() ? num_blocks : 0);
+  parallel_for(num_blocks, rows.grain(), num_threads, [&](int64_t begin, int64_t end) {
+    float mean[kBlock], log_std[kBlock], mean_result[kBlock], log_std_result[kBlock];
+    for (int64_t number = begin; number < end; ++number) {
+      const Rows::Block block = rows.block(number);
+      const int64_t first = block.row * policy.size + block.begin;
+      const BlockGradients gradients{grad_mean.target(first, mean_result),
+                                     rows.is_shared() ? nullptr : grad_log_std.target(first, log_std_result),
+                                     out.latents ? out.latents + first : nullptr};
+      const double total = kernels.backward(rows.view(block, mean, log_std), latents + first,
+                                            grad_log_prob[block.row], grad_kl[block.row], gradients);
+      grad_mean.commit(first, block.count, gradients.mean);
+      if (rows.is_shared()) {
+        partial[number] = total;
+      } else {
+        grad_log_std.commit(first, block.count, gradients.log_std);
       }
     }
   });
+  if (!rows.is_shared()) return;
+  for (int64_t run = 0; run < policy.batch * policy.log_std_size; ++run) {
+    double total = 0.0;
+    for (int64_t i = 0; i < rows.blocks_in_run(); ++i) total += partial[run * rows.blocks_in_run() + i];
+    grad_log_std.put(run, static_cast<float>(total));
+  }
 }
 
 }  // namespace noisepolicy::cpu

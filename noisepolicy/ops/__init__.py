@@ -3,7 +3,7 @@
 from noisepolicy.ops.dispatch import available_backends
 from noisepolicy.ops.gaussian import gaussian_kl, gaussian_log_prob, gaussian_sample, num_counters, spectral_sample
 from noisepolicy.ops.layout import dct_basis
-from noisepolicy.ops.ppo import PpoStats, ppo_clip_loss
+from noisepolicy.ops.ppo import PpoStats, ppo_clip_loss, ppo_ratio
 
 __all__ = [
     "PpoStats",
@@ -14,5 +14,6 @@ __all__ = [
     "gaussian_sample",
     "num_counters",
     "ppo_clip_loss",
+    "ppo_ratio",
     "spectral_sample",
 ]

@@ -1,18 +1,20 @@
 """Which code runs an op: chosen by this call's tensors and its `backend`, never by the process.
 
 `"auto"` takes the first backend of the tensor's device that is available; the environment variable
-NOISEPOLICY_BACKEND replaces `"auto"`. A backend asked for by name runs or raises; it is never replaced.
+NOISEPOLICY_BACKEND, read at the first call, replaces `"auto"`. A backend asked for by name runs or raises; it is never
+replaced.
 """
 
+import functools
 import os
 from types import ModuleType
 
 import torch
 
-from noisepolicy.ops import native, reference
+from noisepolicy.ops import cuda, native, reference, triton_backend
 
-_BACKENDS: dict[str, ModuleType] = {"cpp": native, "torch": reference}
-_PREFERENCE = {"cpu": ("cpp", "torch")}
+_BACKENDS: dict[str, ModuleType] = {"cpp": native, "cuda": cuda, "triton": triton_backend, "torch": reference}
+_PREFERENCE = {"cpu": ("cpp", "torch"), "cuda": ("cuda", "triton", "torch")}
 
 
 def available_backends() -> dict[str, str | None]:
@@ -27,16 +29,21 @@ def resolve(backend: str, tensor: torch.Tensor) -> ModuleType:
         ValueError: if there is no backend of that name.
         RuntimeError: if the backend cannot run here, or not on the tensor's device.
     """
+    return choose(backend, tensor.device.type)
+
+
+@functools.cache  # looked up once: finding out costs more than a small op
+def choose(backend: str, device_type: str) -> ModuleType:
     if backend == "auto":
         backend = os.environ.get("NOISEPOLICY_BACKEND", "auto")
     if backend == "auto":
-        names = _PREFERENCE.get(tensor.device.type, ("torch",))
+        names = _PREFERENCE.get(device_type, ("torch",))
         backend = next(name for name in names if _BACKENDS[name].unavailable_reason() is None)
     if backend not in _BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; choose from {['auto', *_BACKENDS]}")
     module = _BACKENDS[backend]
     if reason := module.unavailable_reason():
         raise RuntimeError(f"backend {backend!r} is not available: {reason}")
-    if module.DEVICES is not None and tensor.device.type not in module.DEVICES:
-        raise RuntimeError(f"backend {backend!r} runs on {module.DEVICES}, but the tensor is on {tensor.device}")
+    if module.DEVICES is not None and device_type not in module.DEVICES:
+        raise RuntimeError(f"backend {backend!r} runs on {module.DEVICES}, but the tensor is on {device_type}")
     return module

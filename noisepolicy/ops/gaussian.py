@@ -13,11 +13,11 @@ import math
 
 import torch
 
+from noisepolicy.ops import library
 from noisepolicy.ops.dispatch import resolve
-from noisepolicy.ops.layout import check_counter, check_fp32, make_spectrum, policy_rows
+from noisepolicy.ops.layout import check_counter, check_fp32, make_spectrum, needs_gradient, policy_rows
 
 
-@torch.no_grad()
 def gaussian_sample(
     mean: torch.Tensor, log_std: torch.Tensor, *, seed: int, offset: int = 0, backend: str = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -28,23 +28,26 @@ def gaussian_sample(
         log_std: the same dtype, of a shape that broadcasts to `mean`'s.
         seed: 64-bit key of the generator.
         offset: first counter; a batch uses `batch * ceil(D / 4)` of them.
-        backend: `"auto"`, `"cpp"` or `"torch"`.
+        backend: `"auto"`, or one of `available_backends()`: `"cpp"`, `"cuda"`, `"triton"`, `"torch"`.
 
     Returns:
         latents: float32, shaped as `mean`.
         log_prob: float32 `(batch,)`, summed over a row's elements.
 
     Raises:
-        ValueError: for shapes, dtypes, devices or counters that do not fit.
+        ValueError: for shapes, dtypes, devices or counters that do not fit, or NaN in `log_std` (on a GPU, where the
+            check would stall the stream, NaN reaches `log_prob` instead).
         RuntimeError: if the named backend cannot run here.
     """
     check_counter(seed, offset)
-    module = resolve(backend, mean)
-    latents, log_prob = module.gaussian_sample(*policy_rows(mean, log_std), seed, offset)
-    return latents.reshape(mean.shape), log_prob
+    mean, log_std = policy_rows(mean, log_std)
+    if torch.compiler.is_compiling():
+        return library.gaussian_sample(
+            mean.detach(), log_std.detach(), library.to_int64(seed), library.to_int64(offset), backend
+        )
+    return resolve(backend, mean).gaussian_sample(mean, log_std, seed, offset)
 
 
-@torch.no_grad()
 def spectral_sample(
     mean: torch.Tensor,
     log_std: torch.Tensor,
@@ -77,9 +80,17 @@ def spectral_sample(
     """
     check_counter(seed, offset)
     spectrum = make_spectrum(tuple(mean.shape[1:]), tuple(latent_shape))
-    module = resolve(backend, mean)
-    latents, coefficients, log_prob = module.spectral_sample(*policy_rows(mean, log_std), spectrum, seed, offset)
-    return latents.reshape(-1, *latent_shape), coefficients.reshape(mean.shape), log_prob
+    mean, log_std = policy_rows(mean, log_std)
+    if torch.compiler.is_compiling():
+        latents, coefficients, log_prob = library.spectral_sample(
+            mean.detach(), log_std.detach(), list(spectrum.extent), list(spectrum.bands),
+            library.to_int64(seed), library.to_int64(offset), backend,
+        )  # fmt: skip
+    else:
+        latents, coefficients, log_prob = resolve(backend, mean).spectral_sample(
+            mean, log_std, spectrum, seed, offset
+        )
+    return latents.reshape(-1, *latent_shape), coefficients, log_prob
 
 
 def gaussian_log_prob(
@@ -98,25 +109,13 @@ def gaussian_log_prob(
         ValueError: for shapes, dtypes or devices that do not fit.
         RuntimeError: if the named backend cannot run here.
     """
-    mean_rows, log_std_rows = policy_rows(mean, log_std)
     latents = check_fp32("latents", latents, tuple(mean.shape), mean.device)
-    module = resolve(backend, mean)
-    return _GaussianLogProb.apply(module, latents.reshape(mean_rows.shape), mean_rows, log_std_rows)
-
-
-class _GaussianLogProb(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, module, latents, mean, log_std):
-        ctx.module = module
-        ctx.save_for_backward(latents, mean, log_std)
-        return module.gaussian_log_prob(latents, mean, log_std)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_output):
-        saved = ctx.saved_tensors
-        grads = ctx.module.gaussian_log_prob_backward(*saved, grad_output.contiguous())
-        return None, *(grad.to(tensor.dtype) for grad, tensor in zip(grads, saved, strict=True))
+    mean, log_std = policy_rows(mean, log_std)
+    if torch.compiler.is_compiling():
+        return library.gaussian_log_prob(latents, mean, log_std, backend)
+    if needs_gradient(latents, mean, log_std):
+        return library.EagerLogProb.apply(latents, mean, log_std, backend)
+    return resolve(backend, mean).gaussian_log_prob(latents, mean, log_std)
 
 
 def gaussian_kl(

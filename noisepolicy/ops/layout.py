@@ -19,27 +19,27 @@ class Spectrum:
     bands: tuple[int, int, int]
 
 
-class PpoRows(NamedTuple):
-    """What a backend's `ppo_clip_loss` returns; `(batch,)` but for the gradients of the loss."""
+class PpoForward(NamedTuple):
+    """What a backend's `ppo_clip_loss` returns, all float32."""
 
+    totals: torch.Tensor
+    """`(3,)`: the loss, approx_kl, clip_fraction."""
     log_prob: torch.Tensor
+    """`(batch,)`, as are the rest."""
     ratio: torch.Tensor
     kl_to_prior: torch.Tensor
-    objective: torch.Tensor
-    grad_mean: torch.Tensor
-    grad_log_std: torch.Tensor
+    grad_log_prob: torch.Tensor
+    """d loss / d log_prob."""
 
 
 def policy_rows(mean: torch.Tensor, log_std: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`mean` as `(batch, size)` and `log_std` as `(batch, groups)`, dense, differentiably.
+    """`mean` dense as it is, and `log_std` dense with one value for each run of a row's elements, differentiably.
 
     A `log_std` that is constant over trailing dimensions (per channel, per row) is not expanded.
 
     Raises:
         ValueError: for shapes that do not broadcast, differing devices or dtypes, or a dtype that is not stored.
     """
-    if mean.ndim < 2:
-        raise ValueError(f"mean must be (batch, ...) with at least 2 dimensions, got shape {tuple(mean.shape)}")
     if mean.dtype not in STORAGE_DTYPES:
         raise ValueError(f"mean must be one of {STORAGE_DTYPES}, got {mean.dtype}")
     if log_std.dtype != mean.dtype or log_std.device != mean.device:
@@ -47,17 +47,27 @@ def policy_rows(mean: torch.Tensor, log_std: torch.Tensor) -> tuple[torch.Tensor
             f"log_std must have mean's dtype and device ({mean.dtype}, {mean.device}), "
             f"got {log_std.dtype}, {log_std.device}"
         )
-    shape = tuple(log_std.shape)
-    if log_std.ndim > mean.ndim or any(
-        n not in (1, m) for n, m in zip(reversed(shape), reversed(mean.shape), strict=False)
-    ):
-        raise ValueError(f"log_std of shape {shape} does not broadcast to mean's {tuple(mean.shape)}")
-    padded = (1,) * (mean.ndim - log_std.ndim) + shape
-    num_leading = max((axis + 1 for axis in range(1, mean.ndim) if padded[axis] != 1), default=1)
-    groups = mean.shape[:num_leading]
-    batch, size = mean.shape[0], math.prod(mean.shape[1:])
-    leading = log_std.reshape(padded[:num_leading]).expand(groups)
-    return mean.reshape(batch, size).contiguous(), leading.reshape(batch, math.prod(groups[1:])).contiguous()
+    if mean.ndim < 2:
+        raise ValueError(f"mean must be (batch, ...) with at least 2 dimensions, got shape {tuple(mean.shape)}")
+    if log_std.shape != mean.shape:
+        log_std = _leading(tuple(mean.shape), log_std)
+    return mean.contiguous(), log_std.contiguous()
+
+
+def _leading(shape: tuple[int, ...], log_std: torch.Tensor) -> torch.Tensor:
+    """`log_std` broadcast to the leading dimensions of `shape` that it varies over."""
+    ours = tuple(log_std.shape)
+    if len(ours) > len(shape) or any(n not in (1, m) for n, m in zip(reversed(ours), reversed(shape), strict=False)):
+        raise ValueError(f"log_std of shape {ours} does not broadcast to mean's {shape}")
+    padded = (1,) * (len(shape) - len(ours)) + ours
+    num_leading = max([1, *(axis + 1 for axis in range(1, len(shape)) if padded[axis] != 1)])
+    return log_std.reshape(padded[:num_leading]).expand(shape[:num_leading])
+
+
+def row_sizes(mean: torch.Tensor, log_std: torch.Tensor) -> tuple[int, int, int]:
+    """Rows, elements of a row and log-stds of a row, of what `policy_rows` returned. Sizes are 0 in an empty batch."""
+    batch = mean.shape[0]
+    return (batch, mean.numel() // batch, log_std.numel() // batch) if batch else (0, 0, 0)
 
 
 def check_fp32(name: str, tensor: torch.Tensor, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
@@ -68,6 +78,10 @@ def check_fp32(name: str, tensor: torch.Tensor, shape: tuple[int, ...], device: 
             f"got {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}"
         )
     return tensor.contiguous()
+
+
+def needs_gradient(*tensors: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def check_counter(seed: int, offset: int) -> None:

@@ -11,8 +11,10 @@ from typing import NamedTuple
 
 import torch
 
+from noisepolicy.ops import library
 from noisepolicy.ops.dispatch import resolve
-from noisepolicy.ops.layout import check_fp32, policy_rows
+from noisepolicy.ops.gaussian import gaussian_log_prob
+from noisepolicy.ops.layout import check_fp32, needs_gradient, policy_rows
 
 
 class PpoStats(NamedTuple):
@@ -41,7 +43,7 @@ def ppo_clip_loss(
     kl_coef: float = 0.0,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, PpoStats]:
-    """The loss above, differentiable in `mean` and `log_std`; the gradients are computed with it, in one call.
+    """The loss above, differentiable in `mean` and `log_std`: a row reduction forward, one pass backward.
 
     Args:
         latents: the action taken (latents or coefficients), float32, shaped as `mean`.
@@ -51,7 +53,7 @@ def ppo_clip_loss(
         advantages: float32 `(batch,)`.
         clip_range: how far the ratio may leave 1 before its gradient stops; positive.
         kl_coef: loss per nat of KL to the prior.
-        backend: `"auto"`, `"cpp"` or `"torch"`.
+        backend: as in `gaussian_sample`.
 
     Returns:
         The scalar loss (0 for an empty batch) and `PpoStats`.
@@ -62,38 +64,32 @@ def ppo_clip_loss(
     """
     if not clip_range > 0:
         raise ValueError(f"clip_range must be positive, got {clip_range!r}")
-    mean_rows, log_std_rows = policy_rows(mean, log_std)
     latents = check_fp32("latents", latents, tuple(mean.shape), mean.device)
     batch = (mean.shape[0],)
     old_log_prob = check_fp32("old_log_prob", old_log_prob, batch, mean.device)
     advantages = check_fp32("advantages", advantages, batch, mean.device)
-    module = resolve(backend, mean)
-    loss, *rows = _PpoClipLoss.apply(
-        module, latents.reshape(mean_rows.shape), mean_rows, log_std_rows, old_log_prob, advantages,
-        float(clip_range), float(kl_coef),
-    )  # fmt: skip
-    log_prob, ratio, kl_to_prior = rows
-    divisor = max(batch[0], 1)
-    return loss, PpoStats(
-        log_prob=log_prob,
-        ratio=ratio,
-        kl_to_prior=kl_to_prior,
-        approx_kl=(ratio - 1 - (log_prob - old_log_prob)).sum() / divisor,
-        clip_fraction=((ratio - 1).abs() > clip_range).sum() / divisor,
-    )
+    mean, log_std = policy_rows(mean, log_std)
+    arguments = (latents, mean, log_std, old_log_prob, advantages, float(clip_range), float(kl_coef))
+    if torch.compiler.is_compiling():
+        totals, log_prob, ratio, kl_to_prior, _ = library.ppo_clip_loss(*arguments, backend)
+        loss, approx_kl, clip_fraction = totals.unbind()
+    else:
+        totals, log_prob, ratio, kl_to_prior, grad = resolve(backend, mean).ppo_clip_loss(*arguments)
+        loss, approx_kl, clip_fraction = totals.unbind()
+        if needs_gradient(mean, log_std):
+            loss = library.EagerPpoGradient.apply(loss, latents, mean, log_std, grad, float(kl_coef), backend)
+    rows = (log_prob, ratio, kl_to_prior, approx_kl, clip_fraction)
+    return loss, PpoStats(*(row.detach() for row in rows))
 
 
-class _PpoClipLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, module, latents, mean, log_std, old_log_prob, advantages, clip_range, kl_coef):
-        rows = module.ppo_clip_loss(latents, mean, log_std, old_log_prob, advantages, clip_range, kl_coef)
-        ctx.save_for_backward(rows.grad_mean.to(mean.dtype), rows.grad_log_std.to(log_std.dtype))
-        ctx.mark_non_differentiable(rows.log_prob, rows.ratio, rows.kl_to_prior)
-        loss = (kl_coef * rows.kl_to_prior - rows.objective).sum() / max(mean.shape[0], 1)
-        return loss, rows.log_prob, rows.ratio, rows.kl_to_prior
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_loss, *_):
-        grad_mean, grad_log_std = ctx.saved_tensors
-        return None, None, grad_loss * grad_mean, grad_loss * grad_log_std, None, None, None, None
+def ppo_ratio(
+    latents: torch.Tensor,
+    mean: torch.Tensor,
+    log_std: torch.Tensor,
+    old_log_prob: torch.Tensor,
+    *,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """`exp(log_prob - old_log_prob)`, float32 `(batch,)`, differentiable; arguments as in `ppo_clip_loss`."""
+    old_log_prob = check_fp32("old_log_prob", old_log_prob, (mean.shape[0],), mean.device)
+    return (gaussian_log_prob(latents, mean, log_std, backend=backend) - old_log_prob).exp()

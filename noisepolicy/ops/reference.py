@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from noisepolicy.ops.layout import PpoRows, Spectrum, dct_basis
+from noisepolicy.ops.layout import PpoForward, Spectrum, dct_basis
 
 DEVICES = None  # any
 
@@ -51,58 +51,90 @@ def standard_normal(batch: int, size: int, seed: int, offset: int, device: torch
     return torch.stack(normals, 1).reshape(batch, num_quads * 4)[:, :size].float()
 
 
-def _expand(log_std: torch.Tensor, size: int) -> torch.Tensor:
-    repeats = size // max(log_std.shape[1], 1)
-    return log_std.float().repeat_interleave(repeats, dim=1)
-
-
+@torch.no_grad()
 def gaussian_sample(mean, log_std, seed, offset):
-    noise = standard_normal(*mean.shape, seed, offset, mean.device)
-    return _shift_and_scale(noise, mean, log_std)
+    noise = standard_normal(mean.shape[0], _row_size(mean), seed, offset, mean.device)
+    return _shift_and_scale(noise.reshape(mean.shape), mean, log_std)
+
+
+@torch.no_grad()
+def spectral_sample(mean, log_std, spectrum: Spectrum, seed, offset):
+    shape = (mean.shape[0], spectrum.channels, *spectrum.extent)
+    white = standard_normal(shape[0], math.prod(shape[1:]), seed, offset, mean.device).reshape(shape)
+    basis = [dct_basis(b, n, mean.device) for b, n in zip(spectrum.bands, spectrum.extent, strict=True)]
+    low_band = torch.einsum("bcfyx,tf,vy,ux->bctvu", white, *basis).reshape(mean.shape)
+    coefficients, log_prob = _shift_and_scale(low_band, mean, log_std)
+    shift = (coefficients - low_band).reshape(shape[0], spectrum.channels, *spectrum.bands)
+    latents = white + torch.einsum("bctvu,tf,vy,ux->bcfyx", shift, *basis)
+    return latents, coefficients, log_prob
+
+
+@torch.no_grad()
+def gaussian_log_prob(latents, mean, log_std):
+    log_std = _expand(log_std, mean)
+    noise = (latents - mean.float()) * (-log_std).exp()
+    return _row_sum(-0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi))
+
+
+@torch.no_grad()
+def ppo_clip_loss(latents, mean, log_std, old_log_prob, advantages, clip_range, kl_coef):
+    log_prob = gaussian_log_prob(latents, mean, log_std)
+    kl_to_prior = _row_sum(_kl_to_prior(mean.float(), _expand(log_std, mean)))
+    ratio = (log_prob - old_log_prob).exp()
+    unclipped, clipped = ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages
+    divisor = max(mean.shape[0], 1)
+    totals = [
+        (kl_coef * kl_to_prior - torch.minimum(unclipped, clipped)).sum(),
+        (ratio - 1 - (log_prob - old_log_prob)).sum(),
+        ((ratio - 1).abs() > clip_range).sum(),
+    ]
+    # Where the clipped branch is the smaller one the ratio has no gradient.
+    grad_log_prob = torch.where(unclipped <= clipped, -unclipped / divisor, 0.0)
+    return PpoForward(torch.stack(totals) / divisor, log_prob, ratio, kl_to_prior, grad_log_prob)
+
+
+@torch.no_grad()
+def gaussian_backward(latents, mean, log_std, grad_log_prob, grad_kl, needs_latents):
+    """Gradients of `sum(grad_log_prob * log_prob + grad_kl * kl_to_prior)`, weights `(batch,)`.
+
+    Returns:
+        With respect to mean and log_std, in their dtype and shape; to latents, float32, or None.
+    """
+    wide_log_std = _expand(log_std, mean)
+    noise = (latents - mean.float()) * (-wide_log_std).exp()
+    column = (-1,) + (1,) * (mean.ndim - 1)
+    grad_log_prob, grad_kl = grad_log_prob.reshape(column), grad_kl.reshape(column)
+    of_value = grad_log_prob * noise * (-wide_log_std).exp()
+    grad_mean = of_value + grad_kl * mean.float()
+    grad_log_std = grad_log_prob * (noise**2 - 1) + grad_kl * ((2 * wide_log_std).exp() - 1)
+    runs = grad_log_std.reshape(log_std.numel(), -1) if len(mean) else grad_log_std.reshape(0, 1)
+    grad_log_std = runs.double().sum(1).reshape(log_std.shape)
+    return grad_mean.to(mean.dtype), grad_log_std.to(log_std.dtype), -of_value if needs_latents else None
+
+
+def _row_size(tensor):
+    return math.prod(tensor.shape[1:])
+
+
+def _expand(log_std, mean):
+    """Checked, float32 and shaped as `mean`."""
+    if log_std.device.type == "cpu" and log_std.isnan().any():
+        raise ValueError("log_std must not hold NaN")
+    if not len(mean):
+        return mean.float()
+    repeats = mean.numel() // log_std.numel()
+    return log_std.float().flatten().repeat_interleave(repeats).reshape(mean.shape)
+
+
+def _row_sum(values):
+    return values.flatten(1).double().sum(1).float()
+
+
+def _kl_to_prior(mean, log_std):
+    return 0.5 * (mean**2 + (2 * log_std).exp() - 1) - log_std
 
 
 def _shift_and_scale(noise, mean, log_std):
-    log_std = _expand(log_std, mean.shape[1])
-    log_prob = (-0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)).double().sum(1).float()
+    log_std = _expand(log_std, mean)
+    log_prob = _row_sum(-0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi))
     return mean.float() + log_std.exp() * noise, log_prob
-
-
-def spectral_sample(mean, log_std, spectrum: Spectrum, seed, offset):
-    latent_size = spectrum.channels * math.prod(spectrum.extent)
-    noise = standard_normal(mean.shape[0], latent_size, seed, offset, mean.device)
-    basis = [dct_basis(b, n, mean.device) for b, n in zip(spectrum.bands, spectrum.extent, strict=True)]
-    white = noise.reshape(-1, spectrum.channels, *spectrum.extent)
-    low_band = torch.einsum("bcfyx,tf,vy,ux->bctvu", white, *basis).reshape(mean.shape)
-    coefficients, log_prob = _shift_and_scale(low_band, mean, log_std)
-    shift = (coefficients - low_band).reshape(-1, spectrum.channels, *spectrum.bands)
-    latents = white + torch.einsum("bctvu,tf,vy,ux->bcfyx", shift, *basis)
-    return latents.reshape(mean.shape[0], latent_size), coefficients, log_prob
-
-
-def gaussian_log_prob(latents, mean, log_std):
-    log_std = _expand(log_std, mean.shape[1])
-    noise = (latents - mean.float()) * (-log_std).exp()
-    return (-0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)).double().sum(1).float()
-
-
-def gaussian_log_prob_backward(latents, mean, log_std, grad_output):
-    """Gradients with respect to latents, mean and log_std, float32, of `sum(grad_output * log_prob)`."""
-    inputs = [tensor.detach().float().requires_grad_() for tensor in (latents, mean, log_std)]
-    with torch.enable_grad():
-        return torch.autograd.grad(gaussian_log_prob(*inputs), inputs, grad_output)
-
-
-def ppo_clip_loss(latents, mean, log_std, old_log_prob, advantages, clip_range, kl_coef):
-    inputs = [tensor.detach().float().requires_grad_() for tensor in (mean, log_std)]
-    with torch.enable_grad():
-        log_prob = gaussian_log_prob(latents, *inputs)
-        ratio = (log_prob - old_log_prob).exp()
-        clipped_ratio = ratio.clamp(1 - clip_range, 1 + clip_range)
-        objective = torch.minimum(ratio * advantages, clipped_ratio * advantages)
-        wide_log_std = _expand(inputs[1], mean.shape[1])
-        kl = 0.5 * (inputs[0] ** 2 + (2 * wide_log_std).exp() - 1) - wide_log_std
-        kl_to_prior = kl.double().sum(1).float()
-        loss = (kl_coef * kl_to_prior - objective).sum() / max(mean.shape[0], 1)
-        grad_mean, grad_log_std = torch.autograd.grad(loss, inputs)
-    rows = (tensor.detach() for tensor in (log_prob, ratio, kl_to_prior, objective))
-    return PpoRows(*rows, grad_mean, grad_log_std)

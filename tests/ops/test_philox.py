@@ -55,3 +55,13 @@ def test_noise_passes_kolmogorov_smirnov_over_seeds():
     ]
     # Under the null hypothesis p-values are uniform.
     assert stats.kstest(p_values, "uniform").pvalue > 1e-3
+
+
+def test_no_block_of_noise_comes_twice():
+    """Around every place where an address of 32 bits, or of 64, would wrap; and from one seed to the next."""
+    zeros = torch.zeros(4, 4096)
+    offsets = [base + near for base in (0, 2**31, 2**32, 2**33, 2**34, 2**48, 2**63) for near in (0, 4096)]
+    blocks = [gaussian_sample(zeros, torch.zeros(()), seed=1, offset=offset)[0] for offset in offsets]
+    blocks += [gaussian_sample(zeros, torch.zeros(()), seed=seed)[0] for seed in (2, 1 + 2**32, 1 + 2**63)]
+    quads = torch.cat(blocks).reshape(-1, 4)
+    assert len(torch.unique(quads, dim=0)) == len(quads)

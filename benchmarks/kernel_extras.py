@@ -1,0 +1,122 @@
+"""The rest of `noisepolicy-bench kernels`: what a call costs beside its kernel, memory of the loss, a second thread."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from noisepolicy import ops
+from noisepolicy.benchmarks.kernel_cases import OPS, Case, make_case
+from noisepolicy.benchmarks.timing import measure
+from noisepolicy.ops.layout import row_sizes
+
+_BATCH, _SMALL_DIM, _LARGE_DIM = 8, 16, 65_536
+
+
+def run(device: torch.device, backends: Sequence[str], op_names: Sequence[str], dims: Sequence[int]) -> dict[str, Any]:
+    """Prints and returns what applies to the device and the ops asked for."""
+    result: dict[str, Any] = {}
+    if device.type == "cpu" and "cpp" in backends:
+        result["call_overhead_us"] = call_overhead()
+        for op, overhead in result["call_overhead_us"].items():
+            print(f"{op} at batch {_BATCH}, dim {_SMALL_DIM}: {overhead:.2f} us above the bare C++ call")
+        result["thread_scaling"] = thread_scaling(op_names, [dim for dim in dims if dim >= _LARGE_DIM])
+        for row in result["thread_scaling"]:
+            print(f"{row['op']} at batch {row['batch']}, dim {row['dim']}: {row['speedup']:.2f}x with two threads")
+    if "ppo_clip_loss" in op_names:
+        result["ppo_extra_memory"] = memory = ppo_extra_memory(device, backends[0])
+        print(
+            f"ppo_clip_loss forward + backward, backend {memory['backend']}: {memory['tensors_of_size']:.3f} tensors "
+            f"of (batch, dim) beside its inputs at the peak; eager {memory['eager_tensors_of_size']:.3f}"
+        )
+    return result
+
+
+def call_overhead() -> dict[str, float]:
+    """Microseconds of the two ops without gradient above the C++ function with its addresses ready."""
+    from noisepolicy import _C
+
+    mean, log_std = torch.zeros(2, _BATCH, _SMALL_DIM)
+    latents, log_prob = torch.empty(_BATCH, _SMALL_DIM), torch.empty(_BATCH)
+    policy = mean.data_ptr(), log_std.data_ptr(), 0, *row_sizes(mean, log_std)
+    results = latents.data_ptr(), log_prob.data_ptr()
+    threads = torch.get_num_threads()
+    with torch.no_grad():
+        timings = measure(
+            {
+                "gaussian_sample": lambda: ops.gaussian_sample(mean, log_std, seed=1, backend="cpp"),
+                "bare gaussian_sample": lambda: _C.gaussian_sample(*policy, 1, 0, threads, *results),
+                "gaussian_log_prob": lambda: ops.gaussian_log_prob(latents, mean, log_std, backend="cpp"),
+                "bare gaussian_log_prob": lambda: _C.gaussian_log_prob(*policy, threads, *results),
+            },
+            mean.device,
+            calls_per_sample=20,
+        )
+    return {
+        op: timings[op].median_us - timings[f"bare {op}"].median_us for op in ("gaussian_sample", "gaussian_log_prob")
+    }
+
+
+def thread_scaling(op_names: Sequence[str], dims: Sequence[int]) -> list[dict[str, Any]]:
+    """Time of the `cpp` backend with one thread over that with two, float32; empty where there is one core."""
+    if (os.cpu_count() or 1) < 2:
+        return []
+    threads_before = torch.get_num_threads()
+    rows = []
+    for op in op_names:
+        for dim in dims:
+            case = make_case(op, _BATCH, dim, torch.float32, torch.device("cpu"))
+            timings = measure({str(n): lambda n=n, case=case: _with_threads(case, n) for n in (1, 2)}, case.device)
+            rows.append({
+                "op": op, "backend": "cpp", "batch": _BATCH, "dim": dim, "one_thread_us": timings["1"].median_us,
+                "two_threads_us": timings["2"].median_us,
+                "speedup": timings["1"].median_us / timings["2"].median_us,
+            })  # fmt: skip
+    torch.set_num_threads(threads_before)
+    return rows
+
+
+def _with_threads(case: Case, num_threads: int) -> None:
+    torch.set_num_threads(num_threads)
+    case.call("cpp")
+
+
+def ppo_extra_memory(device: torch.device, backend: str) -> dict[str, Any]:
+    """The most that the loss with its gradients holds beside its inputs, in tensors of `(batch, dim)`, float32.
+
+    As torch's allocator sees it; the kernels themselves hold a number for each few thousand elements.
+    """
+    case = make_case(OPS[3], _BATCH, _LARGE_DIM, torch.float32, device)
+    size = 4 * case.elements
+    peak = _peak_on_gpu if device.type == "cuda" else _peak_on_cpu
+    return {
+        "backend": backend,
+        "batch": _BATCH,
+        "dim": _LARGE_DIM,
+        "tensors_of_size": peak(lambda: case.call(backend)) / size,
+        "eager_tensors_of_size": peak(lambda: case.run(case.eager)) / size,
+    }
+
+
+def _peak_on_cpu(call) -> int:
+    call()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def _peak_on_gpu(call) -> int:
+    call()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before

@@ -1,0 +1,91 @@
+"""Times callables side by side: each round calls one after the other, so a machine that drifts slows all alike.
+
+A callable is warmed up, then called until it has used its share of time, within limits on the number of calls. Slow
+ones take part in fewer rounds, spread over all of them. On a GPU a callable is captured once in a CUDA graph and
+replayed between CUDA events; what cannot be captured is launched call by call.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+MIN_CALLS, MAX_CALLS = 15, 300
+SLOW_SECONDS, MIN_SLOW_CALLS = 1.5, 3
+"""A callable that needs longer than this for MIN_CALLS calls makes fewer, at least 3."""
+
+
+class Timing(NamedTuple):
+    """Microseconds of one call."""
+
+    median_us: float
+    p20_us: float
+    p80_us: float
+
+
+def measure(
+    callables: Mapping[str, Callable[[], Any]], device: torch.device, *, seconds: float = 0.2, calls_per_sample: int = 1
+) -> dict[str, Timing]:
+    """Times each of `callables`, which run on `device`.
+
+    Args:
+        seconds: time for each callable, warm-up aside.
+        calls_per_sample: calls between two readings of the clock, for those that are over in a few microseconds.
+    """
+    sample = _sample_on_gpu if device.type == "cuda" else _sample_on_cpu
+    timed = {name: _capture(call) if device.type == "cuda" else call for name, call in callables.items()}
+    targets = {}
+    for name, call in timed.items():
+        call()
+        cost = min(sample(call, calls_per_sample) for _ in range(2)) * calls_per_sample
+        fewest = MIN_CALLS if MIN_CALLS * cost <= SLOW_SECONDS else max(MIN_SLOW_CALLS, int(SLOW_SECONDS / cost))
+        targets[name] = min(max(fewest, int(seconds / cost)), MAX_CALLS)
+    num_rounds = max(targets.values())
+    samples: dict[str, list[float]] = {name: [] for name in timed}
+    for index in range(num_rounds):
+        for name, call in timed.items():
+            if (index + 1) * targets[name] // num_rounds > len(samples[name]):
+                samples[name].append(sample(call, calls_per_sample))
+    return {name: _summary(values) for name, values in samples.items()}
+
+
+def _summary(seconds: list[float]) -> Timing:
+    p20, *_, p80 = statistics.quantiles(seconds, n=5, method="inclusive")
+    return Timing(*(1e6 * value for value in (statistics.median(seconds), p20, p80)))
+
+
+def _sample_on_cpu(call: Callable[[], Any], num_calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(num_calls):
+        call()
+    return (time.perf_counter() - start) / num_calls
+
+
+def _sample_on_gpu(call: Callable[[], Any], num_calls: int) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(num_calls):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / num_calls
+
+
+def _capture(call: Callable[[], Any]) -> Callable[[], Any]:
+    """The replay of a CUDA graph of `call`, or `call` itself where it cannot be captured (it waits for the GPU)."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return call
+    return graph.replay

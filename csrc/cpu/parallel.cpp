@@ -1,0 +1,90 @@
+#include "parallel.h"
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace noisepolicy::cpu {
+namespace {
+
+// Threads are started when first wanted and wait for work on a condition variable; they never spin, so that they do
+// not steal time from the frozen model's own threads.
+class Pool {
+ public:
+  using Job = std::function<void(int)>;
+
+  // Runs job(0) here and job(1) .. job(num_helpers) on helpers.
+  void run(int num_helpers, const Job& job) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      while (static_cast<int>(threads_.size()) < num_helpers) {
+        const int index = static_cast<int>(threads_.size()) + 1;
+        threads_.emplace_back([this, index, start = generation_] { work(index, start); });
+      }
+      job_ = &job;
+      wanted_ = num_helpers;
+      unfinished_ = num_helpers;
+      ++generation_;
+    }
+    wake_.notify_all();
+    job(0);
+    std::unique_lock<std::mutex> lock(mutex_);
+    done_.wait(lock, [this] { return unfinished_ == 0; });
+  }
+
+ private:
+  void work(int index, uint64_t seen) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    while (true) {
+      wake_.wait(lock, [&] { return generation_ != seen; });
+      seen = generation_;
+      if (index > wanted_) continue;
+      const Job& job = *job_;
+      lock.unlock();
+      job(index);
+      lock.lock();
+      if (--unfinished_ == 0) done_.notify_one();
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable wake_, done_;
+  std::vector<std::thread> threads_;
+  const Job* job_ = nullptr;
+  int wanted_ = 0, unfinished_ = 0;
+  uint64_t generation_ = 0;
+};
+
+// Never destroyed: its threads wait until the process ends. A forked child has none of them and gets a new pool.
+Pool* pool = nullptr;
+std::mutex* pool_in_use = new std::mutex;
+
+void forget_pool() {
+  pool = nullptr;
+  pool_in_use = new std::mutex;
+}
+
+}  // namespace
+
+void parallel_for(int64_t count, int64_t grain, int num_threads, const std::function<void(int64_t, int64_t)>& body) {
+  const int64_t parts = std::min<int64_t>(num_threads, count / std::max<int64_t>(grain, 1));
+  // A second caller, from another Python thread, works alone.
+  std::unique_lock<std::mutex> lock(*pool_in_use, std::defer_lock);
+  if (parts < 2 || !lock.try_lock()) {
+    if (count > 0) body(0, count);
+    return;
+  }
+  if (pool == nullptr) {
+    static const int registered = pthread_atfork(nullptr, nullptr, forget_pool);
+    static_cast<void>(registered);
+    pool = new Pool;
+  }
+  pool->run(static_cast<int>(parts) - 1,
+            [&](int part) { body(count * part / parts, count * (part + 1) / parts); });
+}
+
+}  // namespace noisepolicy::cpu

@@ -1,0 +1,158 @@
+"""Gradients, and the ops as `torch.ops.noisepolicy.*`: what torch.compile and torch.export see.
+
+A registered op costs an eager call tens of microseconds, so eager calls use the `autograd.Function`s here, or go to
+their backend directly where no gradient is wanted. Both kinds share one definition of the gradients. Tensors are
+those of `layout.policy_rows`; `backend` is a name that `dispatch.resolve` knows.
+"""
+
+import torch
+from torch import Tensor
+
+from noisepolicy.ops.dispatch import resolve
+from noisepolicy.ops.layout import PpoForward, Spectrum
+
+_UINT64 = 2**64
+
+
+def to_int64(value: int) -> int:
+    """A 64-bit counter as the signed integer that an op's schema can hold."""
+    return value - _UINT64 if value >= _UINT64 // 2 else value
+
+
+@torch.library.custom_op("noisepolicy::gaussian_sample", mutates_args=())
+def gaussian_sample(mean: Tensor, log_std: Tensor, seed: int, offset: int, backend: str) -> tuple[Tensor, Tensor]:
+    return resolve(backend, mean).gaussian_sample(mean, log_std, seed % _UINT64, offset % _UINT64)
+
+
+@gaussian_sample.register_fake
+def _(mean, log_std, seed, offset, backend):
+    return torch.empty_like(mean, dtype=torch.float32), _rows(mean)
+
+
+@torch.library.custom_op("noisepolicy::spectral_sample", mutates_args=())
+def spectral_sample(
+    mean: Tensor, log_std: Tensor, extent: list[int], bands: list[int], seed: int, offset: int, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    spectrum = Spectrum(mean.shape[1], tuple(extent), tuple(bands))
+    return resolve(backend, mean).spectral_sample(mean, log_std, spectrum, seed % _UINT64, offset % _UINT64)
+
+
+@spectral_sample.register_fake
+def _(mean, log_std, extent, bands, seed, offset, backend):
+    latents = mean.new_empty((mean.shape[0], mean.shape[1], *extent), dtype=torch.float32)
+    return latents, torch.empty_like(mean, dtype=torch.float32), _rows(mean)
+
+
+@torch.library.custom_op("noisepolicy::gaussian_log_prob", mutates_args=())
+def gaussian_log_prob(latents: Tensor, mean: Tensor, log_std: Tensor, backend: str) -> Tensor:
+    return resolve(backend, mean).gaussian_log_prob(latents, mean, log_std)
+
+
+@gaussian_log_prob.register_fake
+def _(latents, mean, log_std, backend):
+    return _rows(mean)
+
+
+@torch.library.custom_op("noisepolicy::ppo_clip_loss", mutates_args=())
+def ppo_clip_loss(
+    latents: Tensor, mean: Tensor, log_std: Tensor, old_log_prob: Tensor, advantages: Tensor, clip_range: float,
+    kl_coef: float, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    module = resolve(backend, mean)
+    return tuple(module.ppo_clip_loss(latents, mean, log_std, old_log_prob, advantages, clip_range, kl_coef))
+
+
+@ppo_clip_loss.register_fake
+def _(latents, mean, log_std, old_log_prob, advantages, clip_range, kl_coef, backend):
+    return PpoForward(mean.new_empty(3, dtype=torch.float32), *(_rows(mean) for _ in range(4)))
+
+
+@torch.library.custom_op("noisepolicy::gaussian_backward", mutates_args=())
+def gaussian_backward(
+    latents: Tensor, mean: Tensor, log_std: Tensor, grad_log_prob: Tensor, grad_kl: Tensor, needs_latents: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    module = resolve(backend, mean)
+    grads = module.gaussian_backward(latents, mean, log_std, grad_log_prob, grad_kl, needs_latents)
+    return (*grads[:2], grads[2] if needs_latents else latents.new_empty(0))
+
+
+@gaussian_backward.register_fake
+def _(latents, mean, log_std, grad_log_prob, grad_kl, needs_latents, backend):
+    grad_latents = torch.empty_like(latents) if needs_latents else latents.new_empty(0)
+    return torch.empty_like(mean), torch.empty_like(log_std), grad_latents
+
+
+def _rows(mean: Tensor) -> Tensor:
+    return mean.new_empty(mean.shape[0], dtype=torch.float32)
+
+
+def _save_log_prob(ctx, inputs, output):
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _log_prob_backward(ctx, grad_output, run_backward):
+    needs_latents = ctx.needs_input_grad[0]
+    weights = grad_output.contiguous(), torch.zeros_like(grad_output)
+    grad_mean, grad_log_std, grad_latents = run_backward(*ctx.saved_tensors, *weights, needs_latents, ctx.backend)
+    return grad_latents if needs_latents else None, grad_mean, grad_log_std, None
+
+
+def _save_ppo(ctx, inputs, output):
+    latents, mean, log_std, *_, ctx.kl_coef, ctx.backend = inputs
+    ctx.save_for_backward(latents, mean, log_std, output[-1])
+    ctx.set_materialize_grads(False)
+
+
+def _ppo_backward(ctx, grad_totals):
+    """Of the loss alone, the first of the totals; the rest are statistics."""
+    if grad_totals is None:
+        return (None,) * 8
+    return None, *_ppo_gradients(ctx, grad_totals[0], gaussian_backward), None, None, None, None, None
+
+
+def _ppo_gradients(ctx, grad_loss, run_backward):
+    latents, mean, log_std, grad_log_prob = ctx.saved_tensors
+    grad_kl = (grad_loss * (ctx.kl_coef / max(mean.shape[0], 1))).repeat(mean.shape[0])
+    return run_backward(latents, mean, log_std, grad_loss * grad_log_prob, grad_kl, False, ctx.backend)[:2]
+
+
+gaussian_log_prob.register_autograd(
+    lambda ctx, grad: _log_prob_backward(ctx, grad, gaussian_backward), setup_context=_save_log_prob
+)
+ppo_clip_loss.register_autograd(lambda ctx, grad, *_: _ppo_backward(ctx, grad), setup_context=_save_ppo)
+
+
+def _eager_backward(latents, mean, log_std, grad_log_prob, grad_kl, needs_latents, backend):
+    module = resolve(backend, mean)
+    return module.gaussian_backward(latents, mean, log_std, grad_log_prob, grad_kl, needs_latents)
+
+
+class EagerLogProb(torch.autograd.Function):
+    """`gaussian_log_prob` with its gradient."""
+
+    @staticmethod
+    def forward(ctx, latents, mean, log_std, backend):
+        _save_log_prob(ctx, (latents, mean, log_std, backend), None)
+        return resolve(backend, mean).gaussian_log_prob(latents, mean, log_std)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output):
+        return _log_prob_backward(ctx, grad_output, _eager_backward)
+
+
+class EagerPpoGradient(torch.autograd.Function):
+    """Hangs the gradient of `ppo_clip_loss` on a loss that is already computed."""
+
+    @staticmethod
+    def forward(ctx, loss, latents, mean, log_std, grad_log_prob, kl_coef, backend):
+        ctx.save_for_backward(latents, mean, log_std, grad_log_prob)
+        ctx.kl_coef, ctx.backend = kl_coef, backend
+        return loss.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss):
+        return None, None, *_ppo_gradients(ctx, grad_loss, _eager_backward), None, None, None
