@@ -3,8 +3,8 @@
 Baselines are the op in eager PyTorch, the same through `torch.compile` (with `fallback_random`, so that its randn is
 the fast one), and for sampling `torch.randn` alone. Percent of limit: the least time this machine needs for the op,
 measured beside it, over the op's own. On the CPU that is drawing the random words for sampling, copying as many bytes
-for the log-density, and the slower of copying and two exponentials an element for the loss; elsewhere, and without
-the compiled extension, copying. Baselines of half-precision inputs compute in float32, as the ops do.
+for the log-density, and for the loss the slower of copying and of its arithmetic on data in the first cache;
+elsewhere, and without the compiled extension, copying. Baselines of half-precision inputs compute in float32, as the ops do.
 """
 
 import contextlib

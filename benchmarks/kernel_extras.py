@@ -1,6 +1,7 @@
 """The rest of `noisepolicy-bench kernels`: what a call costs beside its kernel, memory of the loss, a second thread."""
 
 import os
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,11 +9,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from noisepolicy import ops
-from noisepolicy.benchmarks.kernel_cases import OPS, Case, make_case
+from noisepolicy.benchmarks.kernel_cases import OPS, make_case
 from noisepolicy.benchmarks.timing import measure
 from noisepolicy.ops.layout import row_sizes
 
 _BATCH, _SMALL_DIM, _LARGE_DIM = 8, 16, 65_536
+_REPETITIONS = 3
 
 
 def run(device: torch.device, backends: Sequence[str], op_names: Sequence[str], dims: Sequence[int]) -> dict[str, Any]:
@@ -68,19 +70,19 @@ def thread_scaling(op_names: Sequence[str], dims: Sequence[int]) -> list[dict[st
     for op in op_names:
         for dim in dims:
             case = make_case(op, _BATCH, dim, torch.float32, torch.device("cpu"))
-            timings = measure({str(n): lambda n=n, case=case: _with_threads(case, n) for n in (1, 2)}, case.device)
+            # Call after call: threads are woken from where the call before left them, as in training.
+            medians: dict[int, list[float]] = {1: [], 2: []}
+            for num_threads in (1, 2) * _REPETITIONS:
+                torch.set_num_threads(num_threads)
+                timing = measure({op: lambda case=case: case.call("cpp")}, case.device, seconds=0.1)[op]
+                medians[num_threads].append(timing.median_us)
+            one, two = (statistics.median(values) for values in medians.values())
             rows.append({
-                "op": op, "backend": "cpp", "batch": _BATCH, "dim": dim, "one_thread_us": timings["1"].median_us,
-                "two_threads_us": timings["2"].median_us,
-                "speedup": timings["1"].median_us / timings["2"].median_us,
+                "op": op, "backend": "cpp", "batch": _BATCH, "dim": dim, "one_thread_us": one, "two_threads_us": two,
+                "speedup": one / two,
             })  # fmt: skip
     torch.set_num_threads(threads_before)
     return rows
-
-
-def _with_threads(case: Case, num_threads: int) -> None:
-    torch.set_num_threads(num_threads)
-    case.call("cpp")
 
 
 def ppo_extra_memory(device: torch.device, backend: str) -> dict[str, Any]:

@@ -56,12 +56,14 @@ void gaussian_log_prob(uintptr_t mean, uintptr_t log_std, int storage, int64_t b
 void ppo_clip_loss(uintptr_t mean, uintptr_t log_std, int storage, int64_t batch, int64_t size, int64_t log_std_size,
                    int num_threads, uintptr_t latents, uintptr_t old_log_prob, uintptr_t advantages, float clip_range,
                    float kl_coef, uintptr_t totals, uintptr_t log_prob, uintptr_t ratio, uintptr_t kl_to_prior,
-                   uintptr_t grad_log_prob) {
+                   uintptr_t grad_log_prob, uintptr_t grad_mean, uintptr_t grad_log_std) {
+  const GaussianGradients gradients{pointer<void>(grad_mean), pointer<void>(grad_log_std), nullptr};
   cpu::ppo_clip_loss(make_gaussian(mean, log_std, storage, batch, size, log_std_size), pointer<const float>(latents),
                      pointer<const float>(old_log_prob), pointer<const float>(advantages), clip_range, kl_coef,
                      num_threads,
                      {pointer<float>(totals), pointer<float>(log_prob), pointer<float>(ratio),
-                      pointer<float>(kl_to_prior), pointer<float>(grad_log_prob)});
+                      pointer<float>(kl_to_prior), pointer<float>(grad_log_prob)},
+                     grad_mean ? &gradients : nullptr);
 }
 
 void gaussian_backward(uintptr_t mean, uintptr_t log_std, int storage, int64_t batch, int64_t size,
@@ -90,7 +92,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("gaussian_backward", &gaussian_backward, no_gil);
   m.def("instruction_set", &cpu::instruction_set);
   m.def("bare_words", &cpu::bare_words, no_gil);
-  m.def("bare_exponentials", &cpu::bare_exponentials, no_gil);
+  m.def("bare_loss", &cpu::bare_loss, no_gil);
   m.def("philox4x32", [](std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
     const Uint4 words = philox4x32({counter[0], counter[1], counter[2], counter[3]}, key[0], key[1]);
     return std::array<uint32_t, 4>{words.x, words.y, words.z, words.w};

@@ -29,12 +29,6 @@ void normals(uint64_t seed, uint64_t counter, int64_t count, float* out) {
   for (int64_t i = 0; i < count; i += 4 * kWidth) store_normals(random + i, out + i);
 }
 
-void exponentials(const float* values, int64_t count, float* out) {
-  over(
-      count, [&](int64_t i) { store(out + i, exponential(load(values + i))); },
-      [&](int64_t i, int64_t n) { store_partial(out + i, exponential(load_partial(values + i, n)), n); });
-}
-
 // Sums of squared noise and of log_std; lanes beyond the end add zero.
 struct Sums {
   Vector square = broadcast(0.0f), log_std = broadcast(0.0f);
@@ -88,9 +82,10 @@ BlockTerms reduce(const BlockView& view, const float* values) {
   const Vector one = broadcast(1.0f);
   if (view.log_std) {
     const auto element = [&](Vector x, Vector m, Vector s) {
-      const Vector inverse = exponential(-s);
+      Vector std, inverse;
+      exponentials(s, std, inverse);
       sums.add((x - m) * inverse, s);
-      if (kWithKl) excess = excess + fma(m, m, one / (inverse * inverse) - one);
+      if (kWithKl) excess = excess + fma(m, m, fma(std, std, -one));
     };
     over(
         view.count, [&](int64_t i) { element(load(values + i), load(view.mean + i), load(view.log_std + i)); },
@@ -121,19 +116,21 @@ BlockTerms terms(const BlockView& view, const float* values) { return reduce<tru
 
 double backward(const BlockView& view, const float* values, float grad_log_prob, float grad_kl,
                 const BlockGradients& out) {
-  const Vector weight = broadcast(grad_log_prob), kl_weight = broadcast(grad_kl), one = broadcast(1.0f);
+  const Vector weight = broadcast(grad_log_prob), kl_weight = broadcast(grad_kl);
+  const Vector minus_weight = broadcast(-grad_log_prob), minus_weights = broadcast(-grad_log_prob - grad_kl);
   Vector total = broadcast(0.0f), of_value, of_mean, of_log_std;
-  const auto element = [&](Vector x, Vector m, Vector inverse) {
-    const Vector noise = (x - m) * inverse;
-    of_value = weight * noise * inverse;
+  // `rest` is what d / d log_std has beside weight * noise^2.
+  const auto element = [&](Vector x, Vector m, Vector inverse, Vector rest) {
+    const Vector noise = (x - m) * inverse, weighted = weight * noise;
+    of_value = weighted * inverse;
     of_mean = fma(kl_weight, m, of_value);
-    of_log_std = weight * fma(noise, noise, -one);
+    of_log_std = fma(weighted, noise, rest);
   };
   if (view.log_std) {
     const auto full = [&](Vector x, Vector m, Vector s) {
-      const Vector inverse = exponential(-s);
-      element(x, m, inverse);
-      of_log_std = fma(kl_weight, one / (inverse * inverse) - one, of_log_std);
+      Vector std, inverse;
+      exponentials(s, std, inverse);
+      element(x, m, inverse, fma(kl_weight * std, std, minus_weights));
     };
     over(
         view.count,
@@ -155,13 +152,13 @@ double backward(const BlockView& view, const float* values, float grad_log_prob,
   over(
       view.count,
       [&](int64_t i) {
-        element(load(values + i), load(view.mean + i), inverse);
+        element(load(values + i), load(view.mean + i), inverse, minus_weight);
         store(out.mean + i, of_mean);
         if (out.latents) store(out.latents + i, -of_value);
         total = total + of_log_std;
       },
       [&](int64_t i, int64_t n) {
-        element(load_partial(values + i, n), load_partial(view.mean + i, n), inverse);
+        element(load_partial(values + i, n), load_partial(view.mean + i, n), inverse, minus_weight);
         store_partial(out.mean + i, of_mean, n);
         if (out.latents) store_partial(out.latents + i, -of_value, n);
         // Lanes beyond the end hold noise 0 and so -weight each.
@@ -235,7 +232,7 @@ void to_bfloat16(const float* source, int64_t count, BFloat16* out) { convert_ba
 #define NOISEPOLICY_TEXT2(name) #name
 #define NOISEPOLICY_TEXT(name) NOISEPOLICY_TEXT2(name)
 extern const BlockKernels kernels;
-const BlockKernels kernels = {NOISEPOLICY_TEXT(NOISEPOLICY_ISA), normals, words, exponentials, shift_and_scale, log_prob, terms, backward,
-                              analyse, synthesise, dot, from_half, to_half, from_bfloat16, to_bfloat16};
+const BlockKernels kernels = {NOISEPOLICY_TEXT(NOISEPOLICY_ISA), normals, words, shift_and_scale, log_prob, terms,
+                              backward, analyse, synthesise, dot, from_half, to_half, from_bfloat16, to_bfloat16};
 
 }  // namespace noisepolicy::cpu::NOISEPOLICY_ISA

@@ -36,10 +36,8 @@ struct BlockKernels {
   const char* name;
   // `count` normals from the first of `counter` on, at most kBlock + 3; may write kNoisePadding more.
   void (*normals)(uint64_t seed, uint64_t counter, int64_t count, float* out);
-  // What sampling and the loss cannot do without, bare, for the benchmark to compare with: the random words of a block
-  // (in no useful order), and exp.
+  // What sampling cannot do without, for the benchmark to compare with: a block's random words, in no useful order.
   void (*words)(uint64_t seed, uint64_t counter, int64_t count, uint32_t* out);
-  void (*exponentials)(const float* values, int64_t count, float* out);
   // out = mean + std * noise; returns the log-density. `out` may be `noise`.
   double (*shift_and_scale)(const BlockView& view, const float* noise, float* out);
   double (*log_prob)(const BlockView& view, const float* values);

@@ -54,12 +54,19 @@ uint32_t bare_words(int64_t count) {
   return total;
 }
 
-float bare_exponentials(int64_t count) {
-  float values[kBlock], results[kBlock], total = 0.0f;
-  for (int64_t i = 0; i < kBlock; ++i) values[i] = static_cast<float>(i) / kBlock - 0.5f;
+double bare_loss(int64_t count) {
+  float values[kBlock], mean[kBlock], log_std[kBlock], grad_mean[kBlock], grad_log_std[kBlock];
+  for (int64_t i = 0; i < kBlock; ++i) {
+    values[i] = static_cast<float>(i) / kBlock - 0.5f;
+    mean[i] = 0.5f * values[i];
+    log_std[i] = -values[i];
+  }
+  double total = 0.0;
   for (int64_t i = 0; i < count; i += kBlock) {
-    block_kernels().exponentials(values, std::min(kBlock, count - i), results);
-    total += results[0];
+    const BlockView view{std::min(kBlock, count - i), mean, log_std, 0.0f};
+    total += block_kernels().terms(view, values).log_prob;
+    block_kernels().backward(view, values, 0.1f, 0.1f, {grad_mean, grad_log_std, nullptr});
+    total += static_cast<double>(grad_mean[0] + grad_log_std[0]);
   }
   return total;
 }

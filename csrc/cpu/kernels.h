@@ -15,8 +15,10 @@ void spectral_sample(const Gaussian& policy, const Spectrum& spectrum, uint64_t 
 
 void gaussian_log_prob(const Gaussian& policy, const float* latents, int num_threads, float* log_prob);
 
+// `gradients`, of the loss, may be null.
 void ppo_clip_loss(const Gaussian& policy, const float* latents, const float* old_log_prob, const float* advantages,
-                   float clip_range, float kl_coef, int num_threads, const PpoForward& out);
+                   float clip_range, float kl_coef, int num_threads, const PpoForward& out,
+                   const GaussianGradients* gradients);
 
 // Gradients of sum(grad_log_prob * log_prob + grad_kl * kl_to_prior), weights (batch,).
 void gaussian_backward(const Gaussian& policy, const float* latents, const float* grad_log_prob, const float* grad_kl,
@@ -24,9 +26,9 @@ void gaussian_backward(const Gaussian& policy, const float* latents, const float
 
 const char* instruction_set();
 
-// The bare cost of `count` random words, and of `count` exps, on data that stays in the first cache; returns a value
-// that depends on all of it. For benchmarks.
+// For benchmarks: the bare cost of `count` random words, and of the arithmetic of the loss and its gradients for `count`
+// elements, on data that stays in the first cache. Returns a value that depends on it.
 uint32_t bare_words(int64_t count);
-float bare_exponentials(int64_t count);
+double bare_loss(int64_t count);
 
 }  // namespace noisepolicy::cpu

@@ -3,6 +3,7 @@
 #include <pthread.h>
 
 #include <algorithm>
+#include <atomic>
 #include <condition_variable>
 #include <mutex>
 #include <thread>
@@ -10,6 +11,8 @@
 
 namespace noisepolicy::cpu {
 namespace {
+
+constexpr int64_t kPiecesAPart = 8;
 
 // Threads are started when first wanted and wait for work on a condition variable; they never spin, so that they do
 // not steal time from the frozen model's own threads.
@@ -83,8 +86,14 @@ void parallel_for(int64_t count, int64_t grain, int num_threads, const std::func
     static_cast<void>(registered);
     pool = new Pool;
   }
-  pool->run(static_cast<int>(parts) - 1,
-            [&](int part) { body(count * part / parts, count * (part + 1) / parts); });
+  // In pieces that each thread takes as it comes to them: a helper wakes later than the caller begins.
+  const int64_t piece = std::max(grain, count / (parts * kPiecesAPart));
+  std::atomic<int64_t> next{0};
+  pool->run(static_cast<int>(parts) - 1, [&](int) {
+    for (int64_t begin; (begin = next.fetch_add(piece, std::memory_order_relaxed)) < count;) {
+      body(begin, std::min(begin + piece, count));
+    }
+  });
 }
 
 }  // namespace noisepolicy::cpu

@@ -34,9 +34,14 @@ inline double sum(Vector value) {
   return _mm_cvtsd_f64(_mm_add_sd(halves, _mm_unpackhi_pd(halves, halves)));
 }
 inline Vector round(Vector value) { return _mm256_round_ps(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-inline Vector scale_by_power_of_two(Vector value, Vector exponent) {
-  const Words biased = _mm256_add_epi32(_mm256_cvtps_epi32(exponent), _mm256_set1_epi32(127));
-  return value * _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
+// By the integer in the low bits of `n`.
+inline Vector add_to_exponent(Vector value, Vector n) {
+  const Words shifted = _mm256_slli_epi32(_mm256_castps_si256(n), 23);
+  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(value), shifted));
+}
+inline Vector subtract_from_exponent(Vector value, Vector n) {
+  const Words shifted = _mm256_slli_epi32(_mm256_castps_si256(n), 23);
+  return _mm256_castsi256_ps(_mm256_sub_epi32(_mm256_castps_si256(value), shifted));
 }
 
 inline Words load_words(const uint32_t* source) { return _mm256_loadu_si256(reinterpret_cast<const Words*>(source)); }

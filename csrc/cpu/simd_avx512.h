@@ -33,9 +33,14 @@ inline double sum(Vector value) {
 inline Vector round(Vector value) {
   return _mm512_roundscale_ps(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-inline Vector scale_by_power_of_two(Vector value, Vector exponent) {
-  const Words biased = _mm512_add_epi32(_mm512_cvtps_epi32(exponent), _mm512_set1_epi32(127));
-  return value * _mm512_castsi512_ps(_mm512_slli_epi32(biased, 23));
+// By the integer in the low bits of `n`.
+inline Vector add_to_exponent(Vector value, Vector n) {
+  const Words shifted = _mm512_slli_epi32(_mm512_castps_si512(n), 23);
+  return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(value), shifted));
+}
+inline Vector subtract_from_exponent(Vector value, Vector n) {
+  const Words shifted = _mm512_slli_epi32(_mm512_castps_si512(n), 23);
+  return _mm512_castsi512_ps(_mm512_sub_epi32(_mm512_castps_si512(value), shifted));
 }
 
 inline Words load_words(const uint32_t* source) { return _mm512_loadu_si512(reinterpret_cast<const Words*>(source)); }

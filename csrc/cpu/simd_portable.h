@@ -18,9 +18,12 @@ inline Vector clamp(Vector value, float low, float high) {
   return value < low ? low : value > high ? high : value;  // NaN stays
 }
 inline double sum(Vector value) { return value; }
-inline Vector round(Vector value) { return nearbyintf(value); }
-inline Vector scale_by_power_of_two(Vector value, Vector exponent) {
-  return value * float_from_bits(static_cast<uint32_t>(static_cast<int32_t>(exponent) + 127) << 23);
+// By the integer in the low bits of `n`.
+inline Vector add_to_exponent(Vector value, Vector n) {
+  return float_from_bits(bits_from_float(value) + (bits_from_float(n) << 23));
+}
+inline Vector subtract_from_exponent(Vector value, Vector n) {
+  return float_from_bits(bits_from_float(value) - (bits_from_float(n) << 23));
 }
 
 struct Keys {

@@ -9,19 +9,40 @@
 
 namespace noisepolicy::cpu::NOISEPOLICY_ISA {
 
-// exp, after Cephes' expf, to an ulp or two; exactly 1 at 0.
+// Added to a number below 2^22 in size, rounds it to an integer, which is then in the low bits of the sum.
+constexpr float kRounding = 12582912.0f;
+
+// value = n log(2) + rest; returns n + kRounding.
+inline Vector take_powers_of_two(Vector value, Vector& rest) {
+  const Vector rounded = fma(value, broadcast(1.44269504088896341f), broadcast(kRounding));
+  const Vector n = rounded - broadcast(kRounding);
+  rest = fma(n, broadcast(-0.693359375f), value);
+  rest = fma(n, broadcast(2.12194440e-4f), rest);
+  return rounded;
+}
+
+// exp, after Cephes' expf, to an ulp or two; exactly 1 at 0. Constant beyond +-86.5.
 inline Vector exponential(Vector value) {
-  value = clamp(value, -87.0f, 88.0f);
-  const Vector n = round(value * broadcast(1.44269504088896341f));
-  Vector r = fma(n, broadcast(-0.693359375f), value);
-  r = fma(n, broadcast(2.12194440e-4f), r);
+  Vector r;
+  const Vector n = take_powers_of_two(clamp(value, -86.5f, 86.5f), r);
   Vector p = broadcast(1.9875691500e-4f);
   p = fma(p, r, broadcast(1.3981999507e-3f));
   p = fma(p, r, broadcast(8.3334519073e-3f));
   p = fma(p, r, broadcast(4.1665795894e-2f));
   p = fma(p, r, broadcast(1.6666665459e-1f));
   p = fma(p, r, broadcast(5.0000001201e-1f));
-  return scale_by_power_of_two(fma(p, r * r, r) + broadcast(1.0f), n);
+  return add_to_exponent(fma(p, r * r, r) + broadcast(1.0f), n);
+}
+
+// exp(value) and exp(-value) for little more than one of them, from cosh and sinh of the rest (minimax polynomials).
+inline void exponentials(Vector value, Vector& positive, Vector& negative) {
+  Vector r;
+  const Vector n = take_powers_of_two(clamp(value, -86.5f, 86.5f), r), r2 = r * r;
+  Vector even = fma(r2, broadcast(1.39474385e-3f), broadcast(4.16662462e-2f));
+  even = fma(fma(even, r2, broadcast(0.5f)), r2, broadcast(1.0f));
+  const Vector odd = fma(fma(r2, broadcast(8.36939056e-3f), broadcast(1.66665136e-1f)), r2 * r, r);
+  positive = add_to_exponent(even + odd, n);
+  negative = subtract_from_exponent(even - odd, n);
 }
 
 #ifdef NOISEPOLICY_SIMD

@@ -5,6 +5,8 @@ their backend directly where no gradient is wanted. Both kinds share one definit
 those of `layout.policy_rows`; `backend` is a name that `dispatch.resolve` knows.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -129,6 +131,16 @@ def _eager_backward(latents, mean, log_std, grad_log_prob, grad_kl, needs_latent
     return module.gaussian_backward(latents, mean, log_std, grad_log_prob, grad_kl, needs_latents)
 
 
+def _once(backward):
+    """`once_differentiable`, whose ten microseconds are spent only where a second derivative could be asked for."""
+    guarded = torch.autograd.function.once_differentiable(backward)
+
+    def either(ctx, grad_output):
+        return (guarded if torch.is_grad_enabled() else backward)(ctx, grad_output)
+
+    return either
+
+
 class EagerLogProb(torch.autograd.Function):
     """`gaussian_log_prob` with its gradient."""
 
@@ -138,21 +150,38 @@ class EagerLogProb(torch.autograd.Function):
         return resolve(backend, mean).gaussian_log_prob(latents, mean, log_std)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_once
     def backward(ctx, grad_output):
         return _log_prob_backward(ctx, grad_output, _eager_backward)
 
 
+class PpoBackward(NamedTuple):
+    """A computed loss and what its gradient is made from; `gradients` if the backend has them ready."""
+
+    loss: Tensor
+    latents: Tensor
+    grad_log_prob: Tensor
+    kl_coef: float
+    backend: str
+    gradients: tuple[Tensor, Tensor] | None
+
+
 class EagerPpoGradient(torch.autograd.Function):
-    """Hangs the gradient of `ppo_clip_loss` on a loss that is already computed."""
+    """Hangs the gradient of `ppo_clip_loss` on a computed loss. In one argument: each costs microseconds."""
 
     @staticmethod
-    def forward(ctx, loss, latents, mean, log_std, grad_log_prob, kl_coef, backend):
-        ctx.save_for_backward(latents, mean, log_std, grad_log_prob)
-        ctx.kl_coef, ctx.backend = kl_coef, backend
-        return loss.clone()
+    def forward(ctx, mean, log_std, pending: PpoBackward):
+        ctx.save_for_backward(pending.latents, mean, log_std, pending.grad_log_prob)
+        ctx.kl_coef, ctx.backend, ctx.gradients = pending[3:]
+        return pending.loss.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_once
     def backward(ctx, grad_loss):
-        return None, None, *_ppo_gradients(ctx, grad_loss, _eager_backward), None, None, None
+        # Given away once: what receives them may keep them as its own and add to them.
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            gradients = _ppo_gradients(ctx, grad_loss, _eager_backward)
+        elif grad_loss.item() != 1:
+            gradients = [gradient.mul_(grad_loss) for gradient in gradients]
+        return *gradients, None

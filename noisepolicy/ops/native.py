@@ -29,7 +29,7 @@ def _policy(mean, log_std):
 
 
 def gaussian_sample(mean, log_std, seed, offset):
-    latents = torch.empty(mean.shape)
+    latents = torch.empty_like(mean, dtype=torch.float32)
     log_prob = torch.empty(mean.shape[0])
     _C.gaussian_sample(
         *_policy(mean, log_std), seed, offset, torch.get_num_threads(), latents.data_ptr(), log_prob.data_ptr()
@@ -56,10 +56,25 @@ def gaussian_log_prob(latents, mean, log_std):
 
 
 def ppo_clip_loss(latents, mean, log_std, old_log_prob, advantages, clip_range, kl_coef):
-    out = PpoForward(torch.empty(3), *(torch.empty(mean.shape[0]) for _ in range(4)))
+    return _ppo_clip_loss(latents, mean, log_std, old_log_prob, advantages, clip_range, kl_coef, None, None)
+
+
+def ppo_clip_loss_and_gradients(latents, mean, log_std, old_log_prob, advantages, clip_range, kl_coef):
+    """The same, and the loss' gradients with respect to mean and log_std: each row is read again while in a cache."""
+    gradients = torch.empty_like(mean), torch.empty_like(log_std)
+    arguments = latents, mean, log_std, old_log_prob, advantages, clip_range, kl_coef
+    return _ppo_clip_loss(*arguments, *gradients), gradients
+
+
+def _ppo_clip_loss(
+    latents, mean, log_std, old_log_prob, advantages, clip_range, kl_coef, grad_mean, grad_log_std
+) -> PpoForward:
+    batch = mean.shape[0]
+    out = PpoForward(torch.empty(3), torch.empty(batch), torch.empty(batch), torch.empty(batch), torch.empty(batch))
     _C.ppo_clip_loss(
         *_policy(mean, log_std), torch.get_num_threads(), latents.data_ptr(), old_log_prob.data_ptr(),
         advantages.data_ptr(), clip_range, kl_coef, *(tensor.data_ptr() for tensor in out),
+        *(0 if tensor is None else tensor.data_ptr() for tensor in (grad_mean, grad_log_std)),
     )  # fmt: skip
     return out
 

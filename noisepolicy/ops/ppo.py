@@ -71,15 +71,25 @@ def ppo_clip_loss(
     mean, log_std = policy_rows(mean, log_std)
     arguments = (latents, mean, log_std, old_log_prob, advantages, float(clip_range), float(kl_coef))
     if torch.compiler.is_compiling():
-        totals, log_prob, ratio, kl_to_prior, _ = library.ppo_clip_loss(*arguments, backend)
-        loss, approx_kl, clip_fraction = totals.unbind()
+        totals, *rows, _ = library.ppo_clip_loss(*arguments, backend)
+        return _result(totals, [row.detach() for row in rows])
+    module = resolve(backend, mean)
+    if not needs_gradient(mean, log_std):
+        totals, *rows, _ = module.ppo_clip_loss(*arguments)
+        return _result(totals, rows)
+    gradients = None
+    if hasattr(module, "ppo_clip_loss_and_gradients"):
+        (totals, *rows, grad_log_prob), gradients = module.ppo_clip_loss_and_gradients(*arguments)
     else:
-        totals, log_prob, ratio, kl_to_prior, grad = resolve(backend, mean).ppo_clip_loss(*arguments)
-        loss, approx_kl, clip_fraction = totals.unbind()
-        if needs_gradient(mean, log_std):
-            loss = library.EagerPpoGradient.apply(loss, latents, mean, log_std, grad, float(kl_coef), backend)
-    rows = (log_prob, ratio, kl_to_prior, approx_kl, clip_fraction)
-    return loss, PpoStats(*(row.detach() for row in rows))
+        totals, *rows, grad_log_prob = module.ppo_clip_loss(*arguments)
+    loss, stats = _result(totals, rows)
+    pending = library.PpoBackward(loss, latents, grad_log_prob, float(kl_coef), backend, gradients)
+    return library.EagerPpoGradient.apply(mean, log_std, pending), stats
+
+
+def _result(totals: torch.Tensor, rows: list[torch.Tensor]) -> tuple[torch.Tensor, PpoStats]:
+    loss, approx_kl, clip_fraction = totals.unbind()
+    return loss, PpoStats(*rows, approx_kl.detach(), clip_fraction.detach())
 
 
 def ppo_ratio(

@@ -42,7 +42,7 @@ void ppo_clip_loss(const void* mean, const void* log_std, int storage, const int
                    const float* old_log_prob, const float* advantages, float* totals, float* rows) {
   const int64_t batch = sizes[0];
   noisepolicy::cpu::ppo_clip_loss(policy(mean, log_std, storage, sizes), latents, old_log_prob, advantages, 0.2f, 0.1f,
-                                  1, {totals, rows, rows + batch, rows + 2 * batch, rows + 3 * batch});
+                                  1, {totals, rows, rows + batch, rows + 2 * batch, rows + 3 * batch}, nullptr);
 }
 
 void gaussian_backward(const void* mean, const void* log_std, int storage, const int64_t* sizes, const float* latents,

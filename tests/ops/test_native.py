@@ -91,7 +91,8 @@ def test_every_instruction_set_agrees(tmp_path):
         file = tmp_path / f"{limit}.safetensors"
         environment = {**os.environ, "NOISEPOLICY_CPU": limit}
         command = [sys.executable, "-c", script, str(file)]
-        name = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.strip()
+        done = subprocess.run(command, env=environment, cwd=tmp_path, check=True, stdout=subprocess.PIPE, text=True)
+        name = done.stdout.strip()
         outputs[name] = load_file(file)
     assert "portable" in outputs
     for tensors in outputs.values():
