@@ -4,7 +4,8 @@ Baselines are the op in eager PyTorch, the same through `torch.compile` (with `f
 the fast one), and for sampling `torch.randn` alone. Percent of limit: the least time this machine needs for the op,
 measured beside it, over the op's own. On the CPU that is drawing the random words for sampling, copying as many bytes
 for the log-density, and for the loss the slower of copying and of its arithmetic on data in the first cache;
-elsewhere, and without the compiled extension, copying. Baselines of half-precision inputs compute in float32, as the ops do.
+elsewhere, and without the compiled extension, copying. Baselines of half-precision inputs compute in float32, as the
+ops do.
 """
 
 import contextlib
@@ -117,12 +118,12 @@ def _check(flag: str, given: Sequence[str], known: Sequence[str]) -> None:
 def _backends_on(device: torch.device, asked: Sequence[str] | None) -> list[str]:
     if asked is not None:
         for name in asked:
-            choose(name, device.type)
+            choose(name, device)
         return list(asked)
     names = []
     for name in available_backends():
         with contextlib.suppress(RuntimeError):
-            choose(name, device.type)
+            choose(name, device)
             names.append(name)
     return names
 

@@ -25,7 +25,7 @@ def _one_thread():
 def test_op(op, dim, backend, benchmark):
     if backend != "eager":
         try:
-            choose(backend, _DEVICE.type)
+            choose(backend, _DEVICE)
         except RuntimeError as error:
             pytest.skip(str(error))
     benchmark.group = f"{op}, batch {_BATCH}, dim {dim:,}, {_DEVICE.type}"

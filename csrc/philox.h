@@ -69,8 +69,7 @@ NP_HD void cos_sin_turn(float u, float& cosine, float& sine) {
   const float r = (turns - static_cast<float>(quarter)) * 1.5707963267948966f, r2 = r * r;
   const float s = r + r * r2 * (-1.6666654611e-1f + r2 * (8.3321608736e-3f - r2 * 1.9515295891e-4f));
   const float c =
-      1.0f - 0.5f * r2 +
-      r2 * r2 * (4.166664568298827e-2f + r2 * (-1.388731625493765e-3f + r2 * 2.443315711809948e-5f));
+      1.0f - 0.5f * r2 + r2 * r2 * (4.166664568298827e-2f + r2 * (-1.388731625493765e-3f + r2 * 2.443315711809948e-5f));
   const bool is_odd = quarter & 1;
   cosine = is_odd ? s : c;
   sine = is_odd ? c : s;
@@ -92,8 +91,8 @@ NP_HD Uint4 counter_words(uint64_t counter) {
 
 // The four standard normals of one counter.
 NP_HD Float4 normal4(uint64_t seed, uint64_t counter) {
-  const Uint4 words = philox4x32(counter_words(counter), static_cast<uint32_t>(seed),
-                                 static_cast<uint32_t>(seed >> 32));
+  const Uint4 words =
+      philox4x32(counter_words(counter), static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
   Float4 normals;
   box_muller(words.x, words.y, normals.x, normals.y);
   box_muller(words.z, words.w, normals.z, normals.w);

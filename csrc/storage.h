@@ -68,9 +68,15 @@ NP_HD void from_float(float value, Half& out) {
 template <typename Body>
 void dispatch_storage(Storage storage, Body body) {
   switch (storage) {
-    case Storage::kFloat32: body(static_cast<float*>(nullptr)); break;
-    case Storage::kFloat16: body(static_cast<Half*>(nullptr)); break;
-    case Storage::kBFloat16: body(static_cast<BFloat16*>(nullptr)); break;
+    case Storage::kFloat32:
+      body(static_cast<float*>(nullptr));
+      break;
+    case Storage::kFloat16:
+      body(static_cast<Half*>(nullptr));
+      break;
+    case Storage::kBFloat16:
+      body(static_cast<BFloat16*>(nullptr));
+      break;
   }
 }
 

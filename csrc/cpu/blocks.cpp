@@ -55,8 +55,8 @@ double shift_and_scale(const BlockView& view, const float* noise, float* out) {
         view.count,
         [&](int64_t i) { store(out + i, element(load(noise + i), load(view.mean + i), load(view.log_std + i))); },
         [&](int64_t i, int64_t n) {
-          const Vector value = element(load_partial(noise + i, n), load_partial(view.mean + i, n),
-                                       load_partial(view.log_std + i, n));
+          const Vector value =
+              element(load_partial(noise + i, n), load_partial(view.mean + i, n), load_partial(view.log_std + i, n));
           store_partial(out + i, value, n);
         });
   } else {
@@ -232,7 +232,19 @@ void to_bfloat16(const float* source, int64_t count, BFloat16* out) { convert_ba
 #define NOISEPOLICY_TEXT2(name) #name
 #define NOISEPOLICY_TEXT(name) NOISEPOLICY_TEXT2(name)
 extern const BlockKernels kernels;
-const BlockKernels kernels = {NOISEPOLICY_TEXT(NOISEPOLICY_ISA), normals, words, shift_and_scale, log_prob, terms,
-                              backward, analyse, synthesise, dot, from_half, to_half, from_bfloat16, to_bfloat16};
+const BlockKernels kernels = {NOISEPOLICY_TEXT(NOISEPOLICY_ISA),
+                              normals,
+                              words,
+                              shift_and_scale,
+                              log_prob,
+                              terms,
+                              backward,
+                              analyse,
+                              synthesise,
+                              dot,
+                              from_half,
+                              to_half,
+                              from_bfloat16,
+                              to_bfloat16};
 
 }  // namespace noisepolicy::cpu::NOISEPOLICY_ISA

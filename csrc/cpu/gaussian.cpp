@@ -79,8 +79,12 @@ float clipped_objective(float ratio, float clip_range, float advantage) {
 class Backward {
  public:
   Backward(const Gaussian& policy, const Rows& rows, const float* latents, const GaussianGradients& out)
-      : rows_(rows), size_(policy.size), latents_(latents), grad_latents_(out.latents),
-        grad_mean_(out.mean, policy.storage), grad_log_std_(out.log_std, policy.storage),
+      : rows_(rows),
+        size_(policy.size),
+        latents_(latents),
+        grad_latents_(out.latents),
+        grad_mean_(out.mean, policy.storage),
+        grad_log_std_(out.log_std, policy.storage),
         num_runs_(rows.is_shared() ? policy.batch * policy.log_std_size : 0),
         partial_(num_runs_ * rows.blocks_in_run()) {}
 
@@ -140,8 +144,7 @@ void ppo_clip_loss(const Gaussian& policy, const float* latents, const float* ol
     float mean[kBlock], log_std[kBlock];
     for (int64_t number = begin; number < end; ++number) {
       const Rows::Block block = rows.block(number);
-      partial[number] =
-          kernels.terms(rows.view(block, mean, log_std), latents + block.row * policy.size + block.begin);
+      partial[number] = kernels.terms(rows.view(block, mean, log_std), latents + block.row * policy.size + block.begin);
     }
   };
   const auto finish_row = [&](int64_t row) {

@@ -26,8 +26,8 @@ void gaussian_backward(const Gaussian& policy, const float* latents, const float
 
 const char* instruction_set();
 
-// For benchmarks: the bare cost of `count` random words, and of the arithmetic of the loss and its gradients for `count`
-// elements, on data that stays in the first cache. Returns a value that depends on it.
+// For benchmarks: the bare cost of `count` random words, and of the arithmetic of the loss and its gradients for
+// `count` elements, on data that stays in the first cache. Returns a value that depends on it.
 uint32_t bare_words(int64_t count);
 double bare_loss(int64_t count);
 

@@ -32,9 +32,15 @@ class StoredArray {
  private:
   void read(int64_t i, int64_t count, float* out) const {
     switch (storage_) {
-      case Storage::kFloat32: std::copy_n(static_cast<const float*>(data_) + i, count, out); break;
-      case Storage::kFloat16: block_kernels().from_half(static_cast<const Half*>(data_) + i, count, out); break;
-      case Storage::kBFloat16: block_kernels().from_bfloat16(static_cast<const BFloat16*>(data_) + i, count, out); break;
+      case Storage::kFloat32:
+        std::copy_n(static_cast<const float*>(data_) + i, count, out);
+        break;
+      case Storage::kFloat16:
+        block_kernels().from_half(static_cast<const Half*>(data_) + i, count, out);
+        break;
+      case Storage::kBFloat16:
+        block_kernels().from_bfloat16(static_cast<const BFloat16*>(data_) + i, count, out);
+        break;
     }
   }
 

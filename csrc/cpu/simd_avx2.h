@@ -28,8 +28,8 @@ inline Vector clamp(Vector value, float low, float high) {
   return _mm256_min_ps(broadcast(high), _mm256_max_ps(broadcast(low), value));  // NaN stays: it is the second operand
 }
 inline double sum(Vector value) {
-  const __m256d pairs = _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(value)),
-                                      _mm256_cvtps_pd(_mm256_extractf128_ps(value, 1)));
+  const __m256d pairs =
+      _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(value)), _mm256_cvtps_pd(_mm256_extractf128_ps(value, 1)));
   const __m128d halves = _mm_add_pd(_mm256_castpd256_pd128(pairs), _mm256_extractf128_pd(pairs, 1));
   return _mm_cvtsd_f64(_mm_add_sd(halves, _mm_unpackhi_pd(halves, halves)));
 }
@@ -71,8 +71,7 @@ inline void turn(Vector quarters, Vector& cosine, Vector& sine) {
 struct Philox {
   Words x, y, z, w;
 
-  explicit Philox(Words counters)
-      : x(counters), y(_mm256_srli_epi64(counters, 32)), z(_mm256_setzero_si256()), w(z) {}
+  explicit Philox(Words counters) : x(counters), y(_mm256_srli_epi64(counters, 32)), z(_mm256_setzero_si256()), w(z) {}
 
   void round(uint32_t key0, uint32_t key1) {
     const Words product0 = _mm256_mul_epu32(x, _mm256_set1_epi64x(0xD2511F53));

@@ -30,9 +30,7 @@ inline double sum(Vector value) {
   const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(value, 1));
   return _mm512_reduce_add_pd(_mm512_add_pd(low, high));
 }
-inline Vector round(Vector value) {
-  return _mm512_roundscale_ps(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
+inline Vector round(Vector value) { return _mm512_roundscale_ps(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 // By the integer in the low bits of `n`.
 inline Vector add_to_exponent(Vector value, Vector n) {
   const Words shifted = _mm512_slli_epi32(_mm512_castps_si512(n), 23);
@@ -70,8 +68,7 @@ inline void turn(Vector quarters, Vector& cosine, Vector& sine) {
 struct Philox {
   Words x, y, z, w;
 
-  explicit Philox(Words counters)
-      : x(counters), y(_mm512_srli_epi64(counters, 32)), z(_mm512_setzero_si512()), w(z) {}
+  explicit Philox(Words counters) : x(counters), y(_mm512_srli_epi64(counters, 32)), z(_mm512_setzero_si512()), w(z) {}
 
   void round(uint32_t key0, uint32_t key1) {
     constexpr int kXor3 = 0x96;
@@ -89,9 +86,7 @@ inline Words first_counters(uint64_t counter) {
                           _mm512_set_epi64(14, 12, 10, 8, 6, 4, 2, 0));
 }
 constexpr int kCountersBetween = 1;  // even counters in one Philox, odd ones in the other: `pack` puts them in order
-inline Words pack(Words even, Words odd) {
-  return _mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
-}
+inline Words pack(Words even, Words odd) { return _mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32)); }
 inline Words next_counters(Words counters) { return _mm512_add_epi64(counters, _mm512_set1_epi64(kCountersBetween)); }
 
 // Lane i of the four vectors becomes elements 4i to 4i + 3.

@@ -32,8 +32,8 @@ struct Keys {
 };
 
 inline void store_words(const Keys& keys, uint64_t counter, uint32_t* out) {
-  const Uint4 words = philox4x32(counter_words(counter), static_cast<uint32_t>(keys.seed),
-                                 static_cast<uint32_t>(keys.seed >> 32));
+  const Uint4 words =
+      philox4x32(counter_words(counter), static_cast<uint32_t>(keys.seed), static_cast<uint32_t>(keys.seed >> 32));
   out[0] = words.x;
   out[1] = words.y;
   out[2] = words.z;

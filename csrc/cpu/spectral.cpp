@@ -131,8 +131,8 @@ void spectral_sample(const Gaussian& policy, const Spectrum& spectrum, uint64_t 
     std::vector<float> noise(kBlock + kNoisePadding), by_frame(frames * plane_bands), low_band(band_size);
     std::vector<float> workspace(transform.workspace_size());
     for (int64_t task = begin; task < end; ++task) {
-      sample_channel(task / spectrum.channels, task % spectrum.channels, noise.data(), by_frame.data(),
-                     low_band.data(), workspace.data());
+      sample_channel(task / spectrum.channels, task % spectrum.channels, noise.data(), by_frame.data(), low_band.data(),
+                     workspace.data());
     }
   });
   for (int64_t row = 0; row < policy.batch; ++row) {

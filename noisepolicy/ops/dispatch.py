@@ -29,11 +29,13 @@ def resolve(backend: str, tensor: torch.Tensor) -> ModuleType:
         ValueError: if there is no backend of that name.
         RuntimeError: if the backend cannot run here, or not on the tensor's device.
     """
-    return choose(backend, tensor.device.type)
+    return choose(backend, tensor.device)
 
 
 @functools.cache  # looked up once: finding out costs more than a small op
-def choose(backend: str, device_type: str) -> ModuleType:
+def choose(backend: str, device: torch.device) -> ModuleType:
+    """`resolve`, for tensors of a device."""
+    device_type = device.type
     if backend == "auto":
         backend = os.environ.get("NOISEPOLICY_BACKEND", "auto")
     if backend == "auto":

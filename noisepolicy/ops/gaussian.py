@@ -87,9 +87,7 @@ def spectral_sample(
             library.to_int64(seed), library.to_int64(offset), backend,
         )  # fmt: skip
     else:
-        latents, coefficients, log_prob = resolve(backend, mean).spectral_sample(
-            mean, log_std, spectrum, seed, offset
-        )
+        latents, coefficients, log_prob = resolve(backend, mean).spectral_sample(mean, log_std, spectrum, seed, offset)
     return latents.reshape(-1, *latent_shape), coefficients, log_prob
 
 

@@ -81,7 +81,7 @@ def check_fp32(name: str, tensor: torch.Tensor, shape: tuple[int, ...], device: 
 
 
 def needs_gradient(*tensors: torch.Tensor) -> bool:
-    return torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors])
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def check_counter(seed: int, offset: int) -> None:

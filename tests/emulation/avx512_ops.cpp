@@ -33,7 +33,8 @@ void spectral_sample(const void* mean, const void* log_std, int storage, const i
                      const float* rows, const float* columns, uint64_t seed, uint64_t offset, float* latents,
                      float* coefficients, float* log_prob) {
   const float one = 1.0f;
-  const noisepolicy::Spectrum spectrum{shape[0], {1, shape[1], shape[2]}, {1, shape[3], shape[4]}, {&one, rows, columns}};
+  const noisepolicy::Spectrum spectrum{
+      shape[0], {1, shape[1], shape[2]}, {1, shape[3], shape[4]}, {&one, rows, columns}};
   noisepolicy::cpu::spectral_sample(policy(mean, log_std, storage, sizes), spectrum, seed, offset, 1, latents,
                                     coefficients, log_prob);
 }

@@ -71,3 +71,16 @@ def test_gradients_flow_twice_through_a_kept_graph():
     once = leaf.grad.clone()
     (3 * loss).backward()
     torch.testing.assert_close(leaf.grad, 4 * once)
+
+
+def test_a_second_derivative_is_refused():
+    latents, mean, log_std, old_log_prob, advantages = make_case()
+    leaf = mean.clone().requires_grad_()
+    losses = [
+        ppo_clip_loss(latents, leaf, log_std, old_log_prob, advantages, clip_range=0.2)[0],
+        gaussian_log_prob(latents, leaf, log_std).sum(),
+    ]
+    for loss in losses:
+        (grad,) = torch.autograd.grad(loss**2, leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.sum().backward()

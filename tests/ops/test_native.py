@@ -171,9 +171,9 @@ def test_the_loss_allocates_nothing_of_the_actions_size_but_its_gradients():
     def allocated(backend):
         leaves = [tensor.clone().requires_grad_() for tensor in (mean, log_std)]
         with torch.profiler.profile(profile_memory=True) as profile:
-            ppo_clip_loss(
-                latents, *leaves, log_prob, torch.ones(batch), clip_range=0.2, kl_coef=0.1, backend=backend
-            )[0].backward()
+            ppo_clip_loss(latents, *leaves, log_prob, torch.ones(batch), clip_range=0.2, kl_coef=0.1, backend=backend)[
+                0
+            ].backward()
         return sum(max(event.self_cpu_memory_usage, 0) for event in profile.key_averages())
 
     gradients = 2 * mean.nbytes

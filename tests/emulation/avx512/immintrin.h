@@ -47,7 +47,9 @@ inline __m512 shuffle4(__m512 a, __m512 b, int control) {
 
 }  // namespace avx512
 
-inline __m512 _mm512_set1_ps(float v) { return avx512::lanes<__m512>([=](size_t) { return v; }); }
+inline __m512 _mm512_set1_ps(float v) {
+  return avx512::lanes<__m512>([=](size_t) { return v; });
+}
 inline __m512 _mm512_loadu_ps(const void* p) {
   __m512 v;
   std::memcpy(&v, p, sizeof v);
@@ -105,7 +107,9 @@ inline double _mm512_reduce_add_pd(__m512d a) {
 inline __m512i _mm512_set1_epi32(int v) {
   return avx512::cast<__m512i>(avx512::lanes<avx512::Int16>([=](size_t) { return v; }));
 }
-inline __m512i _mm512_set1_epi64(long long v) { return avx512::lanes<__m512i>([=](size_t) { return v; }); }
+inline __m512i _mm512_set1_epi64(long long v) {
+  return avx512::lanes<__m512i>([=](size_t) { return v; });
+}
 inline __m512i _mm512_set_epi64(long long h, long long g, long long f, long long e, long long d, long long c,
                                 long long b, long long a) {
   return __m512i{a, b, c, d, e, f, g, h};
@@ -129,8 +133,12 @@ inline __m512i _mm512_slli_epi32(__m512i a, int n) {
 inline __m512i _mm512_srai_epi32(__m512i a, int n) {
   return avx512::cast<__m512i>(avx512::cast<avx512::Int16>(a) >> n);
 }
-inline __m512i _mm512_srli_epi64(__m512i a, int n) { return avx512::cast<__m512i>(avx512::cast<avx512::Wide8>(a) >> n); }
-inline __m512i _mm512_slli_epi64(__m512i a, int n) { return avx512::cast<__m512i>(avx512::cast<avx512::Wide8>(a) << n); }
+inline __m512i _mm512_srli_epi64(__m512i a, int n) {
+  return avx512::cast<__m512i>(avx512::cast<avx512::Wide8>(a) >> n);
+}
+inline __m512i _mm512_slli_epi64(__m512i a, int n) {
+  return avx512::cast<__m512i>(avx512::cast<avx512::Wide8>(a) << n);
+}
 // The low halves of the 64-bit lanes, multiplied.
 inline __m512i _mm512_mul_epu32(__m512i a, __m512i b) {
   return avx512::lanes<__m512i>([=](size_t i) {
