@@ -5,6 +5,7 @@
 #include <string>
 
 #include "kernels.h"
+#include "pages.h"
 #include "rows.h"
 
 namespace noisepolicy::cpu {
@@ -28,6 +29,7 @@ void gaussian_sample(const Gaussian& policy, uint64_t seed, uint64_t offset, int
   const int64_t per_row = rows.blocks_in_row();
   const uint64_t row_counters = static_cast<uint64_t>((policy.size + 3) / 4);
   std::vector<double> partial(policy.batch * per_row);
+  expect_writes(latents, policy.batch * policy.size * sizeof(float));
   parallel_for(policy.batch * per_row, rows.grain(), num_threads, [&](int64_t begin, int64_t end) {
     float mean[kBlock], log_std[kBlock], noise[kBlock + kNoisePadding];
     for (int64_t number = begin; number < end; ++number) {
@@ -86,7 +88,12 @@ class Backward {
         grad_mean_(out.mean, policy.storage),
         grad_log_std_(out.log_std, policy.storage),
         num_runs_(rows.is_shared() ? policy.batch * policy.log_std_size : 0),
-        partial_(num_runs_ * rows.blocks_in_run()) {}
+        partial_(num_runs_ * rows.blocks_in_run()) {
+    const int64_t item = policy.storage == Storage::kFloat32 ? 4 : 2;
+    expect_writes(out.mean, policy.batch * policy.size * item);
+    expect_writes(out.log_std, policy.batch * policy.log_std_size * item);
+    expect_writes(out.latents, policy.batch * policy.size * sizeof(float));
+  }
 
   // Blocks [begin, end) of one row; from the last, which was read last and is still in a cache.
   void write(int64_t begin, int64_t end, float grad_log_prob, float grad_kl) {

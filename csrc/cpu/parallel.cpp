@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <thread>
@@ -14,19 +15,39 @@ namespace {
 
 constexpr int64_t kPiecesAPart = 8;
 
-// Threads are started when first wanted and wait for work on a condition variable; they never spin, so that they do
-// not steal time from the frozen model's own threads.
+void pause_briefly() {
+#ifdef NOISEPOLICY_X86
+  __builtin_ia32_pause();
+#endif
+}
+
+// Waits for what another thread is about to do, a few tens of microseconds at most; returns whether it came.
+template <typename Condition>
+bool came_soon(Condition condition) {
+  using Clock = std::chrono::steady_clock;
+  const Clock::time_point end = Clock::now() + std::chrono::microseconds(40);
+  do {
+    for (int i = 0; i < 64; ++i) {
+      if (condition()) return true;
+      pause_briefly();
+    }
+  } while (Clock::now() < end);
+  return false;
+}
+
+// Threads are started when first wanted. Between calls that follow at once they look for work, which is sooner than
+// being woken; then they sleep, so that they do not steal time from the frozen model's own threads.
 class Pool {
  public:
-  using Job = std::function<void(int)>;
+  using Job = std::function<void()>;
 
-  // Runs job(0) here and job(1) .. job(num_helpers) on helpers.
+  // Runs the job here and on `num_helpers` helpers.
   void run(int num_helpers, const Job& job) {
     {
       std::lock_guard<std::mutex> lock(mutex_);
       while (static_cast<int>(threads_.size()) < num_helpers) {
-        const int index = static_cast<int>(threads_.size()) + 1;
-        threads_.emplace_back([this, index, start = generation_] { work(index, start); });
+        const int index = static_cast<int>(threads_.size());
+        threads_.emplace_back([this, index, start = generation_.load()] { work(index, start); });
       }
       job_ = &job;
       wanted_ = num_helpers;
@@ -34,23 +55,26 @@ class Pool {
       ++generation_;
     }
     wake_.notify_all();
-    job(0);
+    job();
+    if (came_soon([this] { return unfinished_ == 0; })) return;
     std::unique_lock<std::mutex> lock(mutex_);
     done_.wait(lock, [this] { return unfinished_ == 0; });
   }
 
  private:
   void work(int index, uint64_t seen) {
-    std::unique_lock<std::mutex> lock(mutex_);
     while (true) {
+      came_soon([&] { return generation_ != seen; });
+      std::unique_lock<std::mutex> lock(mutex_);
       wake_.wait(lock, [&] { return generation_ != seen; });
       seen = generation_;
-      if (index > wanted_) continue;
+      if (index >= wanted_) continue;
       const Job& job = *job_;
       lock.unlock();
-      job(index);
-      lock.lock();
-      if (--unfinished_ == 0) done_.notify_one();
+      job();
+      if (--unfinished_ > 0) continue;
+      lock.lock();  // the caller has either not looked yet or is asleep
+      done_.notify_one();
     }
   }
 
@@ -58,8 +82,9 @@ class Pool {
   std::condition_variable wake_, done_;
   std::vector<std::thread> threads_;
   const Job* job_ = nullptr;
-  int wanted_ = 0, unfinished_ = 0;
-  uint64_t generation_ = 0;
+  int wanted_ = 0;
+  std::atomic<int> unfinished_{0};
+  std::atomic<uint64_t> generation_{0};
 };
 
 // Never destroyed: its threads wait until the process ends. A forked child has none of them and gets a new pool.
@@ -89,7 +114,7 @@ void parallel_for(int64_t count, int64_t grain, int num_threads, const std::func
   // In pieces that each thread takes as it comes to them: a helper wakes later than the caller begins.
   const int64_t piece = std::max(grain, count / (parts * kPiecesAPart));
   std::atomic<int64_t> next{0};
-  pool->run(static_cast<int>(parts) - 1, [&](int) {
+  pool->run(static_cast<int>(parts) - 1, [&] {
     for (int64_t begin; (begin = next.fetch_add(piece, std::memory_order_relaxed)) < count;) {
       body(begin, std::min(begin + piece, count));
     }

@@ -1,5 +1,6 @@
 // White noise whose low DCT band is the policy's: a channel at a time, while it is in cache.
 #include "kernels.h"
+#include "pages.h"
 #include "rows.h"
 
 namespace noisepolicy::cpu {
@@ -127,6 +128,7 @@ void spectral_sample(const Gaussian& policy, const Spectrum& spectrum, uint64_t 
   };
 
   const int64_t grain = std::max<int64_t>(kGrain / std::max<int64_t>(channel_size, 1), 1);
+  expect_writes(latents, policy.batch * row_size * sizeof(float));
   parallel_for(policy.batch * spectrum.channels, grain, num_threads, [&](int64_t begin, int64_t end) {
     std::vector<float> noise(kBlock + kNoisePadding), by_frame(frames * plane_bands), low_band(band_size);
     std::vector<float> workspace(transform.workspace_size());
