@@ -1,6 +1,5 @@
 """The self-contained HTML report of `noisepolicy-bench kernels`."""
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import matplotlib
 from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
 
+from noisepolicy.evaluation.figures import PLOT_STYLE, figure_svg
 from noisepolicy.storage import write_text
 
 _COLORS = {
@@ -20,18 +20,6 @@ _LABELS = {
     "eager": "eager PyTorch",
     "compile": "torch.compile",
     "randn": "torch.randn alone",
-}
-_STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "noisepolicy",
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e5e7eb",
-    "axes.edgecolor": "#9ca3af",
-    "legend.frameon": False,
 }
 _PREFERRED_BATCH = 8
 
@@ -75,7 +63,7 @@ def _cards(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def time_plot(rows: Sequence[dict[str, Any]]) -> str:
     """Median time against the size of a row, both logarithmic, an axes for each op; SVG."""
     op_names = list(dict.fromkeys(row["op"] for row in rows))
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(PLOT_STYLE):
         num_columns = min(2, len(op_names))
         num_rows = -(-len(op_names) // num_columns)
         figure = Figure(figsize=(5 * num_columns, 3.4 * num_rows), layout="constrained")
@@ -99,10 +87,7 @@ def time_plot(rows: Sequence[dict[str, Any]]) -> str:
         figure.legend(
             list(handles.values()), [_LABELS.get(name, name) for name in handles], loc="outside lower center", ncols=6
         )
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+        return figure_svg(figure)
 
 
 def _curves(rows: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:

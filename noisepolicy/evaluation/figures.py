@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from noisepolicy.evaluation.sweep import Pair
 
 _POLICY, _BASE, _OTHER = "#2563eb", "#6b7280", "#d97706"
-_STYLE = {
+PLOT_STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "noisepolicy",
     "font.family": "sans-serif",
@@ -31,7 +31,8 @@ def _figure(width: float, num_axes: int) -> tuple[Figure, Any]:
     return figure, figure.subplots(1, num_axes)
 
 
-def _svg(figure: Figure) -> str:
+def figure_svg(figure: Figure) -> str:
+    """The figure as an `<svg>` element, the same bytes for the same figure."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
     text = buffer.getvalue()
@@ -40,7 +41,7 @@ def _svg(figure: Figure) -> str:
 
 def training_curves(metrics: Sequence[dict[str, Any]]) -> str:
     """Reward and KL to the prior against images generated; SVG."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(PLOT_STYLE):
         figure, (reward_axes, kl_axes) = _figure(10, 2)
         images = [row["images"] for row in metrics]
         rewards = torch.tensor([row["reward"] for row in metrics])
@@ -50,12 +51,12 @@ def training_curves(metrics: Sequence[dict[str, Any]]) -> str:
         reward_axes.set(xlabel="images generated", ylabel="reward in training (mean of a batch)")
         kl_axes.plot(images, [row["kl_to_prior"] for row in metrics], color=_OTHER, linewidth=2)
         kl_axes.set(xlabel="images generated", ylabel="KL to N(0, I), nats", ylim=(0, None))
-        return _svg(figure)
+        return figure_svg(figure)
 
 
 def sweep_plot(rows: Sequence[dict[str, Any]], train_steps: Sequence[int]) -> str:
     """The Noise PPO figure: gain against denoising steps, with intervals, beside the rewards themselves; SVG."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(PLOT_STYLE):
         figure, (gain_axes, reward_axes) = _figure(10, 2)
         steps = [row["num_inference_steps"] for row in rows]
         gains = [row["gain"] for row in rows]
@@ -86,7 +87,7 @@ def sweep_plot(rows: Sequence[dict[str, Any]], train_steps: Sequence[int]) -> st
             axes.set_xscale("log", base=2)
             axes.set_xticks(steps, [str(step) for step in steps])
             axes.set_xlabel("denoising steps")
-        return _svg(figure)
+        return figure_svg(figure)
 
 
 def to_pil(image: torch.Tensor, size: int | None = None) -> Image.Image:
