@@ -1,1 +1,1 @@
-"""The commands: noisepolicy-train and noisepolicy-bench."""
+"""The commands: noisepolicy-train, -generate, -eval, -bench and -reward-server."""

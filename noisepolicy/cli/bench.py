@@ -19,6 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command")
     world = commands.add_parser("world", help="the embedded model: scores by steps, best-of-n, images/s")
     world.add_argument("--guidance-scale", type=float, default=1.5)
+    commands.add_parser("rollout", help="images through the general path, against a loop written for one model")
     training = commands.add_parser("training", help="the default recipe on several seeds")
     training.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     training.add_argument("--output-dir", type=Path, default=Path("runs/bench"))
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{name:8s} {reason or _available(name)}")
         return 0
     if arguments.command is None:
-        parser.error("give a command: world, training or kernels")
+        parser.error("give a command: world, rollout, training or kernels")
     try:
         result = {"machine": _machine(), **_run(arguments)}
         if arguments.json:
@@ -76,6 +77,10 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
         from noisepolicy.benchmarks import bench_world
 
         return bench_world.run(arguments.guidance_scale)
+    if arguments.command == "rollout":
+        from noisepolicy.benchmarks import bench_rollout
+
+        return bench_rollout.run()
     if arguments.command == "kernels":
         from noisepolicy.benchmarks import bench_kernels
 

@@ -1,13 +1,11 @@
 """`noisepolicy-train`: train, evaluate, report."""
 
-import os
 import resource
 import sys
-import traceback
-import warnings
 from typing import Any
 
 from noisepolicy.cli.arguments import Arguments, parse_arguments
+from noisepolicy.cli.failures import prepare, quiet_loading, report_failure
 
 _NUM_SAMPLES = 8
 
@@ -17,8 +15,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     is_debug = "--debug" in argv
     argv = [argument for argument in argv if argument != "--debug"]
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    warnings.showwarning = _show_warning
+    prepare("noisepolicy-train")
     session = None
     try:
         session = _Session(parse_arguments(argv))
@@ -30,29 +27,18 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\nnoisepolicy-train: interrupted{resume}", file=sys.stderr)
         return 130
     except (ValueError, RuntimeError, OSError) as error:
-        if is_debug:
-            traceback.print_exc()
-        print(f"noisepolicy-train: error: {' '.join(str(error).split())}", file=sys.stderr)
+        report_failure("noisepolicy-train", error, is_debug=is_debug)
         if session is None:
             return 2
         print(f"noisepolicy-train: nothing is lost; go on with --resume {session.run.path}", file=sys.stderr)
         return 1
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
-    if category is UserWarning:
-        print(f"noisepolicy-train: warning: {message}", file=sys.stderr)
-
-
 class _Session:
     """One run of the command. Heavy imports wait until the command line is known to be right."""
 
     def __init__(self, arguments: Arguments) -> None:
-        from diffusers.utils.logging import disable_progress_bar as disable_diffusers_bar
-        from transformers.utils.logging import disable_progress_bar as disable_transformers_bar
-
-        disable_diffusers_bar()
-        disable_transformers_bar()
+        quiet_loading()
         from noisepolicy.cli.devices import make_accelerator
         from noisepolicy.training.run_folder import RunFolder
         from noisepolicy.training.task import load_task
@@ -66,6 +52,13 @@ class _Session:
         self.run = arguments.resumed or RunFolder.create(self.config)
         self._hash_before = self.task.frozen.weights_sha256()
         self.trainer = Trainer(self.config, self.task, self.run, self.accelerator)
+        # Encoded once, and while there are text encoders.
+        self._sample_prompts = self.task.eval_prompts[:_NUM_SAMPLES] or self.task.train_prompts[:_NUM_SAMPLES]
+        self._sample_embeds = self.task.frozen.encode(self._sample_prompts)
+        self._eval_embeds = self.task.frozen.encode(self._eval_prompts) if self._eval_prompts else None
+        if self.config.drop_text_encoders:
+            self.trainer.encode_prompts()
+            self.task.frozen.drop_text_encoders()
         if arguments.resumed is not None:
             self.trainer.resume()
 
@@ -104,12 +97,14 @@ class _Session:
         from noisepolicy.storage import write_bytes
         from noisepolicy.training.seeding import stream_seed
 
-        prompts = self.task.eval_prompts[:_NUM_SAMPLES] or self.task.train_prompts[:_NUM_SAMPLES]
-        embeds = self.task.frozen.encode(prompts)
-        sample = self.trainer.kept_policy().sample(embeds.prompt_embeds, seed=stream_seed(self.config.seed, "samples"))
+        prompts, embeds = self._sample_prompts, self._sample_embeds
+        num_inference_steps = self.config.num_inference_steps[0]
+        latents = self.trainer.kept_policy().choose(
+            embeds.prompt_embeds, seed=stream_seed(self.config.seed, "samples"),
+            num_inference_steps=num_inference_steps,
+        )  # fmt: skip
         images = self.task.frozen.generate(
-            sample.latents, embeds, num_inference_steps=self.config.num_inference_steps[0],
-            guidance_scale=self.config.guidance_scale,
+            latents, embeds, num_inference_steps=num_inference_steps, guidance_scale=self.config.guidance_scale,
         )  # fmt: skip
         write_bytes(self.run.samples / f"iteration_{iteration:06d}.png", image_grid(list(images), len(prompts)))
 
@@ -117,14 +112,20 @@ class _Session:
         """Sweep, `summary.json`, `report.html`, and the table that ends the command."""
         if not self._is_main:
             return
-        from noisepolicy.evaluation import Sweep, write_report
+        from noisepolicy.cli.sweeping import print_table, run_sweep
+        from noisepolicy.evaluation import Sweep, write_model_card, write_report
         from noisepolicy.evaluation.figures import before_after
         from noisepolicy.storage import write_bytes, write_json
 
         hash_after = self.task.frozen.weights_sha256()
         if hash_after != self._hash_before:
             raise RuntimeError("the frozen model's weights changed during training; the run is not to be trusted")
-        sweep = self._sweep() if self._eval_prompts else Sweep([], [])
+        config, sweep = self.config, Sweep([], [])
+        if self._eval_prompts:
+            sweep = run_sweep(
+                self.trainer.kept_policy(), self.task, self._eval_prompts, self._eval_embeds,
+                step_counts=config.eval_steps, group_size=config.eval_group_size, guidance_scale=config.guidance_scale,
+            )  # fmt: skip
         summary = {
             "images_trained": self.trainer.images_trained,
             "train_seconds": self.trainer.train_seconds,
@@ -135,35 +136,21 @@ class _Session:
             "sweep": sweep.rows,
         }
         write_json(self.run.summary, summary)
-        trained = self.config.num_inference_steps[0]
+        trained = config.num_inference_steps[0]
         if shown := [pair for pair in sweep.pairs if pair.num_inference_steps == trained]:
-            write_bytes(self.run.samples / "before_after.png", before_after(shown[:8]))
+            picture = before_after(shown[:8])
+            write_bytes(self.run.samples / "before_after.png", picture)
+            write_bytes(self.run.policy / "before_after.png", picture)
+        write_model_card(self.run.policy, config=config.plain(), summary=summary)
         write_report(
             self.run.report,
-            config=self.config.plain(),
+            config=config.plain(),
             summary=summary,
             metrics=self.run.read_metrics(),
             pairs=sweep.pairs,
         )
-        _print_table(sweep.rows)
+        print_table(sweep.rows)
         print(f"policy  {self.run.policy}\nreport  {self.run.report}")
-
-    def _sweep(self) -> Any:
-        from tqdm import tqdm
-
-        from noisepolicy.evaluation import evaluate_sweep
-        from noisepolicy.training.seeding import stream_seed
-
-        config = self.config
-        num_images = 2 * len(config.eval_steps) * len(self._eval_prompts) * config.eval_group_size
-        with tqdm(total=num_images, desc="evaluating", unit="image", dynamic_ncols=True,
-                  mininterval=0.5 if sys.stderr.isatty() else 15.0) as progress:  # fmt: skip
-            return evaluate_sweep(
-                self.trainer.kept_policy(), self.task.frozen, self.task.reward, self._eval_prompts,
-                step_counts=config.eval_steps, group_size=config.eval_group_size,
-                guidance_scale=config.guidance_scale, seed=stream_seed(0, "evaluation"),
-                on_progress=progress.update,
-            )  # fmt: skip
 
 
 def _make_board(is_wanted: bool) -> Any:
@@ -177,24 +164,6 @@ def _make_board(is_wanted: bool) -> Any:
             "--tensorboard needs the package tensorboard: pip install 'noisepolicy[tensorboard]'"
         ) from error
     return SummaryWriter
-
-
-def _print_table(rows: list[dict[str, Any]]) -> None:
-    if not rows:
-        return
-    has_strict = rows[0]["base"]["strict"] is not None
-    strict_head = "    strict        " if has_strict else ""
-    print("\nheld-out prompts, same noise")
-    print(f" steps   reward base -> policy   gain (95% interval)       {strict_head}diversity kept")
-    for row in rows:
-        base, policy = row["base"], row["policy"]
-        low, high = row["gain_ci95"]
-        strict = f"{base['strict']:.3f} -> {policy['strict']:.3f}    " if has_strict else ""
-        kept = f"{policy['diversity'] / base['diversity']:.0%}" if base["diversity"] else "-"
-        print(
-            f"{row['num_inference_steps']:6d}   {base['reward']:.3f} -> {policy['reward']:.3f}"
-            f"          {row['gain']:+.3f} ({low:+.3f}, {high:+.3f})   {strict}{kept}"
-        )
 
 
 if __name__ == "__main__":

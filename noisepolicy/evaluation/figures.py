@@ -103,9 +103,29 @@ def png(picture: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
+def picture_bytes(image: torch.Tensor) -> tuple[bytes, str]:
+    """A file and its suffix: PNG of `(3, height, width)`, animated GIF of video `(frames, 3, height, width)`."""
+    if image.ndim == 3:
+        return png(to_pil(image)), "png"
+    frames = [to_pil(frame) for frame in image]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, format="GIF", save_all=True, append_images=frames[1:], duration=125, loop=0)
+    return buffer.getvalue(), "gif"
+
+
+def still(image: torch.Tensor) -> torch.Tensor:
+    """An image as it is, and a video's middle frame."""
+    return image if image.ndim == 3 else image[len(image) // 2]
+
+
+def base_above_policy(base: Sequence[torch.Tensor], policy: Sequence[torch.Tensor]) -> bytes:
+    """A PNG grid of two rows, a pair a column."""
+    return image_grid([*base, *policy], len(base))
+
+
 def image_grid(images: Sequence[torch.Tensor], columns: int) -> bytes:
     """A PNG of images side by side, row by row."""
-    tiles = [to_pil(image) for image in images]
+    tiles = [to_pil(still(image)) for image in images]
     width, height = tiles[0].size
     sheet = Image.new("RGB", (columns * width, -(-len(tiles) // columns) * height), "white")
     for index, tile in enumerate(tiles):
@@ -125,7 +145,7 @@ def before_after(pairs: Sequence[Pair], tile: int = 128) -> bytes:
         draw.text((8, top + tile // 2 - 8), name, fill="#111827", font=font)
         for column, pair in enumerate(pairs):
             left = label + column * (tile + gap)
-            sheet.paste(to_pil(getattr(pair, f"{side}_image"), tile), (left, top))
+            sheet.paste(to_pil(still(getattr(pair, f"{side}_image")), tile), (left, top))
             strict = getattr(pair, f"{side}_metrics").get("strict")
             if strict is not None:
                 color = "#16a34a" if strict == 1 else "#dc2626"

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader
 
-from noisepolicy.evaluation.figures import png, sweep_plot, to_pil, training_curves
+from noisepolicy.evaluation.figures import picture_bytes, sweep_plot, training_curves
 from noisepolicy.evaluation.sweep import Pair
 from noisepolicy.storage import write_text
 
@@ -49,6 +49,8 @@ def write_report(
 
 def _embed(pair: Pair) -> dict[str, Any]:
     images = {
-        side: base64.b64encode(png(to_pil(getattr(pair, f"{side}_image")))).decode() for side in ("base", "policy")
+        side: f"data:image/{suffix};base64,{base64.b64encode(data).decode()}"
+        for side in ("base", "policy")
+        for data, suffix in [picture_bytes(getattr(pair, f"{side}_image"))]
     }
     return {**{field.name: getattr(pair, field.name) for field in dataclasses.fields(pair)}, **images}

@@ -39,17 +39,21 @@ class Pair:
 @torch.no_grad()
 def evaluate_sweep(
     policy: NoisePolicy, frozen: FrozenModel, reward: Reward, prompts: Sequence[str], *,
-    step_counts: Sequence[int], group_size: int, guidance_scale: float, seed: int, num_shown: int = 10,
+    step_counts: Sequence[int], group_size: int, guidance_scale: float, seed: int,
+    eval_rewards: Sequence[Reward] = (), embeds: PromptEmbeds | None = None, num_shown: int = 10,
     on_progress: Callable[[int], None] = lambda num_images: None,
 ) -> Sweep:  # fmt: skip
     """Generates `len(prompts) * group_size` images with and without the policy at each step count.
 
     Args:
+        eval_rewards: measured beside `reward`; those the policy was not trained for show whether it was hacked.
+        embeds: of the prompts, if they are encoded already.
         seed: of the evaluation's noise; a pair's noise depends on it and on the pair's number alone.
         num_shown: prompts whose first pair is kept for the report, at every step count.
         on_progress: told of each batch of images made.
     """
-    embeds = frozen.encode(prompts)
+    if embeds is None:
+        embeds = frozen.encode(prompts)
     rows, pairs = [], []
     for num_inference_steps in step_counts:
         results = {"base": _Results(), "policy": _Results()}
@@ -61,16 +65,20 @@ def evaluate_sweep(
             prior = torch.zeros(count, *policy.latent_shape, device=chunk_embeds.prompt_embeds.device)
             latents = {
                 "base": gaussian_sample(prior, prior.new_zeros(()), seed=seed, offset=offset)[0],
-                "policy": policy.sample(chunk_embeds.prompt_embeds, seed=seed, offset=offset).latents,
+                "policy": policy.choose(
+                    chunk_embeds.prompt_embeds, seed=seed, offset=offset, num_inference_steps=num_inference_steps
+                ),
             }
             chunk_prompts = [prompt for prompt in prompts[chunk] for _ in range(group_size)]
             for name, start in latents.items():
                 images = frozen.generate(
                     start, chunk_embeds, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale
                 )
-                results[name].add(images, reward.metrics(images, chunk_prompts), group_size)
+                others = {other.name: other(images, chunk_prompts) for other in eval_rewards}
+                results[name].add(images, {**others, **reward.metrics(images, chunk_prompts)}, group_size)
                 on_progress(count)
-        rows.append(_summarise(num_inference_steps, results["base"], results["policy"]))
+        names = [other.name for other in eval_rewards]
+        rows.append(_summarise(num_inference_steps, results["base"], results["policy"], names))
         for shown in range(min(num_shown, len(prompts))):
             (base_image, base_metrics), (policy_image, policy_metrics) = (
                 results[name].first_of(shown) for name in ("base", "policy")
@@ -116,19 +124,31 @@ def _repeat(embeds: PromptEmbeds, count: int) -> PromptEmbeds:
     return embeds[torch.arange(len(embeds)).repeat_interleave(count)]
 
 
-def _summarise(num_inference_steps: int, base: _Results, policy: _Results) -> dict[str, Any]:
-    base_rewards, policy_rewards = base.values("reward"), policy.values("reward")
-    difference = policy_rewards - base_rewards
+def _summarise(num_inference_steps: int, base: _Results, policy: _Results, others: Sequence[str]) -> dict[str, Any]:
+    base_rewards = base.values("reward")
     return {
         "num_inference_steps": num_inference_steps,
-        "num_pairs": difference.numel(),
+        "num_pairs": base_rewards.numel(),
         "base": base.summary(),
         "policy": policy.summary(),
-        "gain": difference.mean().item(),
-        "gain_ci95": list(bootstrap_mean_ci95(difference)),
+        **_gain(base, policy, "reward"),
+        "eval_rewards": [
+            {
+                "name": name,
+                "base": base.values(name).mean().item(),
+                "policy": policy.values(name).mean().item(),
+                **_gain(base, policy, name),
+            }
+            for name in others
+        ],
         "best_of_n": [
             {"n": n, "reward": expected_best_of(base_rewards, n), "num_images": base_rewards.numel()}
             for n in _BEST_OF
             if n <= base_rewards.shape[1]
         ],
     }
+
+
+def _gain(base: _Results, policy: _Results, name: str) -> dict[str, Any]:
+    difference = policy.values(name) - base.values(name)
+    return {"gain": difference.mean().item(), "gain_ci95": list(bootstrap_mean_ci95(difference))}

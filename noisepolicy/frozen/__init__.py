@@ -1,6 +1,19 @@
 """Frozen models: what the trainer starts from noise and never changes."""
 
+from typing import TYPE_CHECKING, Any
+
 from noisepolicy.frozen.base import FrozenModel, PromptEmbeds
-from noisepolicy.frozen.diffusers_pipeline import FrozenDiffusersPipeline
+
+if TYPE_CHECKING:
+    from noisepolicy.frozen.diffusers_pipeline import FrozenDiffusersPipeline
 
 __all__ = ["FrozenDiffusersPipeline", "FrozenModel", "PromptEmbeds"]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when asked for: the contract alone needs nothing but torch.
+    if name == "FrozenDiffusersPipeline":
+        from noisepolicy.frozen.diffusers_pipeline import FrozenDiffusersPipeline
+
+        return FrozenDiffusersPipeline
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,7 +1,7 @@
 """The contract of a frozen model: everything that policies, training and evaluation know of it."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 import torch
@@ -16,12 +16,30 @@ class PromptEmbeds:
     pooled_prompt_embeds: torch.Tensor | None = None
     """`(batch, width)`, where the model has it."""
 
+    prompt_attention_mask: torch.Tensor | None = None
+    """`(batch, tokens)`, where the model has it."""
+
     def __len__(self) -> int:
         return len(self.prompt_embeds)
 
     def __getitem__(self, rows: torch.Tensor | slice) -> "PromptEmbeds":
-        pooled = self.pooled_prompt_embeds
-        return PromptEmbeds(self.prompt_embeds[rows], None if pooled is None else pooled[rows])
+        return self._map(lambda tensor: tensor[rows])
+
+    def to(self, device: torch.device) -> "PromptEmbeds":
+        return self._map(lambda tensor: tensor.to(device))
+
+    @staticmethod
+    def cat(parts: Sequence["PromptEmbeds"]) -> "PromptEmbeds":
+        """One batch of several, all of the same model."""
+        columns = zip(*(part.tensors().items() for part in parts), strict=True)
+        return PromptEmbeds(**{column[0][0]: torch.cat([tensor for _, tensor in column]) for column in columns})
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Those there are, by name."""
+        return {field.name: tensor for field in fields(self) if (tensor := getattr(self, field.name)) is not None}
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "PromptEmbeds":
+        return PromptEmbeds(**{name: function(tensor) for name, tensor in self.tensors().items()})
 
 
 class FrozenModel(Protocol):
@@ -39,7 +57,7 @@ class FrozenModel(Protocol):
     ) -> torch.Tensor:
         """Images in [0, 1], float32, `(batch, 3, height, width)`, from latents `(batch, *latent_shape)`, float32.
 
-        The same latents must give the same images.
+        Videos are `(batch, frames, 3, height, width)`. The same latents must give the same images.
         """
         ...
 

@@ -4,6 +4,7 @@ latents ~ pi(. | prompt) = N(mean(prompt), std(prompt)^2) over the action; N(0, 
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -11,12 +12,15 @@ import torch
 from safetensors import SafetensorError
 
 from noisepolicy.ops import gaussian_kl
+from noisepolicy.policies.critic import RewardCritic
 from noisepolicy.storage import read_tensors, write_json, write_tensors
 
 Std = Literal["power", "one", "learned"]
 """How a policy's standard deviation follows: see `power_preserving`; always 1; or from the network."""
 
+_CANDIDATE_STRIDE = 2**48  # of the counter; no run draws as many
 _CONFIG, _WEIGHTS = "config.json", "policy.safetensors"
+_CARD_FILES = ("README.md", "before_after.png")
 
 
 class PolicySample(NamedTuple):
@@ -51,6 +55,9 @@ class NoisePolicy(torch.nn.Module):
         self.latent_shape = tuple(config["latent_shape"])
         self.prompt_shape = tuple(config["prompt_shape"])
         self.register_buffer("scale", torch.ones(()))
+        self.critic: RewardCritic | None = None
+        self.num_candidates = 1
+        self._source: Path | None = None
 
     @torch.no_grad()
     def shrink_to(self, kl_budget: float, prompt_embeds: torch.Tensor) -> None:
@@ -77,34 +84,101 @@ class NoisePolicy(torch.nn.Module):
         """`mean (batch, *action_shape)` and a broadcastable `log_std` of the action, from `(batch, tokens, width)`."""
         raise NotImplementedError
 
-    def sample(self, prompt_embeds: torch.Tensor, *, seed: int, offset: int = 0) -> PolicySample:
-        """Draws one action a row; noise by counter, see `noisepolicy.ops`. Without gradient."""
-        raise NotImplementedError
+    def sample(
+        self, prompt_embeds: torch.Tensor, *, seed: int, offset: int = 0, latent_shape: tuple[int, ...] | None = None
+    ) -> PolicySample:
+        """Draws one action a row; noise by counter, see `noisepolicy.ops`. Without gradient.
 
-    def sample_latents(self, pipeline: Any, prompt: str | list[str], generator: torch.Generator | None = None):
-        """Latents for `pipeline(prompt, latents=...)`, float32 `(batch, *latent_shape)` on the pipeline's device.
+        Args:
+            latent_shape: of latents of another size than those trained on.
 
         Raises:
-            ValueError: if the pipeline's embeddings are not those the policy was trained on.
+            ValueError: if this kind of policy cannot make latents of that shape.
         """
+        raise NotImplementedError
+
+    def attach_critic(self, critic: RewardCritic, num_candidates: int) -> None:
+        """Makes `choose` draw `num_candidates` noises a row and keep the one that `critic` thinks best."""
+        self.critic, self.num_candidates = critic.eval().requires_grad_(False), num_candidates
+
+    @torch.no_grad()
+    def choose(
+        self, prompt_embeds: torch.Tensor, *, seed: int, offset: int = 0, num_inference_steps: int = 1,
+        latent_shape: tuple[int, ...] | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Latents to start from, float32 `(batch, *latent_shape)`: a sample, or the best of several by the critic.
+
+        The first candidate is `sample`'s own draw; the others lie far beyond it on the same seed's counter.
+
+        Args:
+            num_inference_steps: that the model will take; the critic takes the nearest of those it was trained at.
+        """
+        first = self.sample(prompt_embeds, seed=seed, offset=offset, latent_shape=latent_shape)
+        if self.critic is None:
+            return first.latents
+        embeds, latents = prompt_embeds.float(), first.latents
+        step_index = torch.full(
+            (len(latents),), self.critic.shape.nearest_step_index(num_inference_steps), device=latents.device
+        )
+        best, _ = self.critic.lower_bound(embeds, first.action, step_index)
+        for number in range(1, self.num_candidates):
+            candidate = self.sample(
+                prompt_embeds, seed=seed, offset=(offset + number * _CANDIDATE_STRIDE) % 2**64,
+                latent_shape=latent_shape,
+            )  # fmt: skip
+            value, _ = self.critic.lower_bound(embeds, candidate.action, step_index)
+            is_better = (value > best).reshape(-1, *[1] * len(self.latent_shape))
+            latents = torch.where(is_better, candidate.latents, latents)
+            best = torch.maximum(best, value)
+        return latents
+
+    def sample_latents(
+        self, pipeline: Any, prompt: str | list[str], *, generator: torch.Generator | None = None,
+        num_images_per_prompt: int = 1, num_inference_steps: int = 1, height: int | None = None,
+        width: int | None = None, num_frames: int | None = None, max_sequence_length: int | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """What a diffusers pipeline takes as `latents=`, for any family in `frozen/families.py`.
+
+        Args:
+            pipeline: whose `__call__` is to be given the same prompt, sizes and step count.
+            generator: of the noise.
+            num_inference_steps: see `choose`.
+            height, width, num_frames, max_sequence_length: the pipeline's own where None.
+
+        Raises:
+            ValueError: if the pipeline's latents or embeddings are not of the kind the policy was trained on.
+        """
+        from noisepolicy.frozen.families import encode_prompts, latent_shape, pack_latents
+
+        shape = latent_shape(pipeline, height, width, num_frames)
+        if shape[0] != self.latent_shape[0] or len(shape) != len(self.latent_shape):
+            raise ValueError(
+                f"the policy was trained on latents of shape {self.latent_shape}, but {type(pipeline).__name__} here "
+                f"has {shape}: it must be a model of as many latent channels"
+            )
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        device = pipeline._execution_device
-        embeds = pipeline.encode_prompt(prompts, device, 1, False)[0]
+        embeds = encode_prompts(pipeline, prompts, max_sequence_length=max_sequence_length).prompt_embeds
         if tuple(embeds.shape[1:]) != self.prompt_shape:
             raise ValueError(
-                f"the policy was trained on prompt embeddings of shape {self.prompt_shape}, "
-                f"but this pipeline gives {tuple(embeds.shape[1:])}"
+                f"the policy was trained on prompt embeddings of shape {self.prompt_shape}, but this pipeline's text "
+                f"encoder gives {tuple(embeds.shape[1:])}"
             )
         generator_device = generator.device if generator is not None else "cpu"
         seed = int(torch.randint(2**62, (1,), generator=generator, device=generator_device))
-        self.to(device)
-        return self.sample(embeds, seed=seed).latents
+        latents = self.to(embeds.device).choose(
+            embeds.repeat_interleave(num_images_per_prompt, 0), seed=seed, num_inference_steps=num_inference_steps,
+            latent_shape=shape,
+        )  # fmt: skip
+        return pack_latents(pipeline, latents)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `config.json` and `policy.safetensors`, each atomically."""
         folder = Path(folder)
         write_tensors(folder / _WEIGHTS, self.state_dict())
-        write_json(folder / _CONFIG, {"kind": self.kind, **self.config})
+        config: dict[str, Any] = {"kind": self.kind, **self.config}
+        if self.critic is not None:
+            config |= {"critic": self.critic.config, "num_candidates": self.num_candidates}
+        write_json(folder / _CONFIG, config)
 
     @staticmethod
     def from_pretrained(source: str | Path) -> "NoisePolicy":
@@ -118,17 +192,24 @@ class NoisePolicy(torch.nn.Module):
         if not folder.is_dir():
             from huggingface_hub import snapshot_download
 
-            folder = Path(snapshot_download(str(source), allow_patterns=[_CONFIG, _WEIGHTS]))
+            folder = Path(snapshot_download(str(source), allow_patterns=[_CONFIG, _WEIGHTS, *_CARD_FILES]))
         try:
             config = json.loads((folder / _CONFIG).read_text("utf-8"))
+            critic, num_candidates = config.pop("critic", None), config.pop("num_candidates", 1)
             policy = make_policy(config.pop("kind"), **config)
+            if critic is not None:
+                policy.attach_critic(RewardCritic.from_config(**critic), num_candidates)
             policy.load_state_dict(read_tensors(folder / _WEIGHTS))
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"{source} does not hold a noise policy: {error}") from error
+        policy._source = folder
         return policy.eval()
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """Uploads the saved policy; keyword arguments go to `huggingface_hub.HfApi.create_repo`. Returns the URL."""
+        """Uploads the policy, with the model card and picture of the folder it was loaded from. Returns the URL.
+
+        Keyword arguments go to `huggingface_hub.HfApi.create_repo`.
+        """
         from tempfile import TemporaryDirectory
 
         from huggingface_hub import HfApi
@@ -137,17 +218,26 @@ class NoisePolicy(torch.nn.Module):
         url = str(api.create_repo(repo_id, exist_ok=True, **kwargs))
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
+            for name in _CARD_FILES:
+                if self._source is not None and (self._source / name).is_file():
+                    shutil.copy(self._source / name, folder)
             api.upload_folder(repo_id=repo_id, folder_path=folder)
         return url
 
 
 def power_preserving(shift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`mean` and `log_std` of `(shift + e) / sqrt(1 + shift^2)`, e ~ N(0, 1): every element keeps the prior's power.
+    """`mean` and `log_std` of `(shift + e) / sqrt(1 + mean(shift^2))`, e ~ N(0, 1): every row keeps the prior's power.
 
     A mean added to noise of std 1 makes it louder than any noise the model was trained on; few steps forgive that,
-    many do not. KL to the prior is `sum(log(1 + shift^2)) / 2`.
+    many do not. KL to the prior is `elements * log(1 + mean(shift^2)) / 2`.
+
+    Args:
+        shift: `(batch, ...)`
+
+    Returns:
+        mean of the same shape, and log_std with one value a row.
     """
-    log_std = -0.5 * torch.log1p(shift**2)
+    log_std = -0.5 * torch.log1p((shift**2).mean(tuple(range(1, shift.ndim)), keepdim=True))
     return shift * log_std.exp(), log_std
 
 

@@ -75,7 +75,14 @@ class DensePolicy(NoisePolicy):
         return mean, log_std
 
     @torch.no_grad()
-    def sample(self, prompt_embeds: torch.Tensor, *, seed: int, offset: int = 0) -> PolicySample:
+    def sample(
+        self, prompt_embeds: torch.Tensor, *, seed: int, offset: int = 0, latent_shape: tuple[int, ...] | None = None
+    ) -> PolicySample:
+        if latent_shape is not None and tuple(latent_shape) != self.latent_shape:
+            raise ValueError(
+                f"this dense policy makes latents of shape {self.latent_shape}, not {tuple(latent_shape)}; "
+                "only a spectral one can be used at another size"
+            )
         mean, log_std = self(prompt_embeds)
         latents, log_prob = gaussian_sample(mean.contiguous(), log_std, seed=seed, offset=offset)
         return PolicySample(latents, latents, log_prob)

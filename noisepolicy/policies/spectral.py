@@ -19,7 +19,7 @@ class SpectralPolicy(NoisePolicy):
         latent_shape: `(channels, height, width)` or `(channels, frames, height, width)`.
         prompt_shape: `(tokens, width)` of the prompt embeddings.
         bands: frequencies per axis, at most the axis' extent.
-        std: "power" keeps each coefficient's power at the prior's 1 (see `power_preserving`), "one" moves the mean
+        std: "power" keeps a row's power at the prior's 1 a coefficient (see `power_preserving`), "one" moves the mean
             alone, "learned" has the network give a log-std per channel.
         token_width: numbers each token is projected to.
         hidden_width: of the network.
@@ -60,9 +60,13 @@ class SpectralPolicy(NoisePolicy):
         )
 
     @torch.no_grad()
-    def sample(self, prompt_embeds: torch.Tensor, *, seed: int, offset: int = 0) -> PolicySample:
+    def sample(
+        self, prompt_embeds: torch.Tensor, *, seed: int, offset: int = 0, latent_shape: tuple[int, ...] | None = None
+    ) -> PolicySample:
+        """As the base class says. Latents of another size get the same coefficients: the same layout, as probable."""
         mean, log_std = self(prompt_embeds)
-        return PolicySample(*spectral_sample(mean, log_std, latent_shape=self.latent_shape, seed=seed, offset=offset))
+        shape = latent_shape or self.latent_shape
+        return PolicySample(*spectral_sample(mean, log_std, latent_shape=shape, seed=seed, offset=offset))
 
 
 def _zero_linear(in_features: int, out_features: int) -> nn.Linear:

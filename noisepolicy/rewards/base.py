@@ -1,21 +1,14 @@
-"""Finding a reward by name or `module:function`, and checking what it returns.
+"""What a reward is, and the checks on what it returns.
 
-A reward is called as `reward(images, prompts)` with images in [0, 1], `(batch, 3, height, width)`, and returns
-`(batch,)` numbers. One that also knows whether an image is wholly right has a method
-`metrics(images, prompts) -> {"reward": (batch,), "strict": (batch,)}`.
+A reward is called as `reward(images, prompts)` with float32 images in [0, 1], `(batch, 3, height, width)`, or video,
+`(batch, frames, 3, height, width)`, and returns `(batch,)` numbers. One that has more to tell, such as whether an image
+is wholly right, has a method `metrics(images, prompts) -> {"reward": (batch,), "strict": (batch,), ...}`.
 """
 
-import importlib
-import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-
-from noisepolicy.rewards.shapes import ShapesReward
-
-_REGISTRY: dict[str, Callable[[], Any]] = {"shapes": ShapesReward}
 
 
 class RewardError(RuntimeError):
@@ -38,15 +31,19 @@ class Reward:
         return self._check(self._call(self._function, images, prompts), prompts)
 
     def metrics(self, images: torch.Tensor, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """`reward` and, where the reward defines it, `strict`; each `(batch,)`."""
+        """`reward` and whatever else the reward defines, such as `strict` or the parts of a sum; each `(batch,)`."""
         if not hasattr(self._function, "metrics"):
             return {"reward": self(images, prompts)}
         values = self._call(self._function.metrics, images, prompts)
+        if not isinstance(values, Mapping) or "reward" not in values:
+            raise RewardError(f"reward {self.name!r}: its metrics have no 'reward'")
         return {name: self._check(value, prompts) for name, value in values.items()}
 
     def _call(self, function: Callable, images: torch.Tensor, prompts: Sequence[str]) -> Any:
         try:
             return function(images, prompts)
+        except RewardError:  # of a reward within this one; it names the one at fault
+            raise
         except Exception as error:  # a user's function may raise anything; it is reported with the reward's name
             raise RewardError(f"reward {self.name!r} raised {type(error).__name__}: {error}") from error
 
@@ -68,27 +65,30 @@ class Reward:
         return rewards
 
 
-def load_reward(spec: str) -> Reward:
-    """The reward named by `spec`: a registered name, or `module:function` found as Python finds modules (and in the
-    working folder).
+def check_images(images: torch.Tensor, prompts: Sequence[str]) -> None:
+    """For rewards of single images.
 
     Raises:
-        ValueError: if there is no such reward.
+        ValueError: unless `images` is `(batch, 3, height, width)` with one prompt each.
     """
-    if spec in _REGISTRY:
-        return Reward(spec, _REGISTRY[spec]())
-    module_name, separator, function_name = spec.partition(":")
-    if not separator:
-        raise ValueError(f"unknown reward {spec!r}; choose from {sorted(_REGISTRY)} or give 'module:function'")
-    folder = str(Path.cwd())
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except ImportError as error:
-        raise ValueError(f"reward {spec!r}: cannot import {module_name!r} ({error})") from error
-    except AttributeError as error:
-        raise ValueError(f"reward {spec!r}: module {module_name!r} has no {function_name!r}") from error
-    if not callable(function):
-        raise ValueError(f"reward {spec!r}: {function_name!r} is not callable")
-    return Reward(spec, function)
+    if images.ndim == 5:
+        raise ValueError("it scores images and was given video; write frames(...) around it")
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images have shape {tuple(images.shape)}, expected (batch, 3, height, width)")
+    _check_lengths(images, prompts)
+
+
+def check_video(images: torch.Tensor, prompts: Sequence[str]) -> None:
+    """For rewards of video.
+
+    Raises:
+        ValueError: unless `images` is `(batch, frames, 3, height, width)` with one prompt each.
+    """
+    if images.ndim != 5 or images.shape[2] != 3 or images.shape[1] == 0:
+        raise ValueError(f"it scores video, (batch, frames, 3, height, width), and was given {tuple(images.shape)}")
+    _check_lengths(images, prompts)
+
+
+def _check_lengths(images: torch.Tensor, prompts: Sequence[str]) -> None:
+    if len(images) != len(prompts):
+        raise ValueError(f"{len(images)} images but {len(prompts)} prompts")

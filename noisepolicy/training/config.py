@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import yaml
 from tyro.constructors import PrimitiveConstructorSpec
@@ -30,19 +30,43 @@ class TrainConfig:
     model: str = "shapes"
     """The frozen model: 'shapes' (the embedded one), or a folder or hub id in diffusers' format."""
     reward: str = "shapes"
-    """A registered name ('shapes'), or 'module:function' called as function(images, prompts) -> (batch,) numbers."""
+    """What is trained for: a name, a weighted sum ('0.7*pickscore + 0.3*aesthetic'), 'module:function' or an http(s)
+    address; see docs/rewards.md."""
+    eval_rewards: tuple[str, ...] = ()
+    """Further rewards, measured in the final sweep only: those not trained for show whether the reward was hacked."""
     prompts: Path | None = None
     """UTF-8 text file, one training prompt a line. The embedded model brings its own."""
     eval_prompts: Path | None = None
     """The same for the held-out prompts that the report is measured on."""
     output_dir: Path | None = None
     """The run folder; must not hold a run. Default: runs/ and the time."""
+    height: int | None = None
+    """Of the pictures, in pixels; None takes the model's own."""
+    width: int | None = None
+    """Of the pictures, in pixels; None takes the model's own."""
+    num_frames: int | None = None
+    """Of a video model's clips; None takes the model's own."""
+    scheduler: str | None = None
+    """A diffusers scheduler class, e.g. EulerDiscreteScheduler, made from the configuration of the model's own."""
+    negative_prompt: str | None = None
+    """For models with classifier-free guidance; None is what the pipeline takes when it is given none."""
+    max_sequence_length: int | None = None
+    """Tokens of a prompt, for pipelines that let one choose; None takes the pipeline's own."""
     seed: int = 0
     """Of everything random: prompts, noise, initial weights."""
     device: str = "auto"
     """'auto' (CUDA where there is one, else CPU), 'cpu', 'cuda' or 'cuda:N'."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Of the frozen model. Latents, log-probs and the policy are float32 always."""
+
+    vae_slicing: bool = False
+    """Decode pictures one at a time, for memory."""
+    vae_tiling: bool = False
+    """Decode pictures in tiles, for memory."""
+    cpu_offload: bool = False
+    """Keep each part of the model on the accelerator only while it works (Accelerate's model offload)."""
+    drop_text_encoders: bool = False
+    """Encode every prompt of the run at the start and free the text encoders."""
 
     num_iterations: int = 125
     """Iterations; each generates `batch_size` images."""
@@ -78,30 +102,33 @@ class TrainConfig:
     target_kl: float = 1.0
     """Nats: an iteration's updates stop once KL(old policy, new policy) passes this."""
     kl_budget: float = 15.0
-    """Nats: how far the policy that is kept may be from N(0, I), on average over prompts; its shift is scaled down to
-    this. More reward for more, less variety and less use at other step counts."""
+    """Nats: how far the policy that is kept may be from N(0, I), on average over prompts and before the critic chooses;
+    its shift is scaled down to this. More reward for more, less variety and less use at other step counts."""
     kl_training_budget: float = 30.0
     """Nats: how far the policy may go in training, where its scale is free; the penalty adapts to it."""
-    kl_coef: float = 2e-3
+    kl_coef: float = 1e-3
     """The penalty per nat of KL to the prior to start from, in units of reward."""
-    diversity_coef: float = 1.0
+    diversity_coef: float = 1.4
     """With a critic: reward that a unit of difference between two pictures of one prompt is worth (root mean square of
     pixels in [0, 1]); 0 lets the policy give up variety for reward."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
 
-    critic_updates: int = 24
+    critic_updates: int = 22
     """Gradient steps on the reward critic an iteration."""
     critic_batch_size: int = 64
     """Samples of the history in each, and samples of the policy in the critic's term of the policy's loss."""
-    critic_size: int = 3
+    critic_size: int = 2
     """Networks in the critic's ensemble; the policy ascends their mean minus their spread."""
-    critic_learning_rate: float = 1e-3
+    critic_learning_rate: float = 3e-3
     """Of the critic (AdamW)."""
     critic_weight_decay: float = 1e-2
     """Of the critic (AdamW)."""
     critic_warmup: int = 960
     """Images generated before the policy first moves."""
+    num_candidates: int = 8
+    """With a critic: noises that the finished policy draws for an image, of which the critic chooses one; only that one
+    is denoised. 1 takes every draw as it comes."""
 
     eval_steps: StepCounts = (1, 2, 4, 8, 16)
     """Denoising steps of the final sweep."""
@@ -113,20 +140,23 @@ class TrainConfig:
     """Iterations between checkpoints."""
     sample_every: int = 25
     """Iterations between sample grids."""
+    license: str = ""
+    """The policy's licence for its model card, as the hub writes it, e.g. 'apache-2.0'; empty leaves it out."""
     tensorboard: bool = False
     """Also write TensorBoard events to RUN/tensorboard (needs the extra 'tensorboard')."""
 
     def __post_init__(self) -> None:
         self.num_inference_steps = tuple(self.num_inference_steps)
         self.eval_steps = tuple(self.eval_steps)
+        self.eval_rewards = tuple(self.eval_rewards)
 
     def check(self) -> None:
         """Raises ValueError for values that cannot work together."""
         positive = (
             "num_iterations", "batch_size", "group_size", "rollout_batch_size", "bands", "learning_rate",
             "num_updates", "clip_range", "target_kl", "kl_budget", "kl_training_budget", "kl_coef", "max_grad_norm",
-            "critic_updates", "critic_batch_size", "critic_learning_rate", "eval_group_size", "checkpoint_every",
-            "sample_every",
+            "critic_updates", "critic_batch_size", "critic_learning_rate", "num_candidates", "eval_group_size",
+            "checkpoint_every", "sample_every",
         )  # fmt: skip
         for name in positive:
             if not getattr(self, name) > 0:
@@ -138,6 +168,9 @@ class TrainConfig:
             steps = getattr(self, name)
             if not steps or min(steps) < 1:
                 raise ValueError(f"{_flag(name)} must be one or more positive step counts, got {list(steps)}")
+        for name in ("height", "width", "num_frames", "max_sequence_length"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{_flag(name)} must be positive, got {value}")
         if not 0 <= self.average_decay < 1:
             raise ValueError(f"--average-decay must be in [0, 1), got {self.average_decay}")
         if self.batch_size % self.group_size:
@@ -177,20 +210,25 @@ def load_config(path: Path, base: TrainConfig | None = None) -> TrainConfig:
 
 
 def _typed(name: str, value: Any, path: Path) -> Any:
-    """Converts a YAML value to the type of the setting's default."""
+    """Converts a YAML value to the setting's type."""
     default = getattr(TrainConfig(), name)
-    if name in ("prompts", "eval_prompts", "output_dir"):
-        return None if value is None else Path(value)
     try:
         if isinstance(default, tuple):
-            return tuple(int(item) for item in (value if isinstance(value, list) else [value]))
+            kind = str if name == "eval_rewards" else int
+            return tuple(kind(item) for item in (value if isinstance(value, list) else [value]))
         if isinstance(default, bool):
             if not isinstance(value, bool):
                 raise ValueError
             return value
-        return type(default)(value)
+        kind = type(default)
+        if default is None:
+            if value is None:
+                return None
+            kind = next(option for option in get_args(get_type_hints(TrainConfig)[name]) if option is not type(None))
+        return kind(value)
     except (TypeError, ValueError):
-        raise ValueError(f"{path}: {name} must be like {default!r}, got {value!r}") from None
+        wanted = repr(default) if default is not None else kind.__name__
+        raise ValueError(f"{path}: {name} must be like {wanted}, got {value!r}") from None
 
 
 def _flag(name: str) -> str:

@@ -1,4 +1,7 @@
-"""Every image made so far, as the critic sees it: prompt, step count, action, a small picture and the reward."""
+"""Every image made so far, as the critic sees it: prompt, step count, action, a small picture and the reward.
+
+A prompt is its row in the run's `PromptStore`.
+"""
 
 import torch
 
@@ -10,7 +13,7 @@ class History:
         capacity: rows at most.
         action_shape: of one action, float32.
         picture_shape: of one small picture, kept as float16.
-        device: where it lies.
+        device: where it lies, but for the prompts' rows, which stay on the CPU.
     """
 
     def __init__(
@@ -18,7 +21,7 @@ class History:
     ) -> None:
         self.size = 0
         self._columns = {
-            "prompt_index": torch.zeros(capacity, dtype=torch.int64, device=device),
+            "prompt_row": torch.zeros(capacity, dtype=torch.int64),
             "step_index": torch.zeros(capacity, dtype=torch.int64, device=device),
             "reward": torch.zeros(capacity, device=device),
             "action": torch.zeros(capacity, *action_shape, device=device),

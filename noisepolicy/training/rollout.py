@@ -6,19 +6,21 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 
-from noisepolicy.frozen import FrozenModel, PromptEmbeds
+from noisepolicy.frozen import FrozenModel
 from noisepolicy.ops import num_counters
 from noisepolicy.policies import NoisePolicy
+from noisepolicy.policies.critic import CriticShape, shrink_pictures
 from noisepolicy.rewards import Reward
-from noisepolicy.training.critic import CriticShape, shrink_pictures
 from noisepolicy.training.phases import PhaseClock
+from noisepolicy.training.prompt_store import PromptStore
 
 
 @dataclass(frozen=True)
 class Rollout:
     """A batch, the same on every process; `(batch, ...)` tensors on the policy's device."""
 
-    prompt_index: torch.Tensor
+    prompt_row: torch.Tensor
+    """Into the run's `PromptStore`; on the CPU."""
     step_index: torch.Tensor
     action: torch.Tensor
     log_prob: torch.Tensor
@@ -29,8 +31,8 @@ class Rollout:
 
 @torch.no_grad()
 def roll_out(
-    policy: NoisePolicy, frozen: FrozenModel, reward: Reward, prompts: Sequence[str], embeds: PromptEmbeds, *,
-    prompt_index: torch.Tensor, step_index: torch.Tensor, step_counts: Sequence[int], guidance_scale: float,
+    policy: NoisePolicy, frozen: FrozenModel, reward: Reward, prompts: Sequence[str], embeds: PromptStore, *,
+    prompt_row: torch.Tensor, step_index: torch.Tensor, step_counts: Sequence[int], guidance_scale: float,
     seed: int, first_row: int, accelerator: Accelerator, clock: PhaseClock, critic_shape: CriticShape | None,
 ) -> Rollout:  # fmt: skip
     """Samples, generates and scores.
@@ -39,15 +41,16 @@ def roll_out(
     of processes nor the frozen model's own batch size changes an image.
 
     Args:
-        prompt_index: row -> prompt, int64 `(batch,)`.
+        prompts: of the batch, as many.
+        prompt_row: theirs in `embeds`, int64 `(batch,)`.
         step_index: row -> index into `step_counts`, int64 `(batch,)`.
         critic_shape: of the pictures to keep for the critic, if there is one.
     """
-    batch = len(prompt_index)
+    batch = len(prompts)
     share = -(-batch // accelerator.num_processes)
     mine = slice(accelerator.process_index * share, min((accelerator.process_index + 1) * share, batch))
-    my_prompts, my_steps = prompt_index[mine], step_index[mine]
-    my_embeds = embeds[my_prompts.to(embeds.prompt_embeds.device)]
+    my_prompts, my_steps = prompts[mine], step_index[mine]
+    my_embeds = embeds[prompt_row[mine]]
     with clock.phase("policy"):
         offset = (first_row + mine.start) * num_counters(policy.latent_shape)
         sample = policy.sample(my_embeds.prompt_embeds, seed=seed, offset=offset)
@@ -66,7 +69,7 @@ def roll_out(
                 num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
             )  # fmt: skip
         with clock.phase("reward"):
-            rewards[rows] = reward(images, [prompts[i] for i in my_prompts[rows].tolist()])
+            rewards[rows] = reward(images, [my_prompts[i] for i in rows.tolist()])
         if pictures is not None:
             pictures[on_device] = shrink_pictures(images, critic_shape)
 
@@ -78,7 +81,7 @@ def roll_out(
 
     device = sample.action.device
     return Rollout(
-        prompt_index.to(device),
+        prompt_row,
         step_index.to(device),
         gather(sample.action),
         gather(sample.log_prob),

@@ -44,8 +44,25 @@ class RunFolder:
         """
         run = cls(path)
         if not run.config.is_file():
-            raise ValueError(f"--resume {path}: not a run folder (there is no {run.config})")
+            raise ValueError(f"{path} is not a run folder (there is no {run.config})")
         return run, load_config(run.config)
+
+    def checked_policy(self) -> Path:
+        """The policy's folder.
+
+        Raises:
+            ValueError: if the run has not written one yet.
+        """
+        if not (self.policy / "config.json").is_file():
+            raise ValueError(f"{self.path} has no policy yet; go on with: noisepolicy-train --resume {self.path}")
+        return self.policy
+
+    def read_summary(self) -> dict[str, Any]:
+        """`summary.json`, or what is known of a run that has not ended."""
+        if self.summary.is_file():
+            return json.loads(self.summary.read_text("utf-8"))
+        metrics = self.read_metrics()
+        return {"images_trained": metrics[-1]["images"] if metrics else 0, "train_seconds": 0.0, "seconds": {}}
 
     def append_metrics(self, values: dict[str, Any]) -> None:
         with open(self.metrics, "a", encoding="utf-8") as file:

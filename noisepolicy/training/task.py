@@ -16,6 +16,7 @@ from noisepolicy.training.config import TrainConfig
 class Task:
     frozen: FrozenModel
     reward: Reward
+    eval_rewards: list[Reward]
     train_prompts: list[str]
     eval_prompts: list[str]
 
@@ -26,8 +27,7 @@ def load_task(config: TrainConfig, device: torch.device) -> Task:
     Raises:
         ValueError: if something named is not there or cannot be used.
     """
-    is_embedded = config.model == "shapes"
-    if not is_embedded and config.prompts is None:
+    if config.model != "shapes" and config.prompts is None:
         raise ValueError(f"--model {config.model} needs --prompts FILE (one prompt a line)")
     train = read_prompts(config.prompts) if config.prompts else [scene.caption for scene in train_scenes()]
     if config.eval_prompts:
@@ -38,15 +38,31 @@ def load_task(config: TrainConfig, device: torch.device) -> Task:
         train, held_out = _hold_out(train)
     else:
         held_out = []
-    reward = load_reward(config.reward)
+    reward = load_reward(config.reward, device=device)
+    eval_rewards = [load_reward(spec, device=device) for spec in config.eval_rewards]
+    frozen = load_frozen(config, device)
+    # Now, rather than in the middle of a run; one image for one step, and one for any larger number.
+    for steps in {count > 1: count for count in (*config.num_inference_steps, *config.eval_steps)}.values():
+        frozen.check_deterministic(steps, config.guidance_scale)
+    return Task(frozen, reward, eval_rewards, train, held_out)
+
+
+def load_frozen(config: TrainConfig, device: torch.device) -> FrozenDiffusersPipeline:
+    """The frozen model `config` names.
+
+    Raises:
+        ValueError: if it is not there or cannot be used.
+    """
     try:
-        frozen = FrozenDiffusersPipeline.from_pretrained(
-            model_folder() if is_embedded else config.model, device=device, dtype=getattr(torch, config.dtype),
-            rollout_batch_size=config.rollout_batch_size,
+        return FrozenDiffusersPipeline.from_pretrained(
+            model_folder() if config.model == "shapes" else config.model, device=device,
+            dtype=getattr(torch, config.dtype), rollout_batch_size=config.rollout_batch_size, height=config.height,
+            width=config.width, num_frames=config.num_frames, negative_prompt=config.negative_prompt,
+            max_sequence_length=config.max_sequence_length, scheduler=config.scheduler,
+            vae_slicing=config.vae_slicing, vae_tiling=config.vae_tiling, cpu_offload=config.cpu_offload,
         )  # fmt: skip
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load --model {config.model}: {' '.join(str(error).split())}") from error
-    return Task(frozen, reward, train, held_out)
 
 
 def read_prompts(path: Path) -> list[str]:

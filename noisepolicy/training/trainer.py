@@ -15,6 +15,7 @@ from accelerate import Accelerator
 
 from noisepolicy.policies import NoisePolicy
 from noisepolicy.policies.base import make_policy
+from noisepolicy.policies.critic import CriticShape, RewardCritic
 from noisepolicy.storage import load_optimizer_tensors, optimizer_tensors
 from noisepolicy.training.checkpoint import (
     load_newest_checkpoint,
@@ -23,9 +24,9 @@ from noisepolicy.training.checkpoint import (
     without_prefix,
 )
 from noisepolicy.training.config import TrainConfig
-from noisepolicy.training.critic import CriticShape, RewardCritic
 from noisepolicy.training.history import History
 from noisepolicy.training.phases import PHASES, PhaseClock
+from noisepolicy.training.prompt_store import PromptStore
 from noisepolicy.training.rollout import Rollout, roll_out
 from noisepolicy.training.run_folder import RunFolder
 from noisepolicy.training.seeding import stream_generator, stream_seed
@@ -53,9 +54,10 @@ class Trainer:
     def __init__(self, config: TrainConfig, task: Task, run: RunFolder, accelerator: Accelerator) -> None:
         self.config, self.task, self.run, self.accelerator = config, task, run, accelerator
         device = accelerator.device
-        self._embeds = task.frozen.encode(task.train_prompts)
-        self._prompt_rows = self._embeds.prompt_embeds.float()
-        self.policy = make_config_policy(config, task.frozen.latent_shape, tuple(self._prompt_rows.shape[1:]))
+        self._prompts = PromptStore(task.frozen, task.train_prompts, device)
+        self._prompts.add([0])
+        prompt_shape = tuple(self._prompts[torch.zeros(1, dtype=torch.int64)].prompt_embeds.shape[1:])
+        self.policy = make_config_policy(config, task.frozen.latent_shape, prompt_shape)
         self.policy.to(device)
         self.average = copy.deepcopy(self.policy).eval().requires_grad_(False)
         self._policy_optimizer = torch.optim.AdamW(
@@ -68,8 +70,7 @@ class Trainer:
                 prompt_shape=self.policy.prompt_shape,
                 action_shape=self.policy.action_shape,
                 is_spectral=config.policy == "spectral",
-                picture_channels=3,
-                num_step_counts=len(config.num_inference_steps),
+                step_counts=config.num_inference_steps,
             )
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(stream_seed(config.seed, "critic weights"))
@@ -96,6 +97,11 @@ class Trainer:
         """Training time by phase; they sum to `train_seconds`."""
         phases = dict(self._clock.seconds)
         return {**phases, "other": max(self.train_seconds - sum(phases.values()), 0.0)}
+
+    def encode_prompts(self, num_iterations: int | None = None) -> None:
+        """Encodes the prompts of the first iterations, or of all, before they are asked for."""
+        for number in range(self.config.num_iterations if num_iterations is None else num_iterations):
+            self._prompts.add(self._draw_prompts(number))
 
     def train(self) -> Iterator[dict[str, Any]]:
         """Runs to the last iteration, yielding each one's metrics once they are written.
@@ -134,7 +140,7 @@ class Trainer:
                 metrics |= self._learn_reward(rollout, number)
             if self._critic is None or (number + 1) * config.batch_size >= config.critic_warmup:
                 metrics |= update_policy(
-                    self.policy, self._policy_optimizer, self._critic, rollout, self._prompt_rows, config,
+                    self.policy, self._policy_optimizer, self._critic, rollout, self._prompts, config,
                     kl_coef=self._kl_coef, generator=stream_generator(config.seed, "policy update", number),
                 )  # fmt: skip
                 self._adapt_kl_coef(metrics["kl_to_prior"])
@@ -147,31 +153,38 @@ class Trainer:
 
     def _roll_out(self, number: int) -> Rollout:
         config = self.config
-        generator = stream_generator(config.seed, "prompts", number)
-        num_groups = config.batch_size // config.group_size
-        groups = torch.randint(len(self.task.train_prompts), (num_groups,), generator=generator)
-        steps = (torch.arange(num_groups) + number) % len(config.num_inference_steps)
+        prompt_index = self._draw_prompts(number)
+        steps = (torch.arange(len(prompt_index)) + number) % len(config.num_inference_steps)
+        prompts = [self.task.train_prompts[i] for i in prompt_index for _ in range(config.group_size)]
+        with self._clock.phase("frozen_model"):
+            rows = self._prompts.add(prompt_index)
         return roll_out(
-            self.policy, self.task.frozen, self.task.reward, self.task.train_prompts, self._embeds,
-            prompt_index=groups.repeat_interleave(config.group_size),
+            self.policy, self.task.frozen, self.task.reward, prompts, self._prompts,
+            prompt_row=rows.repeat_interleave(config.group_size),
             step_index=steps.repeat_interleave(config.group_size),
             step_counts=config.num_inference_steps, guidance_scale=config.guidance_scale,
             seed=stream_seed(config.seed, "noise"), first_row=number * config.batch_size,
             accelerator=self.accelerator, clock=self._clock, critic_shape=self._critic_shape,
         )  # fmt: skip
 
+    def _draw_prompts(self, number: int) -> list[int]:
+        """The prompts of an iteration, one a group."""
+        generator = stream_generator(self.config.seed, "prompts", number)
+        num_groups = self.config.batch_size // self.config.group_size
+        return torch.randint(len(self.task.train_prompts), (num_groups,), generator=generator).tolist()
+
     def _learn_reward(self, rollout: Rollout, number: int) -> dict[str, float]:
         """Adds the batch to the history and trains the critic; measures first how well it foresaw the batch."""
         with torch.no_grad():
-            embeds = self._prompt_rows[rollout.prompt_index]
+            embeds = self._prompts[rollout.prompt_row].prompt_embeds.float()
             foreseen = self._critic(embeds, rollout.action, rollout.step_index).mean(0)
         self._history.append(
-            prompt_index=rollout.prompt_index, step_index=rollout.step_index, reward=rollout.reward,
+            prompt_row=rollout.prompt_row, step_index=rollout.step_index, reward=rollout.reward,
             action=rollout.action, picture=rollout.picture,
         )  # fmt: skip
         self._critic.requires_grad_(True)
         loss = update_critic(
-            self._critic, self._critic_optimizer, self._history, self._prompt_rows,
+            self._critic, self._critic_optimizer, self._history, self._prompts,
             num_updates=self.config.critic_updates, batch_size=self.config.critic_batch_size,
             generator=stream_generator(self.config.seed, "critic", number),
         )  # fmt: skip
@@ -180,9 +193,12 @@ class Trainer:
         return {"critic_loss": loss, "critic_unexplained": error.item()}
 
     def kept_policy(self) -> NoisePolicy:
-        """A copy of the averaged policy, scaled to the KL budget on the first training prompts."""
+        """A copy of the averaged policy, scaled to the KL budget on the first prompts met, and the critic to choose."""
         kept = copy.deepcopy(self.average)
-        kept.shrink_to(self.config.kl_budget, self._prompt_rows[:_NUM_BUDGET_PROMPTS])
+        rows = torch.arange(min(_NUM_BUDGET_PROMPTS, len(self._prompts)))
+        kept.shrink_to(self.config.kl_budget, self._prompts[rows].prompt_embeds)
+        if self._critic is not None and self.config.num_candidates > 1:
+            kept.attach_critic(copy.deepcopy(self._critic), self.config.num_candidates)
         return kept
 
     @torch.no_grad()
@@ -226,6 +242,8 @@ class Trainer:
                 load_optimizer_tensors(self._critic_optimizer, tensors, "critic_optimizer")
                 self._history.load_state(without_prefix("history", tensors))
             self.iteration = progress["iteration"]
+            # In the batches of the first time: rounding depends on them, and rows on their order.
+            self.encode_prompts(self.iteration)
             self._kl_coef = progress["kl_coef"]
             self.train_seconds = progress["train_seconds"]
             self._clock.seconds = {phase: progress["seconds"][phase] for phase in PHASES}

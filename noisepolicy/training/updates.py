@@ -8,36 +8,41 @@ import torch
 
 from noisepolicy.ops import gaussian_kl, gaussian_log_prob, ppo_clip_loss
 from noisepolicy.policies import NoisePolicy
+from noisepolicy.policies.critic import RewardCritic
 from noisepolicy.training.advantages import leave_one_out, residual
 from noisepolicy.training.config import TrainConfig
-from noisepolicy.training.critic import RewardCritic
 from noisepolicy.training.history import History
+from noisepolicy.training.prompt_store import PromptStore
 from noisepolicy.training.rollout import Rollout
 
 _MAX_LOG_PROB_DRIFT = 1e-2
 
 
 def update_critic(
-    critic: RewardCritic, optimizer: torch.optim.Optimizer, history: History, embeds: torch.Tensor, *,
+    critic: RewardCritic, optimizer: torch.optim.Optimizer, history: History, prompts: PromptStore, *,
     num_updates: int, batch_size: int, generator: torch.Generator,
 ) -> float:  # fmt: skip
     """Regresses pictures and rewards on the history; returns the reward's mean squared error over the updates."""
-    total = torch.zeros((), device=embeds.device)
+    total = 0.0
     for _ in range(num_updates):
         rows = history.draw(batch_size, generator)
         loss, error = critic.loss(
-            embeds[rows["prompt_index"]], rows["action"], rows["step_index"], rows["picture"].float(), rows["reward"]
+            prompts[rows["prompt_row"]].prompt_embeds.float(),
+            rows["action"],
+            rows["step_index"],
+            rows["picture"].float(),
+            rows["reward"],
         )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        total += error
-    return total.item() / num_updates
+        total = total + error
+    return float(total) / num_updates
 
 
 def update_policy(
     policy: NoisePolicy, optimizer: torch.optim.Optimizer, critic: RewardCritic | None, rollout: Rollout,
-    embeds: torch.Tensor, config: TrainConfig, *, kl_coef: float, generator: torch.Generator,
+    prompts: PromptStore, config: TrainConfig, *, kl_coef: float, generator: torch.Generator,
 ) -> dict[str, float]:  # fmt: skip
     """Clipped PPO on the batch and, with a critic, its gradient on fresh samples of the policy.
 
@@ -48,14 +53,14 @@ def update_policy(
     or the leave-one-out advantages of plain Noise PPO. Stops early when KL(old, new) passes its target.
 
     Args:
-        embeds: of all training prompts, `(prompts, tokens, width)`.
+        prompts: those met so far; fresh samples are of these.
         kl_coef: reward per nat.
         generator: for fresh prompts and noise.
 
     Returns:
         Metrics of the iteration.
     """
-    batch_embeds = embeds[rollout.prompt_index]
+    batch_embeds = prompts[rollout.prompt_row].prompt_embeds.float()
     with torch.no_grad():
         old_mean, old_log_std = policy(batch_embeds)
         # Taken anew by the op that the loss uses, so the first ratio is 1 to the bit; float32 log-probs of hundreds of
@@ -82,7 +87,7 @@ def update_policy(
         )  # fmt: skip
         loss = reward_std * ppo_loss
         if critic is not None:
-            loss = loss + _critic_loss(policy, critic, embeds, config, kl_coef, generator)
+            loss = loss + _critic_loss(policy, critic, prompts, config, kl_coef, generator)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
@@ -97,17 +102,17 @@ def update_policy(
 
 
 def _critic_loss(
-    policy: NoisePolicy, critic: RewardCritic, embeds: torch.Tensor, config: TrainConfig, kl_coef: float,
+    policy: NoisePolicy, critic: RewardCritic, prompts: PromptStore, config: TrainConfig, kl_coef: float,
     generator: torch.Generator,
 ) -> torch.Tensor:  # fmt: skip
     # Two samples of each prompt, to see how far apart their pictures are.
     count = config.critic_batch_size // 2
-    index = torch.randint(len(embeds), (count,), generator=generator).repeat(2)
+    rows = torch.randint(len(prompts), (count,), generator=generator).repeat(2)
     step_index = torch.randint(len(config.num_inference_steps), (count,), generator=generator).repeat(2)
-    fresh = embeds[index.to(embeds.device)]
+    fresh = prompts[rows].prompt_embeds.float()
     mean, log_std = policy(fresh)
     noise = torch.randn(mean.shape, generator=generator).to(mean.device)
-    value, sketch = critic.lower_bound(fresh, mean + log_std.exp() * noise, step_index.to(embeds.device))
+    value, sketch = critic.lower_bound(fresh, mean + log_std.exp() * noise, step_index.to(mean.device))
     first, second = sketch.flatten(1).chunk(2)
     # Pictures are in [-1, 1] here; half the difference is that of pixels in [0, 1].
     distance = ((first - second) ** 2).mean(1).add(1e-12).sqrt() / 2

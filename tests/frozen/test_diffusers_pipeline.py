@@ -1,4 +1,4 @@
-"""Our denoising loop against the pipeline's own `__call__`."""
+"""The embedded model: schedulers, step counts and what is left of the caller's pipeline."""
 
 import pytest
 import torch
@@ -58,10 +58,17 @@ def test_other_deterministic_schedulers(scheduler_class):
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
 
 
+def generate_one(frozen, steps):
+    latents = torch.randn(1, 8, 8, 8, generator=torch.Generator().manual_seed(0))
+    return frozen.generate(latents, frozen.encode(PROMPTS[:1]), num_inference_steps=steps, guidance_scale=1.5)
+
+
 @pytest.mark.parametrize("scheduler_class", [DDPMScheduler, EulerAncestralDiscreteScheduler, LCMScheduler])
 def test_stochastic_schedulers_are_refused(scheduler_class):
-    with pytest.raises(ValueError, match=f"{scheduler_class.__name__} is stochastic"):
-        FrozenDiffusersPipeline(make_pipeline(scheduler_class))
+    frozen = FrozenDiffusersPipeline(make_pipeline(scheduler_class))
+    for _ in range(2):  # the refusal is not forgotten
+        with pytest.raises(ValueError, match=f"{scheduler_class.__name__} is stochastic at 4 steps"):
+            generate_one(frozen, 4)
 
 
 def test_sde_variant_of_a_deterministic_scheduler_is_refused():
@@ -70,14 +77,49 @@ def test_sde_variant_of_a_deterministic_scheduler_is_refused():
         pipeline.scheduler.config, algorithm_type="sde-dpmsolver++"
     )
     with pytest.raises(ValueError, match="is stochastic"):
-        FrozenDiffusersPipeline(pipeline)
+        FrozenDiffusersPipeline(pipeline).check_deterministic(4, 1.0)
+
+
+def test_ancestral_sampler_is_deterministic_at_one_step():
+    """As distilled models use it."""
+    frozen = FrozenDiffusersPipeline(make_pipeline(EulerAncestralDiscreteScheduler))
+    assert torch.equal(generate_one(frozen, 1), generate_one(frozen, 1))
+    with pytest.raises(ValueError, match="is stochastic at 2 steps"):
+        generate_one(frozen, 2)
+
+
+def test_each_kind_of_step_count_is_checked_once(monkeypatch):
+    frozen = FrozenDiffusersPipeline(make_pipeline())
+    calls = []
+    check = frozen.check_deterministic
+    monkeypatch.setattr(frozen, "check_deterministic", lambda *args: (calls.append(args), check(*args)))
+    for steps in (1, 1, 4, 2, 1):
+        generate_one(frozen, steps)
+    assert calls == [(1, 1.5), (4, 1.5)]
+
+
+def test_callers_pipeline_keeps_its_scheduler_and_safety_checker():
+    class Blackout(torch.nn.Module):
+        def forward(self, images, clip_input):
+            return images * 0, [True] * len(images)
+
+    pipeline = make_pipeline()
+    expected = generate_one(FrozenDiffusersPipeline(pipeline), 4)
+    pipeline.safety_checker = checker = Blackout()
+    scheduler = pipeline.scheduler
+    steps = len(scheduler.timesteps)
+    torch.testing.assert_close(generate_one(FrozenDiffusersPipeline(pipeline), 4), expected, rtol=0, atol=1e-6)
+    assert pipeline.safety_checker is checker and pipeline.scheduler is scheduler
+    assert len(scheduler.timesteps) == steps
 
 
 def test_other_families_are_refused_by_name():
     class OtherPipeline(DiffusionPipeline):
         pass
 
-    with pytest.raises(ValueError, match="unsupported pipeline OtherPipeline; supported: StableDiffusionPipeline"):
+    with pytest.raises(
+        ValueError, match=r"unsupported pipeline OtherPipeline; supported: StableDiffusionPipeline, .*LTX"
+    ):
         FrozenDiffusersPipeline(OtherPipeline())
 
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
 
 from noisepolicy.ops import gaussian_kl, gaussian_log_prob, gaussian_sample
 from noisepolicy.policies import DensePolicy, NoisePolicy, SpectralPolicy
-from noisepolicy.shapes import held_out_scenes, model_folder
+from noisepolicy.policies.base import power_preserving
+from noisepolicy.policies.critic import CriticShape, RewardCritic
 
 PROMPT_SHAPE = (6, 16)
 POLICIES = [
@@ -58,6 +58,39 @@ def test_save_and_load(policy, embeds, tmp_path):
     assert torch.equal(loaded.sample(embeds, seed=1).latents, policy.sample(embeds, seed=1).latents)
 
 
+def test_critic_is_saved_with_the_policy(policy, embeds, tmp_path):
+    disturb(policy)
+    shape = CriticShape(
+        prompt_shape=PROMPT_SHAPE, action_shape=policy.action_shape, is_spectral=policy.kind == "spectral",
+        step_counts=(1, 4),
+    )  # fmt: skip
+    policy.attach_critic(RewardCritic(shape, size=2, channels=8, hidden_width=16), 3)
+    latents = policy.choose(embeds, seed=7, num_inference_steps=8)
+    draws = [policy.sample(embeds, seed=7, offset=number * 2**48) for number in range(3)]
+    values = torch.stack([policy.critic.lower_bound(embeds, d.action, torch.ones(3).long())[0] for d in draws])
+    for row, best in enumerate(values.argmax(0).tolist()):
+        assert torch.equal(latents[row], draws[best].latents[row])
+    policy.save_pretrained(tmp_path)
+    assert torch.equal(NoisePolicy.from_pretrained(tmp_path).choose(embeds, seed=7, num_inference_steps=8), latents)
+
+
+def test_critic_takes_the_nearest_step_count():
+    shape = CriticShape((6, 16), (4, 4, 4), True, (1, 4))
+    assert [shape.nearest_step_index(steps) for steps in (1, 3, 4, 50)] == [0, 1, 1, 1]
+
+
+def test_power_preserving_keeps_a_row_as_loud_as_the_prior():
+    shift = (
+        torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+        * torch.tensor([1.0, 3.0])[:, None, None, None]
+    )
+    mean, log_std = power_preserving(shift)
+    assert log_std.shape == (2, 1, 1, 1)
+    torch.testing.assert_close((mean**2).mean((1, 2, 3)) + log_std.exp().flatten() ** 2, torch.ones(2))
+    expected = 48 * torch.log1p((shift**2).mean((1, 2, 3))) / 2
+    torch.testing.assert_close(gaussian_kl(mean, log_std), expected)
+
+
 def test_word_order_is_kept(policy):
     disturb(policy)
     embeds = torch.randn(1, *PROMPT_SHAPE, generator=torch.Generator().manual_seed(0))
@@ -73,21 +106,6 @@ def test_what_is_no_policy_is_refused(tmp_path):
     (tmp_path / "policy.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(ValueError, match="does not hold a noise policy"):
         NoisePolicy.from_pretrained(tmp_path)
-
-
-def test_drop_in_use_with_a_pipeline():
-    pipeline = StableDiffusionPipeline.from_pretrained(model_folder())
-    pipeline.set_progress_bar_config(disable=True)
-    prompts = [scene.caption for scene in held_out_scenes()[:2]]
-    policy = SpectralPolicy(latent_shape=(8, 8, 8), prompt_shape=(20, 128))
-    latents = policy.sample_latents(pipeline, prompts, generator=torch.Generator().manual_seed(1))
-    again = policy.sample_latents(pipeline, prompts, generator=torch.Generator().manual_seed(1))
-    other = policy.sample_latents(pipeline, prompts, generator=torch.Generator().manual_seed(2))
-    assert torch.equal(latents, again) and not torch.equal(latents, other)
-    images = pipeline(prompts, latents=latents, num_inference_steps=1, height=64, width=64, output_type="pt").images
-    assert images.shape == (2, 3, 64, 64)
-    with pytest.raises(ValueError, match="trained on prompt embeddings of shape"):
-        SpectralPolicy(latent_shape=(8, 8, 8), prompt_shape=(77, 768)).sample_latents(pipeline, prompts)
 
 
 def test_shrinking_meets_the_budget_and_no_more(policy, embeds):

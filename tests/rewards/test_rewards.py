@@ -1,9 +1,13 @@
 """Finding rewards, and refusing what they must not return."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from noisepolicy.rewards import Reward, RewardError, load_reward
+from noisepolicy.rewards.cache import CachedReward
 
 IMAGES, PROMPTS = torch.rand(2, 3, 8, 8), ["one", "two"]
 
@@ -31,11 +35,103 @@ def test_module_function(tmp_path, monkeypatch):
         ("no_such_module:f", "cannot import 'no_such_module'"),
         ("math:no_such_function", "has no 'no_such_function'"),
         ("math:pi", "not callable"),
+        ("0.7*red + pretty", "unknown reward 'pretty'"),
+        ("x*red", "the weight 'x' is not a number"),
+        ("2e*red", "the weight '2e' is not a number"),
+        ("nan*red", "must be finite and not zero"),
+        ("0*red", "must be finite and not zero"),
+        ("red + ", "a reward is missing"),
+        ("2*", "a reward is missing"),
+        ("", "a reward is missing"),
+        ("red + 2*red", "'red' appears twice"),
+        ("red(x)", "red takes no argument"),
+        ("frames", "needs a reward in parentheses"),
+        ("frames()", "needs a reward in parentheses"),
+        ("frames(red", "parentheses do not match"),
+        ("red) + (blue", "parentheses do not match"),
+        ("clipscore(/no/such/folder)", "no such folder: '/no/such/folder'"),
+        ("clipscore(a, b)", "2 folders or ids; it takes 1 at most"),
+        ("pickscore(no-such/model)", "no-such/model"),
+        ("aesthetic(no-such/model)", "cannot get model.safetensors of no-such/model"),
+        ("pickscore", r"weights already on disk: pickscore\(FOLDER\)"),
+        ("raw", "needs an address in parentheses"),
+        ("raw(ftp://host)", "is not an address"),
+        ("http://user:secret@host", "is not an address"),
+        ("http://host/a b", "percent-encoded"),
     ],
 )
-def test_unknown_rewards(spec, message):
-    with pytest.raises(ValueError, match=message):
+def test_what_cannot_be_loaded(spec, message):
+    with pytest.raises(ValueError, match=message) as error:
         load_reward(spec)
+    assert "\n" not in str(error.value)
+
+
+def test_weighted_sum_tells_its_parts():
+    reward = load_reward("0.7*red + -0.5 * brightness+sharpness")
+    red, brightness, sharpness = (load_reward(name)(IMAGES, PROMPTS) for name in ("red", "brightness", "sharpness"))
+    metrics = reward.metrics(IMAGES, PROMPTS)
+    assert list(metrics) == ["reward", "red", "brightness", "sharpness"]
+    torch.testing.assert_close(metrics["reward"], 0.7 * red - 0.5 * brightness + sharpness)
+    torch.testing.assert_close(metrics["red"], red)
+    torch.testing.assert_close(reward(IMAGES, PROMPTS), metrics["reward"])
+    torch.testing.assert_close(load_reward("2*red")(IMAGES, PROMPTS), 2 * red)
+
+
+def test_strict_is_kept_where_one_part_defines_it():
+    prompts = ["a red circle, a blue square and a green triangle from left to right"] * 2
+    images = torch.rand(2, 3, 64, 64)
+    assert set(load_reward("shapes + 0.1*red").metrics(images, prompts)) == {"reward", "shapes", "red", "strict"}
+    assert "strict" not in load_reward("shapes + cached(shapes)").metrics(images, prompts)
+
+
+def test_a_failing_part_is_named(tmp_path, monkeypatch):
+    (tmp_path / "failing_reward.py").write_text("def fail(images, prompts):\n    raise KeyError('gone')\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RewardError, match=r"^reward 'failing_reward:fail' raised KeyError: 'gone'$"):
+        load_reward("red + failing_reward:fail")(IMAGES, PROMPTS)
+    (tmp_path / "odd_metrics.py").write_text("class Odd:\n    def metrics(self, i, p):\n        return {'strict': 1}\n"
+        "    def __call__(self, i, p):\n        return [1.0, 2.0]\nodd = Odd()\n")  # fmt: skip
+    with pytest.raises(RewardError, match="its metrics have no 'reward'"):
+        load_reward("odd_metrics:odd").metrics(IMAGES, PROMPTS)
+
+
+def test_frames_are_averaged():
+    video = torch.rand(2, 5, 3, 8, 8)
+    metrics = load_reward("frames(0.5*red + brightness)").metrics(video, PROMPTS)
+    assert list(metrics) == ["reward", "red", "brightness"]
+    torch.testing.assert_close(metrics["brightness"], video.mean((1, 2, 3, 4)))
+    each = torch.stack([load_reward("0.5*red + brightness")(video[:, k], PROMPTS) for k in range(5)]).mean(0)
+    torch.testing.assert_close(load_reward("frames(0.5*red + brightness)")(video, PROMPTS), each)
+
+
+def test_cache_scores_each_pair_once():
+    calls = []
+
+    def slow(images, prompts):
+        calls.append(list(prompts))
+        return images.mean((1, 2, 3))
+
+    cached = CachedReward(Reward("slow", slow), max_items=3)
+    images = torch.rand(3, 3, 8, 8)[[0, 1, 0]]
+    prompts = ["one", "two", "one"]
+    torch.testing.assert_close(cached(images, prompts), images.mean((1, 2, 3)))
+    cached(images, prompts)
+    assert calls == [["one", "two"]]
+    cached(images, ["one", "other", "one"])  # the same image with another prompt
+    assert calls[1:] == [["other"]]
+    cached(torch.rand(2, 3, 8, 8), PROMPTS)  # pushes the oldest out
+    cached(images[1:2], ["two"])
+    assert calls[3:] == [["two"]]
+    assert cached(images[:0], []).shape == (0,)
+
+
+def test_nothing_heavy_is_imported_before_it_is_needed():
+    code = (
+        "import sys; from noisepolicy.rewards import load_reward; load_reward('0.5*red + shapes');"
+        "print([m for m in ('transformers', 'diffusers', 'starlette', 'uvicorn') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize(

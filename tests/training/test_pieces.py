@@ -1,6 +1,7 @@
 """The small parts of training: advantages, settings, history, checkpoints, prompts, randomness."""
 
 import warnings
+from importlib.resources import files
 
 import pytest
 import torch
@@ -33,9 +34,18 @@ def test_config_round_trip(tmp_path):
     assert load_config(tmp_path / "config.yaml") == config
 
 
+@pytest.mark.parametrize("path", sorted((files("noisepolicy") / "presets").iterdir()), ids=lambda path: path.stem)
+def test_presets_are_settings_that_can_work(path):
+    config = load_config(path)
+    config.check()
+    assert set(config.num_inference_steps) <= set(config.eval_steps)
+    assert config.model == "shapes" or "/" in config.model
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("height: tall", "height must be like int, got 'tall'"),
         ("colour: red", "unknown setting 'colour'"),
         ("bands: many", "bands must be like 8, got 'many'"),
         ("tensorboard: 3", "tensorboard must be like False, got 3"),
@@ -71,14 +81,14 @@ def test_history_keeps_rows_together_and_restores():
     for batch in range(2):
         rows = torch.arange(4) + 4 * batch
         history.append(
-            prompt_index=rows, step_index=rows, reward=rows.float(), action=rows[:, None].expand(4, 3).float(),
+            prompt_row=rows, step_index=rows, reward=rows.float(), action=rows[:, None].expand(4, 3).float(),
             picture=rows[:, None, None, None].expand(4, 1, 2, 2).half(),
         )  # fmt: skip
     restored = History(10, (3,), (1, 2, 2), torch.device("cpu"))
     restored.load_state(history.state())
     drawn = restored.draw(64, torch.Generator().manual_seed(0))
-    assert set(drawn["prompt_index"].tolist()) == set(range(8))
-    assert (drawn["reward"] == drawn["prompt_index"]).all() and (drawn["action"][:, 2] == drawn["reward"]).all()
+    assert set(drawn["prompt_row"].tolist()) == set(range(8))
+    assert (drawn["reward"] == drawn["prompt_row"]).all() and (drawn["action"][:, 2] == drawn["reward"]).all()
 
 
 def test_checkpoints_keep_two_and_skip_the_damaged(tmp_path):

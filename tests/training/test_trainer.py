@@ -47,7 +47,7 @@ def make_trainer(folder, **settings):
     }  # fmt: skip
     config = TrainConfig(**(defaults | settings))
     config.check()
-    task = Task(BlobModel(), Reward("left_or_right", left_or_right), PROMPTS, [])
+    task = Task(BlobModel(), Reward("left_or_right", left_or_right), [], PROMPTS, [])
     run = RunFolder(folder)
     config.save(run.config)
     return Trainer(config, task, run, Accelerator(cpu=True))
@@ -141,12 +141,12 @@ def test_an_action_of_another_policy_is_noticed(tmp_path):
     """Plants the bug: the rollout was made by other weights than the update starts from."""
     trainer = make_trainer(tmp_path)
     rollout = trainer._roll_out(0)
-    mean, log_std = trainer.policy(trainer._prompt_rows[rollout.prompt_index])
+    mean, log_std = trainer.policy(trainer._prompts[rollout.prompt_row].prompt_embeds)
     assert torch.allclose(rollout.log_prob, gaussian_log_prob(rollout.action, mean, log_std), atol=1e-3)
     trainer.policy.mean.bias.data += 0.1
     with pytest.raises(RuntimeError, match="log-probs of the rollout"):
         update_policy(
-            trainer.policy, trainer._policy_optimizer, trainer._critic, rollout, trainer._prompt_rows,
+            trainer.policy, trainer._policy_optimizer, trainer._critic, rollout, trainer._prompts,
             trainer.config, kl_coef=0.0, generator=torch.Generator(),
         )  # fmt: skip
 
@@ -164,3 +164,20 @@ def test_processes_share_a_batch_by_row(tmp_path, monkeypatch):
         shares.append(share.action[:8] if rank == 0 else share.action[:7])
         monkeypatch.undo()
     assert torch.equal(torch.cat(shares), whole.action)
+
+
+def test_the_critic_chooses_better_starts(tmp_path):
+    """Of the same policy's draws, the chosen ones have more of the real reward; one candidate is the plain draw."""
+    trainer = make_trainer(tmp_path, num_iterations=40, kl_budget=0.1)
+    list(trainer.train())
+    policy, frozen, prompts = trainer.kept_policy(), trainer.task.frozen, PROMPTS * 32
+    embeds = frozen.encode(prompts)
+
+    def mean_reward(latents):
+        return left_or_right(frozen.generate(latents, embeds, num_inference_steps=1, guidance_scale=1), prompts).mean()
+
+    chosen = policy.choose(embeds.prompt_embeds, seed=3)
+    policy.num_candidates = 1
+    plain = policy.choose(embeds.prompt_embeds, seed=3)
+    assert torch.equal(plain, policy.sample(embeds.prompt_embeds, seed=3).latents)
+    assert mean_reward(chosen) > mean_reward(plain) + 0.02

@@ -8,7 +8,9 @@ sketch of the picture from the noise (a smooth, local map, the same for every re
 the reward from prompt and picture.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,18 +24,24 @@ _SKETCH_SCALE = 2  # the sketch has twice the action's resolution
 
 @dataclass(frozen=True)
 class CriticShape:
-    """What a critic looks at: `(tokens, width)`, the action, the pictures' channels, and how many step counts."""
+    """What a critic looks at: `(tokens, width)`, the action, and the denoising step counts."""
 
     prompt_shape: tuple[int, int]
     action_shape: tuple[int, ...]
     is_spectral: bool
-    picture_channels: int
-    num_step_counts: int
+    step_counts: tuple[int, ...]
+
+    def nearest_step_index(self, num_inference_steps: int) -> int:
+        """Of the step count in `step_counts` whose ratio to `num_inference_steps` is nearest to 1."""
+        ratios = [abs(math.log(steps / num_inference_steps)) for steps in self.step_counts]
+        return ratios.index(min(ratios))
 
     @property
     def sketch_shape(self) -> tuple[int, int, int]:
-        height, width = self.action_shape[-2:]
-        return (self.picture_channels, _SKETCH_SCALE * height, _SKETCH_SCALE * width)
+        """`(3, height, width)`; a video's frames lie in the channels, `(3 * frames, height, width)`."""
+        *_, height, width = self.action_shape
+        frames = _SKETCH_SCALE * self.action_shape[1] if len(self.action_shape) == 4 else 1
+        return (3 * frames, _SKETCH_SCALE * height, _SKETCH_SCALE * width)
 
 
 class RewardCritic(nn.Module):
@@ -46,15 +54,26 @@ class RewardCritic(nn.Module):
         hidden_width: of everything that is not convolutional.
     """
 
-    def __init__(self, shape: CriticShape, *, size: int, channels: int = 40, hidden_width: int = 192) -> None:
+    def __init__(self, shape: CriticShape, *, size: int, channels: int = 32, hidden_width: int = 192) -> None:
         super().__init__()
         self.shape = shape
+        self.config: dict[str, Any] = {
+            "shape": asdict(shape), "size": size, "channels": channels, "hidden_width": hidden_width,
+        }  # fmt: skip
         self.sketch = _Sketch(shape, channels, hidden_width)
         self.readers = nn.ModuleList(_Reader(shape, hidden_width) for _ in range(size))
 
+    @classmethod
+    def from_config(cls, shape: dict[str, Any], **config: Any) -> "RewardCritic":
+        """An untrained critic of what `config` held, JSON's lists taken for tuples."""
+        tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in shape.items()}
+        return cls(CriticShape(**tuples), **config)
+
     def forward(self, prompt_embeds: torch.Tensor, action: torch.Tensor, step_index: torch.Tensor) -> torch.Tensor:
         """Predicted rewards, `(size, batch)`, from `(batch, tokens, width)`, `(batch, *action_shape)`, `(batch,)`."""
-        sketch = self.sketch(prompt_embeds, action, step_index)
+        return self._read(prompt_embeds, self.sketch(prompt_embeds, action, step_index))
+
+    def _read(self, prompt_embeds: torch.Tensor, sketch: torch.Tensor) -> torch.Tensor:
         return torch.stack([reader(prompt_embeds, sketch) for reader in self.readers])
 
     def lower_bound(
@@ -62,7 +81,7 @@ class RewardCritic(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The ensemble's mean minus its spread, `(batch,)`: what the policy may count on; and the sketches."""
         sketch = self.sketch(prompt_embeds, action, step_index)
-        values = torch.stack([reader(prompt_embeds, sketch) for reader in self.readers])
+        values = self._read(prompt_embeds, sketch)
         return values.mean(0) - values.std(0), sketch
 
     def loss(
@@ -91,15 +110,18 @@ class RewardCritic(nn.Module):
 
 
 def shrink_pictures(images: torch.Tensor, shape: CriticShape) -> torch.Tensor:
-    """Images `(batch, 3, height, width)`, or video with its frames, as the sketch's targets, around zero."""
-    flat = images.reshape(len(images), -1, *images.shape[-2:]).float()
-    return F.adaptive_avg_pool2d(flat, shape.sketch_shape[1:]) * 2 - 1
+    """Images `(batch, 3, height, width)`, or video `(batch, frames, 3, height, width)`, as the sketch's targets."""
+    channels, height, width = shape.sketch_shape
+    video = images.unsqueeze(1) if images.ndim == 4 else images
+    small = F.adaptive_avg_pool3d(video.transpose(1, 2).float(), (channels // 3, height, width))
+    return small.flatten(1, 2) * 2 - 1
 
 
 class _Sketch(nn.Module):
-    """A residual convolutional network on the action's grid, scaled and shifted by the prompt (FiLM)."""
+    """A pre-normalised residual convolutional network on the action's grid, scaled and shifted by the prompt (FiLM)."""
 
     _NUM_BLOCKS = 3
+    _NUM_GROUPS = 4
 
     def __init__(self, shape: CriticShape, channels: int, hidden_width: int) -> None:
         super().__init__()
@@ -107,24 +129,27 @@ class _Sketch(nn.Module):
         *planes, height, width = shape.action_shape
         self._grid = (torch.Size(planes).numel(), height, width)
         self.reader = PromptReader(shape.prompt_shape, token_width=32, hidden_width=hidden_width)
-        self.steps = nn.Embedding(shape.num_step_counts, hidden_width)
+        self.steps = nn.Embedding(len(shape.step_counts), hidden_width)
         # What the prompt alone says of each place, in a few channels.
         self._layout = (channels // 4, height, width)
         self.layout = nn.Linear(hidden_width, torch.Size(self._layout).numel())
         self.first = nn.Conv2d(self._grid[0] + channels // 4, channels, 3, padding=1)
+        self.norms = nn.ModuleList(nn.GroupNorm(self._NUM_GROUPS, channels) for _ in range(self._NUM_BLOCKS + 1))
         self.convolutions = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(self._NUM_BLOCKS))
         self.contexts = nn.ModuleList(nn.Linear(channels, channels) for _ in range(self._NUM_BLOCKS))
         self.films = nn.ModuleList(nn.Linear(hidden_width, 2 * channels) for _ in range(self._NUM_BLOCKS + 1))
-        self.last = nn.Conv2d(channels, shape.picture_channels * _SKETCH_SCALE**2, 3, padding=1)
+        self.last = nn.Conv2d(channels, shape.sketch_shape[0] * _SKETCH_SCALE**2, 3, padding=1)
 
     def forward(self, prompt_embeds: torch.Tensor, action: torch.Tensor, step_index: torch.Tensor) -> torch.Tensor:
         prompt = self.reader(prompt_embeds) + self.steps(step_index)
         layout = self.layout(prompt).reshape(-1, *self._layout)
         field = self.first(torch.cat([self._to_grid(action), layout], 1))
-        field = F.silu(_film(field, self.films[0](prompt)))
-        for convolution, context, film in zip(self.convolutions, self.contexts, self.films[1:], strict=True):
-            change = convolution(field) + context(field.mean((2, 3)))[:, :, None, None]
-            field = field + F.silu(_film(change, film(prompt)))
+        for norm, film, convolution, context in zip(
+            self.norms[:-1], self.films[:-1], self.convolutions, self.contexts, strict=True
+        ):
+            change = _modulate(norm(field), film(prompt))
+            field = field + convolution(change) + context(change.mean((2, 3)))[:, :, None, None]
+        field = _modulate(self.norms[-1](field), self.films[-1](prompt))
         return F.pixel_shuffle(self.last(field), _SKETCH_SCALE)
 
     def _to_grid(self, action: torch.Tensor) -> torch.Tensor:
@@ -160,6 +185,6 @@ class _Reader(nn.Module):
         return self.body(torch.cat([prompt, seen], 1))[:, 0]
 
 
-def _film(field: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
-    scale, shift = parameters[:, :, None, None].chunk(2, 1)
-    return field * (1 + scale) + shift
+def _modulate(field: torch.Tensor, film: torch.Tensor) -> torch.Tensor:
+    scale, shift = film[:, :, None, None].chunk(2, 1)
+    return F.silu(field * (1 + scale) + shift)

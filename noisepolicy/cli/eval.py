@@ -1,0 +1,77 @@
+"""`noisepolicy-eval`: the step sweep and report of a finished or running run, with any rewards and prompts."""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+from noisepolicy.cli.failures import prepare, quiet_loading, run_command
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit codes: see `run_command`."""
+    parser = argparse.ArgumentParser(prog="noisepolicy-eval", description=__doc__)
+    parser.add_argument("run", type=Path, help="a run folder of noisepolicy-train")
+    parser.add_argument("--steps", help="denoising step counts, e.g. 1,2,4,8 (default: the run's)")
+    parser.add_argument("--rewards", nargs="+", help="further rewards to measure, see docs/rewards.md")
+    parser.add_argument("--prompts", type=Path, help="UTF-8 file, one prompt a line (default: the run's held-out ones)")
+    parser.add_argument("--num-prompts", type=int, help="at most (default: the run's)")
+    parser.add_argument("--group-size", type=int, help="images a prompt (default: the run's)")
+    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: the run's)")
+    parser.add_argument("--output-dir", type=Path, help="default: RUN/evaluation")
+    parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
+    arguments = parser.parse_args(argv)
+    prepare("noisepolicy-eval")
+    return run_command("noisepolicy-eval", lambda: _evaluate(arguments), is_debug=arguments.debug)
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    quiet_loading()
+    from noisepolicy.cli.devices import make_accelerator
+    from noisepolicy.cli.sweeping import print_table, run_sweep
+    from noisepolicy.evaluation import write_report
+    from noisepolicy.policies import NoisePolicy
+    from noisepolicy.storage import write_json
+    from noisepolicy.training.run_folder import RunFolder
+    from noisepolicy.training.task import load_task
+
+    run, config = RunFolder.open(arguments.run)
+    changes = {
+        "eval_steps": arguments.steps and _step_counts(arguments.steps),
+        "eval_rewards": arguments.rewards and tuple(arguments.rewards),
+        "eval_prompts": arguments.prompts,
+        "eval_num_prompts": arguments.num_prompts,
+        "eval_group_size": arguments.group_size,
+        "device": arguments.device,
+    }
+    config = dataclasses.replace(config, **{name: value for name, value in changes.items() if value is not None})
+    config.check()
+    policy = NoisePolicy.from_pretrained(run.checked_policy())
+    device = make_accelerator(config.device).device
+    task = load_task(config, device)
+    prompts = task.eval_prompts[: config.eval_num_prompts]
+    if not prompts:
+        raise ValueError("there are no held-out prompts to evaluate on; give --prompts FILE and --num-prompts")
+    sweep = run_sweep(
+        policy.to(device), task, prompts, task.frozen.encode(prompts), step_counts=config.eval_steps,
+        group_size=config.eval_group_size, guidance_scale=config.guidance_scale,
+    )  # fmt: skip
+    summary = run.read_summary() | {"frozen_sha256_after": task.frozen.weights_sha256(), "sweep": sweep.rows}
+    folder = arguments.output_dir or run.path / "evaluation"
+    write_json(folder / "summary.json", summary)
+    write_report(
+        folder / "report.html", config=config.plain(), summary=summary, metrics=run.read_metrics(), pairs=sweep.pairs
+    )
+    print_table(sweep.rows)
+    print(f"report  {folder / 'report.html'}")
+
+
+def _step_counts(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--steps must be numbers with commas between, as in 1,2,4,8; got {text!r}") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

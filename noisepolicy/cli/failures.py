@@ -1,0 +1,46 @@
+"""How the commands fail: one clear line on stderr, an exit code, and a traceback only with --debug."""
+
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+
+
+def prepare(command: str) -> None:
+    """Quiets the libraries and makes warnings one line each. Before heavy imports."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+    def show(message: Warning | str, category: type[Warning], *_: object) -> None:
+        if category is UserWarning:
+            print(f"{command}: warning: {message}", file=sys.stderr)
+
+    warnings.showwarning = show
+
+
+def quiet_loading() -> None:
+    """Turns off the libraries' own progress bars. Imports them."""
+    from diffusers.utils.logging import disable_progress_bar as disable_diffusers_bar
+    from transformers.utils.logging import disable_progress_bar as disable_transformers_bar
+
+    disable_diffusers_bar()
+    disable_transformers_bar()
+
+
+def report_failure(command: str, error: Exception, *, is_debug: bool) -> None:
+    if is_debug:
+        traceback.print_exception(error)
+    print(f"{command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+
+
+def run_command(command: str, body: Callable[[], None], *, is_debug: bool) -> int:
+    """Exit codes: 0 done, 2 bad input, 1 failed on the way, 130 interrupted."""
+    try:
+        body()
+        return 0
+    except KeyboardInterrupt:
+        print(f"\n{command}: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, RuntimeError, OSError) as error:
+        report_failure(command, error, is_debug=is_debug)
+        return 2 if isinstance(error, ValueError) else 1

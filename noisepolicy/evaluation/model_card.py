@@ -1,0 +1,39 @@
+"""The model card that a policy is shared with: what it was trained on and what it gains, from the run's own numbers."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader
+
+from noisepolicy.storage import write_text
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def write_model_card(folder: Path, *, config: dict[str, Any], summary: dict[str, Any]) -> None:
+    """Writes `README.md` beside the policy, atomically, with `before_after.png` if the folder has one.
+
+    Args:
+        config: the run's settings, plain values.
+        summary: what `summary.json` holds.
+    """
+    rows = summary["sweep"]
+    trained = config["num_inference_steps"]
+    environment = Environment(loader=PackageLoader("noisepolicy.evaluation", "."), autoescape=False)
+    environment.filters["code"] = _code
+    text = environment.get_template("model_card.md.j2").render(
+        config=config,
+        summary=summary,
+        trained=", ".join(map(str, trained)),
+        base_model=config["model"] if _HUB_ID.fullmatch(config["model"]) else None,
+        focus=min(rows, key=lambda row: abs(row["num_inference_steps"] - trained[0]), default=None),
+        has_strict=bool(rows) and rows[0]["base"]["strict"] is not None,
+        has_picture=(folder / "before_after.png").is_file(),
+    )
+    write_text(folder / "README.md", text)
+
+
+def _code(text: str) -> str:
+    """As Markdown code, whatever it holds."""
+    return "`" + " ".join(text.replace("`", "'").split()) + "`"

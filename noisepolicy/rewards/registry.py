@@ -1,0 +1,183 @@
+"""From a line of text to a reward.
+
+    reward  =  term + term + ...          term  =  [weight *] name | name(argument, ...)
+                                                |  [weight *] module:function
+                                                |  [weight *] http://... | https://...
+
+An argument is a local folder, a hub id, or, for `frames` and `cached`, another reward. What a name needs is imported
+when its reward is made.
+"""
+
+import importlib
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from noisepolicy.rewards.base import Reward
+from noisepolicy.rewards.weighted_sum import WeightedSum
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Where a named reward is made, and what stands between its parentheses."""
+
+    module: str
+    maker: str
+    takes: str = "nothing"
+    """"nothing", "models" (folders or hub ids, all optional), "reward" or "address" (one, required)."""
+    max_models: int = 0
+
+
+_REGISTRY: dict[str, _Entry] = {
+    "shapes": _Entry("shapes", "ShapesReward"),
+    "jpeg_compressibility": _Entry("simple", "JpegCompressibility"),
+    "jpeg_incompressibility": _Entry("simple", "JpegIncompressibility"),
+    "brightness": _Entry("simple", "Brightness"),
+    "red": _Entry("simple", "Red"),
+    "green": _Entry("simple", "Green"),
+    "blue": _Entry("simple", "Blue"),
+    "sharpness": _Entry("simple", "Sharpness"),
+    "clipscore": _Entry("clip", "ClipScore", "models", 1),
+    "pickscore": _Entry("clip", "PickScore", "models", 2),
+    "aesthetic": _Entry("aesthetic", "Aesthetic", "models", 2),
+    "hpsv2.1": _Entry("hps", "HumanPreferenceScore", "models", 2),
+    "imagereward": _Entry("imagereward", "ImageReward", "models", 2),
+    "temporal_consistency": _Entry("video", "TemporalConsistency", "models", 1),
+    "frames": _Entry("video", "FrameMean", "reward"),
+    "cached": _Entry("cache", "CachedReward", "reward"),
+    "raw": _Entry("http_client", "RawHttpReward", "address"),
+}
+
+
+def load_reward(spec: str, *, device: torch.device | str = "cpu") -> Reward:
+    """The reward described by `spec`; its models, if any, run on `device`.
+
+    `module:function` is found as Python finds modules, and in the working folder.
+
+    Raises:
+        ValueError: if the text is wrong, or what it names cannot be found, loaded or reached.
+    """
+    terms = [_parse_term(text, spec) for text in _split(spec, "+")]
+    names = [name for _, name in terms]
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"reward {spec!r}: {sorted(repeated)[0]!r} appears twice; give it one weight")
+    if len(terms) == 1 and terms[0][0] is None:
+        return _load_named(names[0], device)
+    parts = [(1.0 if weight is None else weight, _load_named(name, device)) for weight, name in terms]
+    return Reward(spec, WeightedSum(parts))
+
+
+def reward_names() -> list[str]:
+    """Every registered name, sorted."""
+    return sorted(_REGISTRY)
+
+
+def _parse_term(text: str, spec: str) -> tuple[float | None, str]:
+    weight_text, *rest = _split(text, "*")
+    if not rest:
+        name, weight = text.strip(), None
+    else:
+        name, weight = "*".join(rest).strip(), _parse_weight(weight_text.strip(), spec)
+    if not name:
+        raise ValueError(f"reward {spec!r}: a reward is missing; write e.g. '0.7*pickscore + 0.3*aesthetic'")
+    return weight, name
+
+
+def _parse_weight(text: str, spec: str) -> float:
+    try:
+        weight = float(text)
+    except ValueError as error:
+        raise ValueError(f"reward {spec!r}: the weight {text!r} is not a number") from error
+    if not math.isfinite(weight) or weight == 0:
+        raise ValueError(f"reward {spec!r}: the weight {text!r} must be finite and not zero")
+    return weight
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """`text` at every `separator` outside parentheses."""
+    pieces, depth, start = [], 0, 0
+    for index, character in enumerate(text):
+        depth += (character == "(") - (character == ")")
+        if depth < 0:
+            break
+        if character == separator and depth == 0:
+            pieces.append(text[start:index])
+            start = index + 1
+    if depth != 0:
+        raise ValueError(f"reward {text.strip()!r}: its parentheses do not match")
+    return [*pieces, text[start:]]
+
+
+def _load_named(name: str, device: torch.device | str) -> Reward:
+    if name.startswith(("http://", "https://")):
+        return Reward(name, _make(name, _Entry("http_client", "HttpReward", "address"), name, device))
+    head, has_argument, rest = name.partition("(")
+    if head.strip() in _REGISTRY and (not has_argument or rest.endswith(")")):
+        return Reward(name, _make(name, _REGISTRY[head.strip()], rest[:-1].strip(), device))
+    if ":" in name:
+        return Reward(name, _import_function(name))
+    raise ValueError(
+        f"unknown reward {name!r}; choose from {reward_names()} or give 'module:function' or an http(s) address"
+    )
+
+
+def _make(name: str, entry: _Entry, argument: str, device: torch.device | str) -> Any:
+    if entry.takes == "nothing" and argument:
+        raise ValueError(f"reward {name!r}: {name.partition('(')[0]} takes no argument")
+    models = list(_models(argument, name, entry.max_models)) if entry.takes == "models" else []
+    if entry.takes in ("reward", "address") and not argument:
+        what = "a reward" if entry.takes == "reward" else "an address"
+        raise ValueError(f"reward {name!r}: it needs {what} in parentheses")
+    inner = load_reward(argument, device=device) if entry.takes == "reward" else None
+    try:
+        maker = getattr(importlib.import_module(f"noisepolicy.rewards.{entry.module}"), entry.maker)
+        if entry.takes == "nothing":
+            return maker()
+        if entry.takes == "models":
+            return maker(*models, device=device)
+        return maker(inner if inner is not None else argument)
+    except KeyError as error:
+        raise ValueError(f"reward {name!r}: its weights have no {error}") from error
+    except (OSError, RuntimeError, ValueError) as error:
+        hint = ""
+        if entry.takes == "models" and not models:
+            hint = f" (weights already on disk: {name}(FOLDER))"
+        raise ValueError(f"reward {name!r}: {' '.join(str(error).split())}{hint}") from error
+
+
+def _models(argument: str, name: str, max_models: int) -> Iterator[str]:
+    """Folders and hub ids between commas.
+
+    Raises:
+        ValueError: if there are too many, or what is written as a path is not there.
+    """
+    texts = [text.strip() for text in argument.split(",")] if argument else []
+    if len(texts) > max_models:
+        raise ValueError(f"reward {name!r}: {len(texts)} folders or ids; it takes {max_models} at most")
+    for text in texts:
+        path = Path(text).expanduser()
+        is_path = not text or text.startswith((".", "/", "~")) or len(path.parts) > 2
+        if is_path and not (text and path.is_dir()):
+            raise ValueError(f"reward {name!r}: no such folder: {text!r}")
+        yield str(path) if path.is_dir() else text
+
+
+def _import_function(name: str) -> Any:
+    module_name, _, function_name = name.partition(":")
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except ImportError as error:
+        raise ValueError(f"reward {name!r}: cannot import {module_name!r} ({error})") from error
+    except AttributeError as error:
+        raise ValueError(f"reward {name!r}: module {module_name!r} has no {function_name!r}") from error
+    if not callable(function):
+        raise ValueError(f"reward {name!r}: {function_name!r} is not callable")
+    return function

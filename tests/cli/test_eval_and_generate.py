@@ -1,0 +1,81 @@
+"""`noisepolicy-eval` and `noisepolicy-generate` on a small real run, as processes of their own."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+PROMPT = "a red circle, a blue square and a green triangle from left to right"
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("eval") / "run"
+    command = [
+        sys.executable, "-m", "noisepolicy.cli.train", "--output-dir", str(folder), "--num-iterations", "3",
+        "--batch-size", "32", "--critic-warmup", "32", "--critic-updates", "2", "--eval-steps", "1",
+        "--eval-num-prompts", "4", "--eval-group-size", "2", "--eval-rewards", "brightness", "--license", "mit",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "brightness" in done.stdout
+    return folder
+
+
+def run(module, *arguments):
+    command = [sys.executable, "-m", f"noisepolicy.cli.{module}", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_eval_measures_further_rewards_and_writes_a_report(run_folder, tmp_path):
+    done = run("eval", run_folder, "--steps", "1,2", "--rewards", "red", "0.5*blue + sharpness", "--group-size", "2",
+               "--num-prompts", "4", "--output-dir", tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "summary.json").read_text())["sweep"]
+    assert [row["num_inference_steps"] for row in rows] == [1, 2] and rows[0]["num_pairs"] == 8
+    assert [other["name"] for other in rows[0]["eval_rewards"]] == ["red", "0.5*blue + sharpness"]
+    assert -1 <= rows[0]["eval_rewards"][0]["base"] <= 1
+    report = (tmp_path / "report.html").read_text()
+    assert "0.5*blue + sharpness" in report and "not trained for" in report
+
+
+def test_generate_writes_pictures_beside_the_base_models(run_folder, tmp_path):
+    done = run("generate", run_folder, PROMPT, "--num-images", "3", "--compare", "--output-dir", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "0000.png", "0000_base.png", "0001.png", "0001_base.png", "0002.png", "0002_base.png", "grid.png",
+    ]  # fmt: skip
+    assert Image.open(tmp_path / "grid.png").size == (3 * 64, 2 * 64)
+    again = tmp_path / "again"
+    assert run("generate", run_folder, PROMPT, "--num-images", "3", "--output-dir", again).returncode == 0
+    assert (again / "0001.png").read_bytes() == (tmp_path / "0001.png").read_bytes()
+    other = tmp_path / "other"
+    assert run("generate", run_folder, PROMPT, "--seed", "1", "--output-dir", other).returncode == 0
+    assert (other / "0000.png").read_bytes() != (tmp_path / "0000.png").read_bytes()
+
+
+def test_model_card_has_the_runs_numbers(run_folder):
+    card = (run_folder / "policy" / "README.md").read_text()
+    assert 'license: "mit"' in card and "library_name: noisepolicy" in card
+    row = json.loads((run_folder / "summary.json").read_text())["sweep"][0]
+    assert f"| 1 | {row['base']['reward']:.3f} | {row['policy']['reward']:.3f} |" in card
+    assert "`brightness`, not trained for" in card
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "message"),
+    [
+        ("eval", ["nothing"], "not a run folder"),
+        ("eval", ["RUN", "--steps", "two"], "--steps must be numbers"),
+        ("eval", ["RUN", "--rewards", "beauty"], "unknown reward 'beauty'"),
+        ("eval", ["RUN", "--num-prompts", "0"], "no held-out prompts"),
+        ("generate", ["nothing", "a prompt"], "not a run folder"),
+        ("generate", ["RUN", "a prompt", "--num-images", "0"], "--num-images must be 1 or more"),
+    ],
+)
+def test_bad_input_is_one_line(run_folder, module, arguments, message):
+    done = run(module, *(run_folder if argument == "RUN" else argument for argument in arguments))
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,40 @@
+"""Two iterations of the real loop on every family: the policy moves, the pictures are scored, the weights stay."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from noisepolicy.frozen.families import FAMILIES
+from noisepolicy.policies import NoisePolicy
+from noisepolicy.training.config import TrainConfig
+from noisepolicy.training.run_folder import RunFolder
+from noisepolicy.training.task import load_task
+from noisepolicy.training.trainer import Trainer
+
+from .tiny_pipelines import SIZE
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("drops", [False, True], ids=["keep", "drop"])
+def test_every_family_trains(family_folder, tmp_path, name, drops):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(["a red circle", "a blue square", "a red square", "a blue circle"]))
+    is_video = "num_frames" in SIZE[name]
+    config = TrainConfig(
+        model=str(family_folder(name)), prompts=prompts, eval_num_prompts=0, output_dir=tmp_path / "run",
+        reward="frames(brightness)" if is_video else "brightness", num_inference_steps=(1,), eval_steps=(1,),
+        guidance_scale=1.0, bands=2, batch_size=4, num_iterations=2, critic_warmup=4, critic_updates=1,
+        critic_batch_size=4, rollout_batch_size=3, checkpoint_every=1, drop_text_encoders=drops, **SIZE[name],
+    )  # fmt: skip
+    config.check()
+    task = load_task(config, torch.device("cpu"))
+    before = task.frozen.weights_sha256()
+    trainer = Trainer(config, task, RunFolder.create(config), Accelerator(cpu=True))
+    if drops:
+        trainer.encode_prompts()
+        task.frozen.drop_text_encoders()
+    metrics = list(trainer.train())
+    assert [row["iteration"] for row in metrics] == [1, 2] and metrics[-1]["kl_to_prior"] > 0
+    assert task.frozen.weights_sha256() == before
+    policy = NoisePolicy.from_pretrained(trainer.run.policy)
+    assert policy.latent_shape == task.frozen.latent_shape and policy.critic is not None
