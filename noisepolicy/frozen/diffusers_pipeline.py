@@ -102,14 +102,16 @@ class FrozenDiffusersPipeline:
         negative_prompt: str | None = None,
         max_sequence_length: int | None = None,
         scheduler: str | None = None,
+        timestep_spacing: str | None = None,
         vae_slicing: bool = False,
         vae_tiling: bool = False,
         cpu_offload: bool = False,
     ) -> "FrozenDiffusersPipeline":
         """Loads a folder or hub id: `loading.load_pipeline`, then the constructor. Raises what they raise."""
         pipeline = load_pipeline(
-            model, dtype=dtype, scheduler=scheduler, vae_slicing=vae_slicing, vae_tiling=vae_tiling
-        )
+            model, dtype=dtype, scheduler=scheduler, timestep_spacing=timestep_spacing, vae_slicing=vae_slicing,
+            vae_tiling=vae_tiling,
+        )  # fmt: skip
         return cls(
             pipeline, device=device, rollout_batch_size=rollout_batch_size, height=height, width=width,
             num_frames=num_frames, negative_prompt=negative_prompt, max_sequence_length=max_sequence_length,

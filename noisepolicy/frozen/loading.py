@@ -19,12 +19,15 @@ from safetensors import SafetensorError
 
 from noisepolicy.frozen.families import FAMILIES, unsupported
 
+_SPACINGS = ("leading", "linspace", "trailing")
+
 
 def load_pipeline(
     model: str | Path,
     *,
     dtype: torch.dtype = torch.float32,
     scheduler: str | None = None,
+    timestep_spacing: str | None = None,
     vae_slicing: bool = False,
     vae_tiling: bool = False,
 ) -> DiffusionPipeline:
@@ -34,6 +37,7 @@ def load_pipeline(
         model: a folder or hub id.
         dtype: of the weights.
         scheduler: the name of a diffusers scheduler that replaces the model's, with the same settings.
+        timestep_spacing: of the scheduler, "leading", "linspace" or "trailing"; the last suits few steps.
         vae_slicing: decode one image at a time, for memory.
         vae_tiling: decode an image in tiles, for memory.
 
@@ -56,6 +60,15 @@ def load_pipeline(
             raise ValueError(f"unknown scheduler {scheduler}; expected a scheduler of diffusers, e.g. DDIMScheduler")
         with quiet():
             pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
+    if timestep_spacing is not None:
+        if timestep_spacing not in _SPACINGS or "timestep_spacing" not in pipeline.scheduler.config:
+            raise ValueError(
+                f"{type(pipeline.scheduler).__name__} has no timestep_spacing {timestep_spacing!r}; "
+                f"some schedulers know {', '.join(_SPACINGS)}"
+            )
+        pipeline.scheduler = type(pipeline.scheduler).from_config(
+            pipeline.scheduler.config, timestep_spacing=timestep_spacing
+        )
     for is_wanted, method in ((vae_slicing, "enable_slicing"), (vae_tiling, "enable_tiling")):
         if is_wanted:
             if not hasattr(pipeline.vae, method):

@@ -48,6 +48,8 @@ class TrainConfig:
     """Of a video model's clips; None takes the model's own."""
     scheduler: str | None = None
     """A diffusers scheduler class, e.g. EulerDiscreteScheduler, made from the configuration of the model's own."""
+    timestep_spacing: Literal["leading", "linspace", "trailing"] | None = None
+    """Of the scheduler; 'trailing' suits few steps."""
     negative_prompt: str | None = None
     """For models with classifier-free guidance; None is what the pipeline takes when it is given none."""
     max_sequence_length: int | None = None
@@ -101,16 +103,19 @@ class TrainConfig:
     """PPO's clip of the ratio, for log-probs summed over the action."""
     target_kl: float = 1.0
     """Nats: an iteration's updates stop once KL(old policy, new policy) passes this."""
-    kl_budget: float = 15.0
+    kl_budget: float = 20.0
     """Nats: how far the policy that is kept may be from N(0, I), on average over prompts and before the critic chooses;
     its shift is scaled down to this. More reward for more, less variety and less use at other step counts."""
     kl_training_budget: float = 30.0
     """Nats: how far the policy may go in training, where its scale is free; the penalty adapts to it."""
     kl_coef: float = 1e-3
     """The penalty per nat of KL to the prior to start from, in units of reward."""
-    diversity_coef: float = 1.4
-    """With a critic: reward that a unit of difference between two pictures of one prompt is worth (root mean square of
-    pixels in [0, 1]); 0 lets the policy give up variety for reward."""
+    diversity_target: float = 0.79
+    """With a critic: the share of the base model's variety between pictures of one prompt, as the critic's sketches
+    show it, that the policy in training is held to."""
+    diversity_coef: float = 1.2
+    """What a unit of that variety (root mean square of pixels in [0, 1]) is worth to start from, in units of reward; it
+    adapts to the target. 0 lets the policy give up variety for reward."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
 
@@ -224,7 +229,8 @@ def _typed(name: str, value: Any, path: Path) -> Any:
         if default is None:
             if value is None:
                 return None
-            kind = next(option for option in get_args(get_type_hints(TrainConfig)[name]) if option is not type(None))
+            options = get_args(get_type_hints(TrainConfig)[name])
+            kind = next((option for option in options if option in (int, Path)), str)
         return kind(value)
     except (TypeError, ValueError):
         wanted = repr(default) if default is not None else kind.__name__

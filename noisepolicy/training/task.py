@@ -59,6 +59,7 @@ def load_frozen(config: TrainConfig, device: torch.device) -> FrozenDiffusersPip
             dtype=getattr(torch, config.dtype), rollout_batch_size=config.rollout_batch_size, height=config.height,
             width=config.width, num_frames=config.num_frames, negative_prompt=config.negative_prompt,
             max_sequence_length=config.max_sequence_length, scheduler=config.scheduler,
+            timestep_spacing=config.timestep_spacing,
             vae_slicing=config.vae_slicing, vae_tiling=config.vae_tiling, cpu_offload=config.cpu_offload,
         )  # fmt: skip
     except (OSError, ValueError) as error:

@@ -34,6 +34,7 @@ from noisepolicy.training.task import Task
 from noisepolicy.training.updates import update_critic, update_policy
 
 _KL_COEF_RATE = 0.1
+_DIVERSITY_COEF_RATE = 0.5
 _NUM_BUDGET_PROMPTS = 256
 
 
@@ -85,7 +86,7 @@ class Trainer:
             self._history = History(capacity, self.policy.action_shape, self._critic_shape.sketch_shape, device)
         self.iteration = 0
         self.train_seconds = 0.0
-        self._kl_coef = config.kl_coef
+        self._kl_coef, self._diversity_coef = config.kl_coef, config.diversity_coef
         self._clock = PhaseClock(device)
 
     @property
@@ -135,15 +136,19 @@ class Trainer:
                 "reward": rollout.reward.mean().item(),
                 "reward_std": rollout.reward.std().item(),
                 "kl_coef": self._kl_coef,
+                "diversity_coef": self._diversity_coef,
             }
             if self._critic is not None:
                 metrics |= self._learn_reward(rollout, number)
             if self._critic is None or (number + 1) * config.batch_size >= config.critic_warmup:
                 metrics |= update_policy(
                     self.policy, self._policy_optimizer, self._critic, rollout, self._prompts, config,
-                    kl_coef=self._kl_coef, generator=stream_generator(config.seed, "policy update", number),
+                    kl_coef=self._kl_coef, diversity_coef=self._diversity_coef,
+                    generator=stream_generator(config.seed, "policy update", number),
                 )  # fmt: skip
                 self._adapt_kl_coef(metrics["kl_to_prior"])
+                if self._critic is not None:
+                    self._adapt_diversity_coef(metrics["diversity_kept"])
                 self._average_weights()
             else:
                 metrics |= {"kl_to_prior": 0.0, "step_kl": 0.0}
@@ -212,6 +217,11 @@ class Trainer:
         excess = min(max(kl_to_prior / self.config.kl_training_budget - 1, -1.0), 1.0)
         self._kl_coef = max(self._kl_coef * (1 + _KL_COEF_RATE * excess), self.config.kl_coef)
 
+    def _adapt_diversity_coef(self, diversity_kept: float) -> None:
+        """Variety is worth more while the policy keeps less of it than asked, and less while it keeps more."""
+        missing = min(max(self.config.diversity_target - diversity_kept, -0.2), 0.2)
+        self._diversity_coef *= 1 + _DIVERSITY_COEF_RATE * missing
+
     def _save(self) -> None:
         tensors = with_prefix("policy", self.policy.state_dict())
         tensors |= with_prefix("average", self.average.state_dict())
@@ -223,6 +233,7 @@ class Trainer:
         progress = {
             "iteration": self.iteration,
             "kl_coef": self._kl_coef,
+            "diversity_coef": self._diversity_coef,
             "train_seconds": self.train_seconds,
             "seconds": self._clock.seconds,
         }
@@ -244,7 +255,7 @@ class Trainer:
             self.iteration = progress["iteration"]
             # In the batches of the first time: rounding depends on them, and rows on their order.
             self.encode_prompts(self.iteration)
-            self._kl_coef = progress["kl_coef"]
+            self._kl_coef, self._diversity_coef = progress["kl_coef"], progress["diversity_coef"]
             self.train_seconds = progress["train_seconds"]
             self._clock.seconds = {phase: progress["seconds"][phase] for phase in PHASES}
         if self.accelerator.is_main_process:

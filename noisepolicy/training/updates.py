@@ -42,7 +42,7 @@ def update_critic(
 
 def update_policy(
     policy: NoisePolicy, optimizer: torch.optim.Optimizer, critic: RewardCritic | None, rollout: Rollout,
-    prompts: PromptStore, config: TrainConfig, *, kl_coef: float, generator: torch.Generator,
+    prompts: PromptStore, config: TrainConfig, *, kl_coef: float, diversity_coef: float, generator: torch.Generator,
 ) -> dict[str, float]:  # fmt: skip
     """Clipped PPO on the batch and, with a critic, its gradient on fresh samples of the policy.
 
@@ -55,6 +55,8 @@ def update_policy(
     Args:
         prompts: those met so far; fresh samples are of these.
         kl_coef: reward per nat.
+        diversity_coef: reward per unit of difference between two pictures of a prompt (root mean square of pixels in
+            [0, 1]).
         generator: for fresh prompts and noise.
 
     Returns:
@@ -87,23 +89,45 @@ def update_policy(
         )  # fmt: skip
         loss = reward_std * ppo_loss
         if critic is not None:
-            loss = loss + _critic_loss(policy, critic, prompts, config, kl_coef, generator)
+            loss = loss + _critic_loss(policy, critic, prompts, config, kl_coef, diversity_coef, generator)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
         optimizer.step()
     with torch.no_grad():
         mean, log_std = policy(batch_embeds)
-        return {
+        metrics = {
             "kl_to_prior": gaussian_kl(mean, log_std).mean().item(),
             "step_kl": gaussian_kl(old_mean, old_log_std, mean, log_std).mean().item(),
             "clip_fraction": stats.clip_fraction.item(),
         }
+        if critic is not None:
+            metrics["diversity_kept"] = _diversity_kept(mean, log_std, critic, batch_embeds, rollout, generator)
+        return metrics
+
+
+def _diversity_kept(
+    mean: torch.Tensor, log_std: torch.Tensor, critic: RewardCritic, embeds: torch.Tensor, rollout: Rollout,
+    generator: torch.Generator,
+) -> float:  # fmt: skip
+    """How far apart two pictures of a prompt are, by their sketches, as a share of the prior's."""
+    noise = [torch.randn(mean.shape, generator=generator).to(mean.device) for _ in range(2)]
+    pairs = ([mean + log_std.exp() * draw for draw in noise], noise)
+    ours, prior = (
+        _distance(*(critic.sketch(embeds, action, rollout.step_index) for action in pair)).mean() for pair in pairs
+    )
+    return (ours / prior).item()
+
+
+def _distance(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Root mean square difference of two batches of sketches, in units of pixels in [0, 1]; `(batch,)`."""
+    # Pictures are in [-1, 1] here; half the difference is that of pixels in [0, 1].
+    return ((first - second) ** 2).flatten(1).mean(1).add(1e-12).sqrt() / 2
 
 
 def _critic_loss(
     policy: NoisePolicy, critic: RewardCritic, prompts: PromptStore, config: TrainConfig, kl_coef: float,
-    generator: torch.Generator,
+    diversity_coef: float, generator: torch.Generator,
 ) -> torch.Tensor:  # fmt: skip
     # Two samples of each prompt, to see how far apart their pictures are.
     count = config.critic_batch_size // 2
@@ -113,7 +137,5 @@ def _critic_loss(
     mean, log_std = policy(fresh)
     noise = torch.randn(mean.shape, generator=generator).to(mean.device)
     value, sketch = critic.lower_bound(fresh, mean + log_std.exp() * noise, step_index.to(mean.device))
-    first, second = sketch.flatten(1).chunk(2)
-    # Pictures are in [-1, 1] here; half the difference is that of pixels in [0, 1].
-    distance = ((first - second) ** 2).mean(1).add(1e-12).sqrt() / 2
-    return kl_coef * gaussian_kl(mean, log_std).mean() - value.mean() - config.diversity_coef * distance.mean()
+    distance = _distance(*sketch.chunk(2))
+    return kl_coef * gaussian_kl(mean, log_std).mean() - value.mean() - diversity_coef * distance.mean()

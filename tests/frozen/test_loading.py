@@ -4,8 +4,8 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
-import httpx
 import pytest
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 from huggingface_hub.errors import (
@@ -69,7 +69,7 @@ def test_hub_id_offline():
     ],
 )
 def test_hub_errors(monkeypatch, error, expected):
-    response = httpx.Response(401, request=httpx.Request("GET", "https://huggingface.co"))
+    response = SimpleNamespace(headers={}, request=None)
     cause = error("first\nsecond", response=response) if issubclass(error, HfHubHTTPError) else error("first\nsecond")
 
     def load_config(model):
@@ -92,6 +92,13 @@ def test_scheduler_by_name(family_folder):
     pipeline = load_pipeline(family_folder(NAME), scheduler="DPMSolverMultistepScheduler")
     assert isinstance(pipeline.scheduler, DPMSolverMultistepScheduler)
     assert pipeline.scheduler.config.beta_end == 0.012 and pipeline.scheduler.config.timestep_spacing == "trailing"
+
+
+def test_timestep_spacing(family_folder):
+    pipeline = load_pipeline(family_folder(NAME), timestep_spacing="leading")
+    assert pipeline.scheduler.config.timestep_spacing == "leading" and pipeline.scheduler.config.beta_end == 0.012
+    assert "has no timestep_spacing 'sideways'" in load_error(family_folder(NAME), timestep_spacing="sideways")
+    assert "has no timestep_spacing" in load_error(family_folder("FluxPipeline"), timestep_spacing="trailing")
 
 
 @pytest.mark.parametrize("scheduler", ["NoSuchScheduler", "UNet2DConditionModel", "schedulers"])

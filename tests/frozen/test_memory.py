@@ -1,7 +1,9 @@
 """Too little memory: smaller batches, sliced and tiled decoding, offload."""
 
 import gc
+import resource
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -120,3 +122,21 @@ def test_cpu_offload_makes_the_same_images(family_folder, name):
     offloaded.drop_text_encoders()
     torch.testing.assert_close(offloaded.generate(latents, embeds, **SETTINGS), expected, rtol=0, atol=1e-3)
     assert on_gpu.weights_sha256() == offloaded.weights_sha256()
+
+
+def test_memory_does_not_grow_with_iterations(frozen):
+    """Resident memory after 10 batches and after 200 more."""
+
+    def resident_mb():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
+
+    embeds = frozen.encode(["a red circle"] * 2)
+    latents = torch.zeros(2, *frozen.latent_shape)
+
+    def generate(count):
+        for _ in range(count):
+            frozen.generate(latents, embeds, num_inference_steps=1, guidance_scale=1.0)
+        return resident_mb()
+
+    first = generate(10)
+    assert generate(200) < first + 10

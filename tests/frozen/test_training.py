@@ -1,11 +1,18 @@
 """Two iterations of the real loop on every family: the policy moves, the pictures are scored, the weights stay."""
 
+import base64
+import io
+
 import pytest
 import torch
 from accelerate import Accelerator
+from PIL import Image
 
+from noisepolicy.evaluation import evaluate_sweep, write_report
+from noisepolicy.frozen import FrozenDiffusersPipeline
 from noisepolicy.frozen.families import FAMILIES
-from noisepolicy.policies import NoisePolicy
+from noisepolicy.policies import NoisePolicy, SpectralPolicy
+from noisepolicy.rewards import load_reward
 from noisepolicy.training.config import TrainConfig
 from noisepolicy.training.run_folder import RunFolder
 from noisepolicy.training.task import load_task
@@ -38,3 +45,33 @@ def test_every_family_trains(family_folder, tmp_path, name, drops):
     assert task.frozen.weights_sha256() == before
     policy = NoisePolicy.from_pretrained(trainer.run.policy)
     assert policy.latent_shape == task.frozen.latent_shape and policy.critic is not None
+
+
+def test_a_video_policy_is_evaluated_and_reported(family_folder, tmp_path):
+    name = "WanPipeline"
+    frozen = FrozenDiffusersPipeline.from_pretrained(family_folder(name), **SIZE[name])
+    prompts = ["a red circle", "a blue square"]
+    embeds = frozen.encode(prompts)
+    policy = SpectralPolicy(latent_shape=frozen.latent_shape, prompt_shape=embeds.prompt_embeds.shape[1:], bands=2)
+    policy.mean.bias.data += 1.0
+    sweep = evaluate_sweep(
+        policy, frozen, load_reward("frames(brightness)"), prompts, step_counts=(1,), group_size=2, guidance_scale=1.0,
+        seed=0, eval_rewards=[load_reward("frames(red)")], embeds=embeds,
+    )  # fmt: skip
+    row = sweep.rows[0]
+    assert row["num_pairs"] == 4 and row["base"]["diversity"] > 0 and row["eval_rewards"][0]["name"] == "frames(red)"
+    assert sweep.pairs[0].policy_image.shape == (SIZE[name]["num_frames"], 3, SIZE[name]["height"], SIZE[name]["width"])
+    summary = {
+        "images_trained": 1,
+        "train_seconds": 1.0,
+        "seconds": {},
+        "frozen_sha256_after": "0",
+        "sweep": sweep.rows,
+    }
+    write_report(
+        tmp_path / "report.html", config=TrainConfig(num_inference_steps=(1,)).plain(), summary=summary, metrics=[],
+        pairs=sweep.pairs,
+    )  # fmt: skip
+    report = (tmp_path / "report.html").read_text()
+    data = base64.b64decode(report.split("data:image/gif;base64,")[1].split('"')[0])
+    assert Image.open(io.BytesIO(data)).n_frames == SIZE[name]["num_frames"]
