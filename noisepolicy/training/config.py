@@ -103,21 +103,21 @@ class TrainConfig:
     """PPO's clip of the ratio, for log-probs summed over the action."""
     target_kl: float = 1.0
     """Nats: an iteration's updates stop once KL(old policy, new policy) passes this."""
-    kl_budget: float = 20.0
+    kl_budget: float = 18.0
     """Nats: how far the policy that is kept may be from N(0, I), on average over prompts and before the critic chooses;
     its shift is scaled down to this. More reward for more, less variety and less use at other step counts."""
     kl_training_budget: float = 30.0
     """Nats: how far the policy may go in training, where its scale is free; the penalty adapts to it."""
     kl_coef: float = 1e-3
     """The penalty per nat of KL to the prior to start from, in units of reward."""
-    diversity_target: float = 0.79
+    diversity_target: float = 0.82
     """With a critic: the share of the base model's variety between pictures of one prompt, as the critic's sketches
     show it, that the policy in training is held to."""
     diversity_coef: float = 1.2
     """What a unit of that variety (root mean square of pixels in [0, 1]) is worth to start from, in units of reward; it
     adapts to the target. 0 lets the policy give up variety for reward."""
     max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm."""
+    """Gradients of policy and critic are each clipped to this norm."""
 
     critic_updates: int = 22
     """Gradient steps on the reward critic an iteration."""

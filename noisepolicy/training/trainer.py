@@ -191,6 +191,7 @@ class Trainer:
         loss = update_critic(
             self._critic, self._critic_optimizer, self._history, self._prompts,
             num_updates=self.config.critic_updates, batch_size=self.config.critic_batch_size,
+            max_grad_norm=self.config.max_grad_norm,
             generator=stream_generator(self.config.seed, "critic", number),
         )  # fmt: skip
         self._critic.requires_grad_(False)

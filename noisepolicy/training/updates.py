@@ -20,7 +20,7 @@ _MAX_LOG_PROB_DRIFT = 1e-2
 
 def update_critic(
     critic: RewardCritic, optimizer: torch.optim.Optimizer, history: History, prompts: PromptStore, *,
-    num_updates: int, batch_size: int, generator: torch.Generator,
+    num_updates: int, batch_size: int, max_grad_norm: float, generator: torch.Generator,
 ) -> float:  # fmt: skip
     """Regresses pictures and rewards on the history; returns the reward's mean squared error over the updates."""
     total = 0.0
@@ -35,6 +35,8 @@ def update_critic(
         )
         optimizer.zero_grad()
         loss.backward()
+        # Without it, one bad batch late in a run can undo the critic and the policy that follows it.
+        torch.nn.utils.clip_grad_norm_(critic.parameters(), max_grad_norm)
         optimizer.step()
         total = total + error
     return float(total) / num_updates
