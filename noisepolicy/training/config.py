@@ -103,7 +103,7 @@ class TrainConfig:
     """PPO's clip of the ratio, for log-probs summed over the action."""
     target_kl: float = 1.0
     """Nats: an iteration's updates stop once KL(old policy, new policy) passes this."""
-    kl_budget: float = 18.0
+    kl_budget: float = 14.0
     """Nats: how far the policy that is kept may be from N(0, I), on average over prompts and before the critic chooses;
     its shift is scaled down to this. More reward for more, less variety and less use at other step counts."""
     kl_training_budget: float = 30.0
