@@ -7,10 +7,11 @@ autoencoder, with nothing checked and every tensor prepared.
 from collections.abc import Callable
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 
 from noisepolicy.benchmarks.timing import measure
 from noisepolicy.frozen import FrozenDiffusersPipeline
+from noisepolicy.frozen.loading import load_pipeline
 from noisepolicy.shapes import held_out_scenes, model_folder
 
 _BATCH, _GUIDANCE = 32, 1.5
@@ -20,7 +21,7 @@ _BATCH, _GUIDANCE = 32, 1.5
 def run(step_counts: tuple[int, ...] = (1, 2, 4), seconds: float = 20.0) -> dict:
     """Prints a table of medians and returns its numbers; one thread."""
     torch.set_num_threads(1)
-    pipeline = StableDiffusionPipeline.from_pretrained(model_folder())
+    pipeline = load_pipeline(model_folder())
     frozen = FrozenDiffusersPipeline(pipeline, rollout_batch_size=_BATCH)
     embeds = frozen.encode([scene.caption for scene in held_out_scenes()[:_BATCH]])
     null = frozen.encode([""]).prompt_embeds.expand_as(embeds.prompt_embeds)
@@ -45,7 +46,7 @@ def run(step_counts: tuple[int, ...] = (1, 2, 4), seconds: float = 20.0) -> dict
 
 
 def _written_loop(
-    pipeline: StableDiffusionPipeline, latents: torch.Tensor, embeds: torch.Tensor, steps: int
+    pipeline: DiffusionPipeline, latents: torch.Tensor, embeds: torch.Tensor, steps: int
 ) -> Callable[[], torch.Tensor]:
     unet, vae, scheduler = pipeline.unet, pipeline.vae, pipeline.scheduler
 

@@ -5,12 +5,14 @@ import ipaddress
 import os
 import sys
 
+from noisepolicy.cli.failures import prepare, run_command
+
 _MAX_WAITING = 16  # connections served at once; above it clients are told to come again
 _TOKEN_VARIABLE = "NOISEPOLICY_REWARD_TOKEN"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 stopped, 2 bad input, 1 failed while serving."""
+    """Exit codes: see `run_command`."""
     parser = argparse.ArgumentParser(
         prog="noisepolicy-reward-server",
         description="Serves a reward over HTTP. The bearer token, if any, is the environment variable "
@@ -21,17 +23,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--device", default="cpu", help="where the reward's models run, e.g. cuda")
     parser.add_argument("--max-body-mb", type=int, default=64, help="largest request, in MiB (default: 64)")
+    parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
     arguments = parser.parse_args(argv)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    try:
-        _serve(arguments)
-    except ValueError as error:
-        print(f"noisepolicy-reward-server: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except (RuntimeError, OSError) as error:
-        print(f"noisepolicy-reward-server: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    return 0
+    prepare("noisepolicy-reward-server")
+    return run_command("noisepolicy-reward-server", lambda: _serve(arguments), is_debug=arguments.debug)
 
 
 def _serve(arguments: argparse.Namespace) -> None:

@@ -166,7 +166,7 @@ class TrainConfig:
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{_flag(name)} must be positive, got {getattr(self, name)}")
-        for name in ("seed", "eval_num_prompts", "critic_warmup", "critic_weight_decay"):
+        for name in ("seed", "eval_num_prompts", "critic_warmup", "critic_weight_decay", "diversity_coef"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{_flag(name)} must not be negative, got {getattr(self, name)}")
         for name in ("num_inference_steps", "eval_steps"):
@@ -176,6 +176,8 @@ class TrainConfig:
         for name in ("height", "width", "num_frames", "max_sequence_length"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{_flag(name)} must be positive, got {value}")
+        if not 0 <= self.diversity_target <= 1:
+            raise ValueError(f"--diversity-target must be in [0, 1], got {self.diversity_target}")
         if not 0 <= self.average_decay < 1:
             raise ValueError(f"--average-decay must be in [0, 1), got {self.average_decay}")
         if self.batch_size % self.group_size:

@@ -68,6 +68,8 @@ def test_bad_config_files(tmp_path, text, message):
         ({"algorithm": "ppo", "group_size": 1}, "--group-size must be at least 2"),
         ({"num_inference_steps": (2, 0)}, "--num-inference-steps must be"),
         ({"learning_rate": float("nan")}, "--learning-rate must be positive"),
+        ({"diversity_target": 80.0}, r"--diversity-target must be in \[0, 1\], got 80.0"),
+        ({"diversity_coef": -1.0}, "--diversity-coef must not be negative"),
         ({"seed": -1}, "--seed must not be negative"),
     ],
 )
