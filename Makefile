@@ -10,7 +10,7 @@ train: $(VENV)/train.stamp
 test: $(VENV)/test.stamp
 	$(VENV)/bin/pytest
 
-SOURCES := setup.py pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc noisepolicy benchmarks -type f -not -path '*__pycache__*' -not -name '*.so')
+SOURCES := setup.py pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc noisepolicy export benchmarks -type f -not -path '*__pycache__*' -not -name '*.so')
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

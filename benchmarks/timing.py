@@ -2,7 +2,8 @@
 
 A callable is warmed up, then called until it has used its share of time, within limits on the number of calls. Slow
 ones take part in fewer rounds, spread over all of them. On a GPU a callable is captured once in a CUDA graph and
-replayed between CUDA events; what cannot be captured is launched call by call.
+replayed between CUDA events; what cannot be captured is launched call by call. With `use_graphs=False` it is called as
+it stands and waited for, which is what its caller would wait.
 """
 
 import statistics
@@ -15,6 +16,7 @@ import torch
 MIN_CALLS, MAX_CALLS = 15, 300
 SLOW_SECONDS, MIN_SLOW_CALLS = 1.5, 3
 """A callable that needs longer than this for MIN_CALLS calls makes fewer, at least 3."""
+_SLOW_CALL = SLOW_SECONDS / MIN_SLOW_CALLS
 
 
 class Timing(NamedTuple):
@@ -23,23 +25,33 @@ class Timing(NamedTuple):
     median_us: float
     p20_us: float
     p80_us: float
+    p95_us: float
 
 
 def measure(
-    callables: Mapping[str, Callable[[], Any]], device: torch.device, *, seconds: float = 0.2, calls_per_sample: int = 1
-) -> dict[str, Timing]:
+    callables: Mapping[str, Callable[[], Any]], device: torch.device, *, seconds: float = 0.2,
+    calls_per_sample: int = 1, use_graphs: bool = True, known_costs: Mapping[str, float] | None = None,
+) -> dict[str, Timing]:  # fmt: skip
     """Times each of `callables`, which run on `device`.
 
     Args:
         seconds: time for each callable, warm-up aside.
         calls_per_sample: calls between two readings of the clock, for those that are over in a few microseconds.
+        known_costs: seconds of a call that was made already, where it was slow enough to need no warm-up.
+        use_graphs: on a GPU, capture the callables, so that what Python takes to launch them does not count.
     """
-    sample = _sample_on_gpu if device.type == "cuda" else _sample_on_cpu
-    timed = {name: _capture(call) if device.type == "cuda" else call for name, call in callables.items()}
+    sample, timed = _sample_on_cpu, dict(callables)
+    if device.type == "cuda":
+        sample = _sample_on_gpu if use_graphs else _sample_and_wait
+        if use_graphs:
+            timed = {name: _capture(call) for name, call in callables.items()}
     targets = {}
     for name, call in timed.items():
-        call()
-        cost = min(sample(call, calls_per_sample) for _ in range(2)) * calls_per_sample
+        cost = (known_costs or {}).get(name, 0.0)
+        if cost < _SLOW_CALL:
+            cost = sample(call, 1)
+        if cost < _SLOW_CALL:  # a slower one is as slow when warm
+            cost = min(sample(call, calls_per_sample) for _ in range(2)) * calls_per_sample
         fewest = MIN_CALLS if MIN_CALLS * cost <= SLOW_SECONDS else max(MIN_SLOW_CALLS, int(SLOW_SECONDS / cost))
         targets[name] = min(max(fewest, int(seconds / cost)), MAX_CALLS)
     num_rounds = max(targets.values())
@@ -52,14 +64,24 @@ def measure(
 
 
 def _summary(seconds: list[float]) -> Timing:
-    p20, *_, p80 = statistics.quantiles(seconds, n=5, method="inclusive")
-    return Timing(*(1e6 * value for value in (statistics.median(seconds), p20, p80)))
+    twentieths = statistics.quantiles(seconds, n=20, method="inclusive")
+    p20, p80, p95 = twentieths[3], twentieths[15], twentieths[18]
+    return Timing(*(1e6 * value for value in (statistics.median(seconds), p20, p80, p95)))
 
 
 def _sample_on_cpu(call: Callable[[], Any], num_calls: int) -> float:
     start = time.perf_counter()
     for _ in range(num_calls):
         call()
+    return (time.perf_counter() - start) / num_calls
+
+
+def _sample_and_wait(call: Callable[[], Any], num_calls: int) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(num_calls):
+        call()
+        torch.cuda.synchronize()
     return (time.perf_counter() - start) / num_calls
 
 

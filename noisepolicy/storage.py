@@ -4,6 +4,7 @@ A file is written beside its final name, flushed to disk and renamed, so a proce
 file or the new one and never a torn one.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -49,6 +50,15 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         safetensors.SafetensorError: if the file is cut short or damaged.
     """
     return load(path.read_bytes())
+
+
+def file_sha256(path: Path) -> str:
+    """The hash of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**24):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, torch.Tensor]:

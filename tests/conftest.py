@@ -40,6 +40,12 @@ def browser() -> str:
     return path
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _export_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Exports of the session, its subprocesses' too, go to a folder of their own."""
+    os.environ["NOISEPOLICY_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def frozen() -> FrozenDiffusersPipeline:
     """The embedded model."""

@@ -13,7 +13,9 @@ from noisepolicy.training.config import TrainConfig, load_config
 from noisepolicy.training.run_folder import RunFolder, check_free
 
 _PRESETS = Path(__file__).parent.parent / "presets"
-_MAY_CHANGE_ON_RESUME = {"num_iterations", "device", "rollout_batch_size", "checkpoint_every", "sample_every"}
+_MAY_CHANGE_ON_RESUME = {
+    "num_iterations", "device", "rollout_batch_size", "denoiser", "checkpoint_every", "sample_every",
+}  # fmt: skip
 _DESCRIPTION = """Learn, per prompt, where a frozen diffusion model should start.
 
   noisepolicy-train                        train on the embedded model

@@ -2,40 +2,31 @@
 
 import argparse
 import json
-import os
-import platform
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+from noisepolicy.cli.bench_arguments import parse_arguments
+from noisepolicy.cli.failures import prepare, quiet_loading
 from noisepolicy.storage import write_json
 
 
 def main(argv: list[str] | None = None) -> int:
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    parser = argparse.ArgumentParser(prog="noisepolicy-bench", description=__doc__)
-    parser.add_argument("--list-backends", action="store_true", help="which op backends run here, and why not")
-    parser.add_argument("--json", type=Path, help="also write the result to this file")
-    commands = parser.add_subparsers(dest="command")
-    world = commands.add_parser("world", help="the embedded model: scores by steps, best-of-n, images/s")
-    world.add_argument("--guidance-scale", type=float, default=1.5)
-    commands.add_parser("rollout", help="images through the general path, against a loop written for one model")
-    training = commands.add_parser("training", help="the default recipe on several seeds")
-    training.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    training.add_argument("--output-dir", type=Path, default=Path("runs/bench"))
-    training.add_argument("train_arguments", nargs="*", help="after --, flags for noisepolicy-train")
-    _add_kernels(commands)
-    arguments = parser.parse_args(argv)
-    if arguments.list_backends:
-        from noisepolicy.ops import available_backends
-
-        for name, reason in available_backends().items():
-            print(f"{name:8s} {reason or _available(name)}")
-        return 0
-    if arguments.command is None:
-        parser.error("give a command: world, rollout, training or kernels")
+    """Exit codes: 0 done, 2 bad input, 1 failed on the way or, with --compare, slower than before."""
+    arguments = parse_arguments(list(sys.argv[1:] if argv is None else argv))
+    prepare("noisepolicy-bench")
+    code = 0
     try:
-        result = {"machine": _machine(), **_run(arguments)}
+        if arguments.list_backends:
+            _list_backends()
+            return 0
+        if arguments.command == "latency":
+            result, code = _run_latency(arguments)
+        else:
+            from noisepolicy.benchmarks.machine import describe_machine
+
+            result = {"machine": describe_machine(), **_run(arguments)}
         if arguments.json:
             write_json(arguments.json, result)
         if arguments.command == "kernels" and arguments.output:
@@ -46,22 +37,21 @@ def main(argv: list[str] | None = None) -> int:
         print(f"noisepolicy-bench: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     print(json.dumps(result))
-    return 0
+    return code
 
 
-def _add_kernels(commands: Any) -> None:
-    kernels = commands.add_parser("kernels", help="every op on every backend, against PyTorch and the machine's limit")
-    kernels.add_argument("--op", nargs="+", help="some ops; default: all")
-    kernels.add_argument("--backend", nargs="+", help="some backends; default: all that run on the device")
-    kernels.add_argument(
-        "--dtype", nargs="+", default=["float32"], help="of mean and log_std: float32 float16 bfloat16"
-    )
-    kernels.add_argument("--batch", type=int, nargs="+", help="default: 1 8 64")
-    kernels.add_argument("--dim", type=int, nargs="+", help="elements of a row; default: 4096 16384 65536 262144")
-    kernels.add_argument("--threads", type=int, default=1, help="default: 1")
-    kernels.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    kernels.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes")
-    kernels.add_argument("--output", type=Path, metavar="REPORT.html", help="also write a report with plots")
+def _list_backends() -> None:
+    import torch
+
+    from noisepolicy.export import available_denoisers
+    from noisepolicy.ops import available_backends
+
+    for name, reason in available_backends().items():
+        print(f"{name:8s} {reason or _available(name)}")
+    for place in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        print(f"denoiser engines on {place}")
+        for name, reason in available_denoisers(torch.device(place)).items():
+            print(f"  {name:12s} {reason or 'available'}")
 
 
 def _available(backend: str) -> str:
@@ -70,6 +60,52 @@ def _available(backend: str) -> str:
     from noisepolicy import _C
 
     return f"available ({_C.instruction_set()})"
+
+
+def _run_latency(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
+    """The result, and 1 if --compare found something slower."""
+    output = arguments.output or Path("runs") / time.strftime("bench-%Y%m%d-%H%M%S")
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output {output} is a file; give a folder")
+    quiet_loading()
+    from noisepolicy.benchmarks import bench_latency
+    from noisepolicy.benchmarks.latency_compare import compare_reports, read_report
+    from noisepolicy.benchmarks.latency_report import write_latency_report
+    from noisepolicy.cli.devices import make_accelerator
+
+    old = read_report(arguments.compare) if arguments.compare else None
+    result = bench_latency.run(
+        model=arguments.model,
+        denoisers=arguments.denoiser,
+        denoiser_dtypes=arguments.denoiser_dtype or (None,),
+        batch_sizes=arguments.batch_sizes or bench_latency.BATCH_SIZES,
+        step_counts=arguments.steps or bench_latency.STEP_COUNTS,
+        dtype=arguments.dtype,
+        device=make_accelerator(arguments.device).device,
+        threads=arguments.threads,
+        guidance_scale=arguments.guidance_scale,
+        reward=arguments.reward,
+        scheduler=arguments.scheduler,
+        timestep_spacing=arguments.timestep_spacing,
+        skip=arguments.skip,
+        seconds=arguments.seconds,
+    )
+    write_json(output / "latency.json", result)
+    write_latency_report(output / "latency.html", result)
+    print(f"\nnumbers  {output / 'latency.json'}\nreport   {output / 'latency.html'}")
+    if old is None:
+        return result, 0
+    comparison = compare_reports(old, result)
+    if comparison.num_compared == 0:
+        raise ValueError(f"--compare {arguments.compare} has no row that was measured here")
+    for warning in comparison.warnings:
+        print(f"noisepolicy-bench: warning: {warning}", file=sys.stderr)
+    print("\n".join([
+        *comparison.regressions,
+        f"{len(comparison.regressions)} of {comparison.num_compared} figures are slower than in {arguments.compare}",
+    ]))  # fmt: skip
+    result["regressions"] = comparison.regressions
+    return result, 1 if comparison.regressions else 0
 
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -97,17 +133,6 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     from noisepolicy.benchmarks import bench_training
 
     return bench_training.run(arguments.output_dir, arguments.seeds, arguments.train_arguments)
-
-
-def _machine() -> dict[str, Any]:
-    import torch
-
-    model = platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
-    return {"processor": model, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
+from noisepolicy.cli.denoiser import add_denoiser_arguments, with_denoiser
 from noisepolicy.cli.failures import prepare, quiet_loading, run_command
 
 
@@ -18,6 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--num-prompts", type=int, help="at most (default: the run's)")
     parser.add_argument("--group-size", type=int, help="images a prompt (default: the run's)")
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: the run's)")
+    add_denoiser_arguments(parser)
     parser.add_argument("--output-dir", type=Path, help="default: RUN/evaluation")
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
     arguments = parser.parse_args(argv)
@@ -45,6 +47,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         "device": arguments.device,
     }
     config = dataclasses.replace(config, **{name: value for name, value in changes.items() if value is not None})
+    config = with_denoiser(config, arguments)
     config.check()
     policy = NoisePolicy.from_pretrained(run.checked_policy())
     device = make_accelerator(config.device).device

@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from noisepolicy.cli.denoiser import add_denoiser_arguments, with_denoiser
 from noisepolicy.cli.failures import prepare, quiet_loading, run_command
 
 
@@ -18,6 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
     parser.add_argument("--compare", action="store_true", help="also the base model's, and a grid of both")
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: the run's)")
+    add_denoiser_arguments(parser)
     parser.add_argument("--output-dir", type=Path, help="default: RUN/generated")
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
     arguments = parser.parse_args(argv)
@@ -44,7 +46,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     run, config = RunFolder.open(arguments.run)
     policy = NoisePolicy.from_pretrained(run.checked_policy())
     device = make_accelerator(arguments.device or config.device).device
-    frozen = load_frozen(config, device)
+    frozen = load_frozen(with_denoiser(config, arguments), device)
     steps = arguments.steps or config.num_inference_steps[0]
     guidance = config.guidance_scale if arguments.guidance_scale is None else arguments.guidance_scale
     prompts = [prompt for prompt in arguments.prompts for _ in range(arguments.num_images)]

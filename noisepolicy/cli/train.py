@@ -1,5 +1,6 @@
 """`noisepolicy-train`: train, evaluate, report."""
 
+import dataclasses
 import resource
 import sys
 from typing import Any
@@ -47,6 +48,8 @@ class _Session:
         self.config = arguments.config
         self.accelerator = make_accelerator(self.config.device)
         self.task = load_task(self.config, self.accelerator.device)
+        # What 'auto' chose is the run's from here on: a resumed run must not choose again.
+        self.config = dataclasses.replace(self.config, denoiser=self.task.frozen.engine)
         self._eval_prompts = self.task.eval_prompts[: self.config.eval_num_prompts]
         self._board = _make_board(self.config.tensorboard)
         self.run = arguments.resumed or RunFolder.create(self.config)

@@ -1,10 +1,9 @@
 """A diffusers pipeline as a frozen model: prompts encoded once, images by the pipeline's own `__call__`.
 
-What differs between families is in `families.py`.
+What differs between families is in `families.py`. For Stable Diffusion and SDXL `loop.py` makes the same images with
+less around the UNet; it is used once it has made one image as `__call__` does.
 """
 
-import copy
-import hashlib
 import inspect
 import warnings
 from collections.abc import Sequence
@@ -14,28 +13,29 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from noisepolicy.frozen.base import PromptEmbeds
+from noisepolicy.frozen.components import PipelineComponents
 from noisepolicy.frozen.families import (
     encode_negative,
     encode_prompts,
-    family_of,
     latent_shape,
     pack_latents,
     resolution,
 )
 from noisepolicy.frozen.loading import load_pipeline, quiet
+from noisepolicy.frozen.loop import DenoisingLoop, can_loop, make_loop
+from noisepolicy.frozen.recording import recorded_call
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 _SAME_IMAGE = 1e-3
 """Two images that differ by less are one: kernels on a GPU may round differently from call to call."""
+_SAME_HALF_IMAGE = 5e-2
+"""The same for a pipeline that rounds latents to 16 bits at every step, against the loop, which does not."""
 
 
-class FrozenDiffusersPipeline:
+class FrozenDiffusersPipeline(PipelineComponents):
     """Satisfies `FrozenModel`.
-
-    The pipeline itself stays as it is, but for its modules: they are shared, moved to `device`, set to evaluation and
-    without gradients.
 
     Args:
         pipeline: of a class named in `families.FAMILIES`.
@@ -47,6 +47,7 @@ class FrozenDiffusersPipeline:
         negative_prompt: what guidance leads away from; the pipeline's default if None.
         max_sequence_length: tokens of a prompt, where the pipeline leaves the choice; its default if None.
         cpu_offload: keep on `device` only the component that runs.
+        cuda_graph: capture the whole denoising loop as one CUDA graph for each batch size (Stable Diffusion, SDXL).
 
     Raises:
         ValueError: if the pipeline is unsupported, or cannot do what is asked of it.
@@ -64,59 +65,49 @@ class FrozenDiffusersPipeline:
         negative_prompt: str | None = None,
         max_sequence_length: int | None = None,
         cpu_offload: bool = False,
+        cuda_graph: bool = False,
     ) -> None:
-        self._family = family_of(pipeline)
-        self.device = torch.device(device)
+        super().__init__(pipeline, torch.device(device), cpu_offload=cpu_offload)
         self.rollout_batch_size = rollout_batch_size
-        self._pipeline = copy.copy(pipeline)
-        self._pipeline.scheduler = copy.deepcopy(pipeline.scheduler)  # it keeps state
-        self._pipeline.set_progress_bar_config(disable=True)
-        if getattr(pipeline, "safety_checker", None) is not None:
-            # It would black out images which the reward then scores; the caller's own pipeline keeps its checker.
-            self._pipeline.safety_checker = None
         self._size = resolution(pipeline, height, width, num_frames)
         self.latent_shape = latent_shape(pipeline, height, width, num_frames)
-        self._vae_dtype = pipeline.vae.dtype
-        self._place(cpu_offload)
-        self._digests: dict[str, str] = {}
         self._max_sequence_length = max_sequence_length
         self._empty = self.encode([""])
-        self._negative = encode_negative(self._pipeline, negative_prompt, max_sequence_length=max_sequence_length)
+        self.negative_embeds = encode_negative(self._pipeline, negative_prompt, max_sequence_length=max_sequence_length)
+        """What guidance leads away from, one row, by argument of the pipeline's `__call__`."""
         parameters = inspect.signature(type(pipeline).__call__).parameters
         # Some pipelines default to "", and refuse it beside embeddings.
         unused = {name: None for name in ("prompt", "negative_prompt") if name in parameters}
         self._arguments = {"output_type": "pt", **unused, **self._family.call, **self._size}
         self._checked: set[bool] = set()
+        self._loops: dict[tuple[int, bool], DenoisingLoop | None] = {}
+        self._uses_cuda_graph = cuda_graph
+        if cuda_graph and (self.device.type != "cuda" or cpu_offload):
+            raise ValueError("cuda_graph needs the whole model on a CUDA device")
 
     @classmethod
     def from_pretrained(
         cls,
         model: str | Path,
         *,
-        device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-        rollout_batch_size: int = 32,
-        height: int | None = None,
-        width: int | None = None,
-        num_frames: int | None = None,
-        negative_prompt: str | None = None,
-        max_sequence_length: int | None = None,
         scheduler: str | None = None,
         timestep_spacing: str | None = None,
         vae_slicing: bool = False,
         vae_tiling: bool = False,
-        cpu_offload: bool = False,
+        **options: Any,
     ) -> "FrozenDiffusersPipeline":
-        """Loads a folder or hub id: `loading.load_pipeline`, then the constructor. Raises what they raise."""
+        """Loads a folder or hub id: `loading.load_pipeline`, then the constructor. Takes and raises what they do."""
         pipeline = load_pipeline(
             model, dtype=dtype, scheduler=scheduler, timestep_spacing=timestep_spacing, vae_slicing=vae_slicing,
             vae_tiling=vae_tiling,
         )  # fmt: skip
-        return cls(
-            pipeline, device=device, rollout_batch_size=rollout_batch_size, height=height, width=width,
-            num_frames=num_frames, negative_prompt=negative_prompt, max_sequence_length=max_sequence_length,
-            cpu_offload=cpu_offload,
-        )  # fmt: skip
+        return cls(pipeline, **options)
+
+    def replace(self, *, denoiser: torch.nn.Module | None = None, vae: torch.nn.Module | None = None) -> None:
+        """As the base class says; loops are made anew."""
+        super().replace(denoiser=denoiser, vae=vae)
+        self._loops.clear()
 
     def encode(self, prompts: Sequence[str]) -> PromptEmbeds:
         """The embeddings that the pipeline would compute, one row a prompt, in the model's dtype.
@@ -127,17 +118,6 @@ class FrozenDiffusersPipeline:
         if self._pipeline.text_encoder is None:
             raise RuntimeError("the text encoders were dropped; encode every prompt before drop_text_encoders()")
         return encode_prompts(self._pipeline, prompts, max_sequence_length=self._max_sequence_length)
-
-    def drop_text_encoders(self) -> None:
-        """Frees the text encoders and tokenizers; prompts that are encoded already go on working."""
-        for name, part in self._pipeline.components.items():
-            if name.startswith(("text_encoder", "tokenizer")):
-                if isinstance(part, torch.nn.Module):
-                    self._digests[name] = _digest(part)
-                setattr(self._pipeline, name, None)
-        self._pipeline.maybe_free_model_hooks()  # offloading's hooks hold them too
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
 
     @torch.no_grad()
     def generate(
@@ -193,27 +173,24 @@ class FrozenDiffusersPipeline:
             )
         self._checked.add(num_inference_steps > 1)
 
-    def weights_sha256(self) -> str:
-        """SHA-256 over every parameter and buffer, by component and name; dropped components count as they were."""
-        digests = self._digests | {name: _digest(module) for name, module in self._modules().items()}
-        return hashlib.sha256("".join(f"{name} {digests[name]}\n" for name in sorted(digests)).encode()).hexdigest()
+    @torch.no_grad()
+    def call_pipeline(
+        self, latents: torch.Tensor, prompt_embeds: PromptEmbeds, *, num_inference_steps: int, guidance_scale: float
+    ) -> torch.Tensor:
+        """`generate` by the pipeline's own `__call__`, whatever the family, as one batch."""
+        with quiet():
+            generator = torch.Generator(self.device).manual_seed(0)
+            return self._call(latents, self._conditions(prompt_embeds, guidance_scale), num_inference_steps,
+                              guidance_scale, generator)  # fmt: skip
 
-    def _place(self, cpu_offload: bool) -> None:
-        for module in self._modules().values():
-            module.eval().requires_grad_(False)
-        if type(getattr(self._pipeline, "unet", None)).__name__ == "UNet2DConditionModel":
-            self._pipeline.unet.to(memory_format=torch.channels_last)
-        if cpu_offload:
-            if self.device.type == "cpu":
-                raise ValueError("cpu_offload needs an accelerator; the device is cpu")
-            self._pipeline.enable_model_cpu_offload(device=self.device)
-        else:
-            for module in self._modules().values():
-                module.to(self.device)
-
-    def _modules(self) -> dict[str, torch.nn.Module]:
-        components = self._pipeline.components.items()
-        return {name: part for name, part in components if isinstance(part, torch.nn.Module)}
+    def record_denoiser_call(self, *, guidance_scale: float = 1.0) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments of the denoiser's first call for two images of the empty prompt."""
+        latents = torch.randn(2, *self.latent_shape, generator=torch.Generator().manual_seed(0))
+        embeds = self._empty[torch.zeros(2, dtype=torch.int64)]
+        return recorded_call(
+            self.denoiser,
+            lambda: self.call_pipeline(latents, embeds, num_inference_steps=4, guidance_scale=guidance_scale),
+        )
 
     def _try_chunk(self, *args: Any) -> torch.Tensor | None:
         """`_generate_chunk`, or None where memory ran out; by then what the attempt held is free."""
@@ -254,10 +231,27 @@ class FrozenDiffusersPipeline:
         guidance_scale: float,
         generator: torch.Generator,
     ) -> torch.Tensor:
+        conditions = self._conditions(embeds, guidance_scale)
+        loop = self.loop(num_inference_steps, guidance_scale)
+        if loop is not None:
+            return loop(latents.to(self.device), conditions, guidance_scale).float()
+        return self._call(latents, conditions, num_inference_steps, guidance_scale, generator)
+
+    def _conditions(self, embeds: PromptEmbeds, guidance_scale: float) -> dict[str, torch.Tensor]:
         conditions = embeds.to(self.device).tensors()
         if guidance_scale > 1:
-            for name, row in self._negative.items():
-                conditions[name] = row.repeat(len(latents), *[1] * (row.ndim - 1))
+            for name, row in self.negative_embeds.items():
+                conditions[name] = row.repeat(len(embeds), *[1] * (row.ndim - 1))
+        return conditions
+
+    def _call(
+        self,
+        latents: torch.Tensor,
+        conditions: dict[str, torch.Tensor],
+        num_inference_steps: int,
+        guidance_scale: float,
+        generator: torch.Generator,
+    ) -> torch.Tensor:
         output = self._pipeline(
             **self._arguments, **conditions, latents=pack_latents(self._pipeline, latents), generator=generator,
             num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
@@ -265,16 +259,30 @@ class FrozenDiffusersPipeline:
         images = output.images if self._family.frames_per_latent is None else output.frames
         return images.float().clamp(0, 1)
 
+    def loop(self, num_inference_steps: int, guidance_scale: float) -> DenoisingLoop | None:
+        """The loop for this step count, once it has made an image as the pipeline does; None where it cannot."""
+        key = (num_inference_steps, guidance_scale > 1)
+        if key not in self._loops:
+            self._loops[key] = self._make_loop(num_inference_steps, guidance_scale)
+        return self._loops[key]
+
+    def _make_loop(self, num_inference_steps: int, guidance_scale: float) -> DenoisingLoop | None:
+        if not can_loop(self._pipeline):
+            return None
+        latents = torch.randn(1, *self.latent_shape, generator=torch.Generator().manual_seed(0))
+        expected = self.call_pipeline(
+            latents, self._empty, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale
+        )
+        _, arguments = self.record_denoiser_call(guidance_scale=guidance_scale)
+        loop = make_loop(self._pipeline, num_inference_steps, arguments, use_cuda_graph=self._uses_cuda_graph)
+        if loop is None:
+            return None
+        image = loop(latents.to(self.device), self._conditions(self._empty, guidance_scale), guidance_scale)
+        tolerance = _SAME_IMAGE if self.denoiser.dtype == torch.float32 else _SAME_HALF_IMAGE
+        return loop if (image.float() - expected).abs().max() <= tolerance else None
+
     def _random_state(self, generator: torch.Generator) -> torch.Tensor:
         states = [generator.get_state(), torch.get_rng_state()]
         if self.device.type == "cuda":
             states.append(torch.cuda.get_rng_state(self.device))
         return torch.cat(states)
-
-
-def _digest(module: torch.nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

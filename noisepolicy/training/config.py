@@ -61,6 +61,13 @@ class TrainConfig:
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Of the frozen model. Latents, log-probs and the policy are float32 always."""
 
+    denoiser: Literal["auto", "eager", "compile", "onnx", "openvino", "tensorrt", "tensorrt-rtx"] = "eager"
+    """What runs the frozen model's denoiser and VAE decoder: PyTorch as it is or compiled, ONNX Runtime, OpenVINO on a
+    CPU, TensorRT or TensorRT-RTX; exported once and cached. 'auto' measures those that run here, takes the fastest."""
+    denoiser_dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """What an exported denoiser computes in; None is `dtype`. OpenVINO has bfloat16, as fast as the CPU allows."""
+    cuda_graph: bool = False
+    """Replay the whole denoising loop as one CUDA graph for each batch size (Stable Diffusion and SDXL, on a GPU)."""
     vae_slicing: bool = False
     """Decode pictures one at a time, for memory."""
     vae_tiling: bool = False

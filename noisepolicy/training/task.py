@@ -48,22 +48,37 @@ def load_task(config: TrainConfig, device: torch.device) -> Task:
 
 
 def load_frozen(config: TrainConfig, device: torch.device) -> FrozenDiffusersPipeline:
-    """The frozen model `config` names.
+    """The frozen model `config` names, on its engine. What `--denoiser auto` chose is printed and is its `engine`.
 
     Raises:
         ValueError: if it is not there or cannot be used.
+        RuntimeError: if its engine does not run here, or not rightly.
     """
     try:
-        return FrozenDiffusersPipeline.from_pretrained(
+        frozen = FrozenDiffusersPipeline.from_pretrained(
             model_folder() if config.model == "shapes" else config.model, device=device,
             dtype=getattr(torch, config.dtype), rollout_batch_size=config.rollout_batch_size, height=config.height,
             width=config.width, num_frames=config.num_frames, negative_prompt=config.negative_prompt,
             max_sequence_length=config.max_sequence_length, scheduler=config.scheduler,
             timestep_spacing=config.timestep_spacing,
             vae_slicing=config.vae_slicing, vae_tiling=config.vae_tiling, cpu_offload=config.cpu_offload,
+            cuda_graph=config.cuda_graph,
         )  # fmt: skip
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load --model {config.model}: {' '.join(str(error).split())}") from error
+    if config.denoiser == "eager" and config.denoiser_dtype is None:
+        return frozen
+    from noisepolicy.export import choose_denoiser, use_denoiser  # torch's exporter and more
+
+    if config.denoiser != "auto":
+        use_denoiser(frozen, config.denoiser, dtype=config.denoiser_dtype)
+        return frozen
+    choice = choose_denoiser(
+        frozen, frozen.encode([""]), num_inference_steps=config.num_inference_steps[0],
+        guidance_scale=config.guidance_scale,
+    )  # fmt: skip
+    print(choice, flush=True)
+    return frozen
 
 
 def read_prompts(path: Path) -> list[str]:

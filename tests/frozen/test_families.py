@@ -124,7 +124,9 @@ def test_half_precision_model_takes_float32_latents(load, reference, name):
     ours = generate(frozen, name, latents, PROMPTS[:2])
     assert ours.dtype == torch.float32
     expected = reference(name, latents, PROMPTS[:2], 4.0, dtype=torch.bfloat16)
-    torch.testing.assert_close(ours, expected.float(), rtol=0, atol=1e-5)
+    # The loop keeps latents in float32 between steps, where these two pipelines round them.
+    loops = name in ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+    torch.testing.assert_close(ours, expected.float(), rtol=0, atol=5e-2 if loops else 1e-5)
 
 
 @every_family

@@ -1,0 +1,202 @@
+"""What `noisepolicy-bench latency` runs: diffusers' own pipeline, engines to compare with it, and their inputs."""
+
+import inspect
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from noisepolicy.export import available_denoisers, use_denoiser
+from noisepolicy.frozen import FrozenDiffusersPipeline
+from noisepolicy.frozen.base import PromptEmbeds
+from noisepolicy.frozen.families import (
+    encode_negative,
+    encode_prompts,
+    family_of,
+    latent_shape,
+    pack_latents,
+    resolution,
+)
+from noisepolicy.frozen.loading import load_pipeline, quiet
+from noisepolicy.frozen.recording import recorded_call
+from noisepolicy.shapes import held_out_scenes, model_folder
+
+EMBEDDED = "shapes"
+COMPILE_NOTE = "torch.compile takes about a minute for each shape on a CPU; --denoiser compile includes it"
+DENOISER_TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
+"""Of the prediction, by what the engine computes in: the largest difference from eager PyTorch's, over its largest
+number where that is above 1."""
+IMAGE_TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
+"""Of images in [0, 1]: the largest difference of a pixel for float32; in half precision an edge may move, and it is the
+root mean square."""
+_PROMPTS = (
+    "a red circle on a white table", "a lighthouse above the sea at dusk", "an old bicycle against a brick wall",
+    "a bowl of oranges by a window",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The frozen model that is measured, as often as it is loaded."""
+
+    model: str
+    dtype: str
+    device: torch.device
+    scheduler: str | None = None
+    timestep_spacing: str | None = None
+
+    @property
+    def source(self) -> str | Path:
+        return model_folder() if self.model == EMBEDDED else self.model
+
+    def options(self) -> dict[str, Any]:
+        """For `load_pipeline`."""
+        dtype = getattr(torch, self.dtype)
+        return {"dtype": dtype, "scheduler": self.scheduler, "timestep_spacing": self.timestep_spacing}
+
+    def load(self, *, rollout_batch_size: int) -> FrozenDiffusersPipeline:
+        return FrozenDiffusersPipeline.from_pretrained(
+            self.source, device=self.device, rollout_batch_size=rollout_batch_size, **self.options()
+        )
+
+    def prompts(self, batch: int) -> list[str]:
+        """Held-out captions of the embedded model; a few of our own for any other."""
+        known = [scene.caption for scene in held_out_scenes()] if self.model == EMBEDDED else _PROMPTS
+        return [known[index % len(known)] for index in range(batch)]
+
+
+class DiffusersBaseline:
+    """The pipeline as diffusers loads it: its own denoiser, its own call.
+
+    Raises:
+        ValueError: if the model is not there or is not supported.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        try:
+            self._pipeline = load_pipeline(spec.source, **spec.options()).to(spec.device)
+        except OSError as error:
+            raise ValueError(f"cannot load --model {spec.model}: {error}") from error
+        self._pipeline.set_progress_bar_config(disable=True)
+        if getattr(self._pipeline, "safety_checker", None) is not None:
+            self._pipeline.safety_checker = None
+        family = family_of(self._pipeline)
+        self.denoiser = getattr(self._pipeline, family.denoiser)
+        self.latent_shape = latent_shape(self._pipeline)
+        self._is_video = family.frames_per_latent is not None
+        self._arguments = {"output_type": "pt", **family.call, **resolution(self._pipeline)}
+        # Some pipelines default to "", and refuse it beside embeddings.
+        taken = inspect.signature(type(self._pipeline).__call__).parameters
+        self._arguments |= {name: None for name in ("prompt", "negative_prompt") if name in taken}
+        self._negative = encode_negative(self._pipeline)
+
+    def encode(self, prompts: Sequence[str]) -> PromptEmbeds:
+        return encode_prompts(self._pipeline, prompts)
+
+    def generate(
+        self, latents: torch.Tensor, embeds: PromptEmbeds, *, num_inference_steps: int, guidance_scale: float
+    ) -> torch.Tensor:
+        """Images of one call, as `FrozenModel.generate` gives them."""
+        conditions = embeds.tensors()
+        if guidance_scale > 1:
+            for name, row in self._negative.items():
+                conditions[name] = row.repeat(len(latents), *[1] * (row.ndim - 1))
+        with quiet():
+            output = self._pipeline(
+                **self._arguments, **conditions, latents=pack_latents(self._pipeline, latents),
+                num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
+            )  # fmt: skip
+        return (output.frames if self._is_video else output.images).float().clamp(0, 1)
+
+    def denoiser_call(self, latents: torch.Tensor, embeds: PromptEmbeds) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the pipeline hands to its denoiser for as many rows, without guidance."""
+        return recorded_call(
+            self.denoiser, lambda: self.generate(latents, embeds, num_inference_steps=1, guidance_scale=1.0)
+        )
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The frozen model on one engine."""
+
+    backend: str
+    dtype: str
+    """What it computes in."""
+    frozen: FrozenDiffusersPipeline
+    setup_seconds: float
+    """To load it, and to export or build it where the cache does not hold it."""
+
+    @property
+    def label(self) -> str:
+        return f"{self.backend} {self.dtype}"
+
+
+def choose_denoisers(asked: Sequence[str] | None, device: torch.device) -> tuple[list[str], dict[str, str | None]]:
+    """The engines to measure, and all there are with what keeps each from being measured.
+
+    Raises:
+        ValueError: if one that was asked for is unknown or does not run here.
+    """
+    reasons = dict(available_denoisers(device))
+    if asked is None:
+        names = [name for name, reason in reasons.items() if reason is None]
+        if device.type == "cpu" and "compile" in names:
+            names.remove("compile")
+            reasons["compile"] = f"not measured unless named: {COMPILE_NOTE}"
+        return names, reasons
+    for name in asked:
+        if name not in reasons:
+            raise ValueError(f"unknown --denoiser {name!r}; choose from {', '.join(reasons)}")
+        if reasons[name] is not None:
+            raise ValueError(f"denoiser {name!r} does not run on {device.type} here: {reasons[name]}")
+    return list(dict.fromkeys(asked)), reasons
+
+
+def load_engine(spec: ModelSpec, backend: str, dtype: str | None, *, rollout_batch_size: int) -> Engine:
+    """The frozen model, loaded anew and moved to an engine.
+
+    Raises:
+        ValueError: if the engine cannot do the model or the dtype.
+        RuntimeError: if the engine fails; names it.
+    """
+    start = time.perf_counter()
+    frozen = spec.load(rollout_batch_size=rollout_batch_size)
+    dtype = dtype or spec.dtype
+    if backend != "eager":
+        try:
+            use_denoiser(frozen, backend, dtype=None if dtype == spec.dtype else dtype)
+        except (RuntimeError, OSError) as error:
+            raise RuntimeError(f"denoiser {backend!r}: {error}; --denoiser NAME ... leaves it out") from error
+    return Engine(backend, dtype, frozen, time.perf_counter() - start)
+
+
+def engine_name(row: Mapping[str, Any]) -> str:
+    """Of a row of results: the backend, and what it computes in where that is not float32."""
+    return row["backend"] if row["dtype"] == "float32" else f"{row['backend']} {row['dtype']}"
+
+
+def check_output(who: str, output: torch.Tensor, expected: torch.Tensor, dtype: str, *, is_image: bool) -> float:
+    """The largest difference from eager PyTorch's `expected`.
+
+    Raises:
+        RuntimeError: if it is more than the tolerance of `dtype` allows.
+    """
+    if output.shape != expected.shape:
+        raise RuntimeError(f"{who} is wrong: its shape is {tuple(output.shape)}, expected {tuple(expected.shape)}")
+    difference = (output.float() - expected.float()).abs()
+    if is_image and dtype != "float32":
+        kind, found, allowed = "root mean square", difference.square().mean().sqrt().item(), IMAGE_TOLERANCE[dtype]
+    else:
+        kind, found, allowed = "largest", difference.max().item(), DENOISER_TOLERANCE[dtype]
+        if is_image:
+            allowed = IMAGE_TOLERANCE[dtype]
+        else:
+            allowed *= max(1.0, expected.abs().max().item())
+    if not found <= allowed:
+        raise RuntimeError(
+            f"{who} is wrong: it differs from eager PyTorch by {found:.3g} ({kind}), allowed {allowed:.3g} in {dtype}"
+        )
+    return difference.max().item()

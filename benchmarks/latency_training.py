@@ -1,0 +1,75 @@
+"""Iterations of the real trainer on several engines, in turns."""
+
+import dataclasses
+import itertools
+import statistics
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from noisepolicy.benchmarks.latency_cases import Engine, ModelSpec
+from noisepolicy.rewards import load_reward
+from noisepolicy.shapes import held_out_scenes, train_scenes
+from noisepolicy.training.config import TrainConfig
+from noisepolicy.training.run_folder import RunFolder
+from noisepolicy.training.task import Task
+from noisepolicy.training.trainer import Trainer
+
+NUM_ITERATIONS = 3
+"""That are timed; one before them warms up."""
+
+
+def time_training(engines: Sequence[Engine], spec: ModelSpec) -> list[dict[str, Any]]:
+    """A row for each engine: one iteration of the default recipe, the policy learning, split by the trainer itself.
+
+    Milliseconds are medians over a few iterations, part by part. The embedded model only.
+    """
+    reward = load_reward("shapes", device=spec.device)
+    train, held_out = ([scene.caption for scene in scenes] for scenes in (train_scenes(), held_out_scenes()))
+    # One more than is run, since the last one of a run saves it; and no iterations without a policy's update.
+    config = TrainConfig(num_iterations=NUM_ITERATIONS + 2, critic_warmup=0, checkpoint_every=10**6)
+    accelerator = Accelerator(cpu=spec.device.type == "cpu")
+    trainers, iterations, spent = {}, {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for engine in engines:
+            own = dataclasses.replace(config, output_dir=Path(folder) / engine.label.replace(" ", "-"))
+            engine.frozen.rollout_batch_size = own.rollout_batch_size
+            task = Task(engine.frozen, reward, [], train, held_out)
+            trainers[engine.label] = trainer = Trainer(own, task, RunFolder.create(own), accelerator)
+            iterations[engine.label], spent[engine.label] = trainer.train(), []
+        for _ in range(1 + NUM_ITERATIONS):
+            for label, metrics in iterations.items():
+                next(metrics)
+                spent[label].append(trainers[label].seconds)
+    rows = []
+    for engine in engines:
+        pairs = list(itertools.pairwise(spent[engine.label]))
+        split = {
+            name: 1e3 * statistics.median(after[name] - before[name] for before, after in pairs) for name in pairs[0][0]
+        }
+        rows.append({
+            "backend": engine.backend, "dtype": engine.dtype, "images": config.batch_size,
+            "num_inference_steps": config.num_inference_steps[0], "iteration_ms": sum(split.values()),
+            "split_ms": split,
+        })  # fmt: skip
+    eager_ms = next((row["iteration_ms"] for row in rows if row["backend"] == "eager"), None)
+    for row in rows:
+        row["images_per_s"] = 1e3 * row["images"] / row["iteration_ms"]
+        row["speedup_over_eager"] = eager_ms and eager_ms / row["iteration_ms"]
+    _print(rows)
+    return rows
+
+
+def _print(rows: Sequence[dict[str, Any]]) -> None:
+    names = rows[0]["split_ms"]
+    print(
+        f"\ntraining, an iteration of {rows[0]['images']} images at {rows[0]['num_inference_steps']} steps\n"
+        f"{'':10s} {'dtype':8s} {'ms':>10s} | " + " ".join(f"{name:>13s}" for name in names) + " | faster than eager"
+    )
+    for row in rows:
+        parts = " ".join(f"{value:13.1f}" for value in row["split_ms"].values())
+        faster = "-" if row["speedup_over_eager"] is None else f"{row['speedup_over_eager']:.2f}x"
+        print(f"{row['backend']:10s} {row['dtype']:8s} {row['iteration_ms']:10.1f} | {parts} | {faster}", flush=True)

@@ -1,0 +1,267 @@
+"""What is exported, stated once: each part's inputs and output by name, their axes, samples and profiles.
+
+A `Part` is a module that takes tensors and gives one. Names and axes of the denoisers are in `DENOISERS`; the sample
+inputs are what the pipeline itself hands to its denoiser, recorded.
+"""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from diffusers.models.activations import GEGLU
+from torch import nn
+from torch.nn import functional as F
+
+from noisepolicy.frozen import FrozenDiffusersPipeline
+from noisepolicy.frozen.denoisers import flat_inputs
+from noisepolicy.policies import NoisePolicy
+
+Axes = tuple[str | None, ...]
+Shape = tuple[int, ...]
+
+_UNET: Mapping[str, Axes] = MappingProxyType({
+    "sample": ("batch", None, "height", "width"),
+    "timestep": (),
+    "encoder_hidden_states": ("batch", None, None),
+    "text_embeds": ("batch", None),
+    "time_ids": ("batch", None),
+})  # fmt: skip
+_IMAGE_TRANSFORMER: Mapping[str, Axes] = MappingProxyType({
+    "hidden_states": ("batch", None, "height", "width"),
+    "timestep": ("batch",),
+    "encoder_hidden_states": ("batch", None, None),
+    "encoder_attention_mask": ("batch", None),
+    "pooled_projections": ("batch", None),
+})  # fmt: skip
+
+DENOISERS: dict[str, Mapping[str, Axes]] = {
+    "UNet2DConditionModel": _UNET,
+    "SD3Transformer2DModel": _IMAGE_TRANSFORMER,
+    "PixArtTransformer2DModel": _IMAGE_TRANSFORMER,
+    "FluxTransformer2DModel": {
+        "hidden_states": ("batch", "image_tokens", None),
+        "timestep": ("batch",),
+        "guidance": ("batch",),
+        "encoder_hidden_states": ("batch", None, None),
+        "pooled_projections": ("batch", None),
+        "txt_ids": (None, None),
+        "img_ids": ("image_tokens", None),
+    },
+}
+"""By class: every input a pipeline may give, and its axes; those that are always of one size have no name."""
+
+FLOAT32_INPUTS = ("timestep", "guidance")
+"""Inputs that stay float32 whatever the module computes in."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a model as exporters need it."""
+
+    name: str
+    module: nn.Module
+    """`forward(*tensors)` takes the inputs in their order and returns the output."""
+    inputs: dict[str, torch.Tensor]
+    """Samples, of two rows."""
+    axes: dict[str, Axes]
+    output_name: str
+    output_axes: Axes
+
+    @property
+    def dynamic(self) -> set[str]:
+        """The axes that may change their size."""
+        return {axis for axes in self.axes.values() for axis in axes if axis is not None}
+
+    def sample_inputs(self, batch: int) -> dict[str, torch.Tensor]:
+        """Inputs of `batch` rows, each a different mix of the sample's two; the same at every call."""
+        generator = torch.Generator().manual_seed(batch)
+        inputs = {}
+        for name, tensor in self.inputs.items():
+            if "batch" in self.axes[name] and tensor.ndim > 1:
+                weight = torch.rand(batch, *[1] * (tensor.ndim - 1), generator=generator).to(tensor)
+                inputs[name] = torch.lerp(tensor[:1], tensor[1:2], weight)
+            elif "batch" in self.axes[name]:
+                inputs[name] = tensor[:1].repeat(batch)
+            else:
+                inputs[name] = tensor
+        return inputs
+
+    def output_shape(self, shapes: Mapping[str, Shape]) -> Shape:
+        """The output's shape for inputs of these shapes."""
+        sizes = {
+            axis: size
+            for name, axes in self.axes.items()
+            for axis, size in zip(axes, shapes[name], strict=True)
+            if axis is not None
+        }
+        fixed = self.output_sample_shape
+        return tuple(sizes.get(axis, size) for axis, size in zip(self.output_axes, fixed, strict=True))
+
+    @property
+    def output_sample_shape(self) -> Shape:
+        with torch.no_grad():
+            return tuple(self.module(*self.inputs.values()).shape)
+
+    def profile(
+        self, rows: tuple[int, int, int], scale: tuple[float, float, float] = (1, 1, 1)
+    ) -> dict[str, tuple[Shape, ...]]:
+        """TensorRT's least, best and largest shape of every input.
+
+        Args:
+            rows: of the batch; guidance doubles what a pipeline makes.
+            scale: of the picture's edges, where they are dynamic.
+        """
+
+        def shape(name: str, count: int, factor: float) -> Shape:
+            of_axis = {"batch": lambda _: count, "image_tokens": lambda size: round(size * factor**2)}
+            of_axis |= {axis: lambda size: round(size * factor) for axis in ("height", "width")}
+            pairs = zip(self.axes[name], self.inputs[name].shape, strict=True)
+            return tuple(of_axis[axis](size) if axis else size for axis, size in pairs)
+
+        return {
+            name: tuple(shape(name, count, factor) for count, factor in zip(rows, scale, strict=True))
+            for name in self.axes
+        }
+
+
+def denoiser_part(frozen: FrozenDiffusersPipeline, *, guidance_scale: float = 1.0, dynamic_size: bool = False) -> Part:
+    """The frozen model's denoiser.
+
+    Args:
+        guidance_scale: of the call that is recorded; FLUX takes it as an input.
+        dynamic_size: let height and width change too.
+
+    Raises:
+        ValueError: if the denoiser's class is not in `DENOISERS`.
+    """
+    denoiser = frozen.denoiser
+    kind = type(denoiser).__name__
+    if kind not in DENOISERS:
+        raise ValueError(f"the denoiser {kind} cannot be exported; those that can: {', '.join(DENOISERS)}")
+    parameters = tuple(inspect.signature(type(denoiser).forward).parameters)[1:]
+    args, kwargs = frozen.record_denoiser_call(guidance_scale=guidance_scale)
+    inputs = flat_inputs(parameters, args, kwargs)
+    if unknown := inputs.keys() - DENOISERS[kind].keys():
+        raise ValueError(f"{kind} is called with {', '.join(sorted(unknown))}, which no export knows")
+    inputs = {
+        name: tensor.to(denoiser.device, torch.float32 if name in FLOAT32_INPUTS else denoiser.dtype)
+        for name, tensor in inputs.items()
+    }
+    axes = {name: _kept(DENOISERS[kind][name], dynamic_size) for name in inputs}
+    sample = next(iter(inputs))
+    return Part(kind, _Denoiser(denoiser, axes, parameters).eval(), inputs, axes, "out_sample", axes[sample])
+
+
+def vae_decoder_part(frozen: FrozenDiffusersPipeline, *, dynamic_size: bool = False) -> Part:
+    """The frozen image model's VAE decoder, from `latents` as `decode` takes them to `images` in [-1, 1]."""
+    if len(frozen.latent_shape) != 3:
+        raise ValueError("the decoder of a video model cannot be exported")
+    vae = frozen.vae
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, *frozen.latent_shape, generator=generator).to(vae.device, vae.dtype)
+    axes = _kept(("batch", None, "height", "width"), dynamic_size)
+    output_axes = ("batch", None, None, None)
+    if dynamic_size:
+        output_axes = ("batch", None, "image_height", "image_width")
+    module = _Decoder(vae).eval()
+    return Part(type(vae).__name__, module, {"latents": latents}, {"latents": axes}, "images", output_axes)
+
+
+def policy_part(policy: NoisePolicy) -> Part:
+    """A policy's network: `prompt_embeds` to `mean_and_log_std`, `(batch, 2, *action_shape)`."""
+    generator = torch.Generator().manual_seed(0)
+    embeds = torch.randn(2, *policy.prompt_shape, generator=generator)
+    axes: dict[str, Axes] = {"prompt_embeds": ("batch", None, None)}
+    output_axes = ("batch", *[None] * (len(policy.action_shape) + 1))
+    module = _Policy(policy).eval()
+    return Part(f"{policy.kind}-policy", module, {"prompt_embeds": embeds}, axes, "mean_and_log_std", output_axes)
+
+
+def _kept(axes: Axes, dynamic_size: bool) -> Axes:
+    return axes if dynamic_size else tuple(axis if axis == "batch" else None for axis in axes)
+
+
+class _Denoiser(nn.Module):
+    """A denoiser called with tensors alone, in the order of their names."""
+
+    def __init__(self, module: nn.Module, axes: Mapping[str, Axes], parameters: tuple[str, ...]) -> None:
+        super().__init__()
+        self.module, self._axes, self._parameters_of_call = module, axes, parameters
+
+    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+        named = dict(zip(self._axes, tensors, strict=True))
+        batches = [tensor.shape[0] for name, tensor in named.items() if "batch" in self._axes[name]]
+        for batch in batches[1:]:
+            torch._check(batch == batches[0])  # the exporter takes each input's for a size of its own
+        own = {name: tensor for name, tensor in named.items() if name in self._parameters_of_call}
+        if "added_cond_kwargs" in self._parameters_of_call:
+            nested = {name: tensor for name, tensor in named.items() if name not in own}
+            own["added_cond_kwargs"] = nested or None
+            if "PixArt" in type(self.module).__name__:
+                own["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
+        return self.module(**own, return_dict=False)[0]
+
+
+class _Decoder(nn.Module):
+    def __init__(self, vae: nn.Module) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+        return self.vae.decode(tensors[0], return_dict=False)[0]
+
+
+class _Policy(nn.Module):
+    def __init__(self, policy: NoisePolicy) -> None:
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+        mean, log_std = self.policy(tensors[0])
+        return torch.stack([mean, log_std.expand_as(mean)], 1)
+
+
+class _SplitGEGLU(nn.Module):
+    """GEGLU with its one projection as two: engines multiply twice faster than they cut a wide result in two."""
+
+    def __init__(self, original: GEGLU) -> None:
+        super().__init__()
+        self._weights, self._biases = original.proj.weight.chunk(2), (None, None)
+        if original.proj.bias is not None:
+            self._biases = original.proj.bias.chunk(2)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        value, gate = (
+            F.linear(hidden_states, weight, bias) for weight, bias in zip(self._weights, self._biases, strict=True)
+        )
+        return value * F.gelu(gate)
+
+
+@contextmanager
+def prepared_for_export(module: nn.Module) -> Iterator[None]:
+    """Puts what engines run faster, or can run, in the place of what says the same; undone at the end."""
+    replaced = [
+        (parent, name, child)
+        for parent in module.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, GEGLU)
+    ]
+    # SDXL's time ids come out in float32 and are joined to the text's; ONNX joins tensors of one type only.
+    handles = [
+        child.register_forward_hook(lambda _, inputs, output, like=parent: output.to(like.dtype))
+        for parent in module.modules()
+        for name, child in parent.named_children()
+        if name == "add_time_proj"
+    ]
+    try:
+        for parent, name, child in replaced:
+            setattr(parent, name, _SplitGEGLU(child))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parent, name, child in replaced:
+            setattr(parent, name, child)

@@ -1,0 +1,116 @@
+"""A part to an ONNX file: PyTorch's exporter, weights beside the graph where protobuf's 2 GB would not hold them."""
+
+import copy
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from noisepolicy.export.spec import FLOAT32_INPUTS, Part, prepared_for_export
+from noisepolicy.frozen.engines import first_line, require
+
+OPSET, OPSET_BFLOAT16 = 20, 22
+"""Of the file; convolutions in bfloat16 came later, and later sets take GroupNorm apart, which is slower."""
+_INLINE_BYTES = 1_900_000_000
+_SPACE_FACTOR = 1.2
+
+
+def export_onnx(part: Part, path: Path, *, dtype: torch.dtype | None = None) -> None:
+    """Writes `part` to `path`, and with much weight to `path` + ".data" beside it; whole or not at all.
+
+    Args:
+        dtype: of weights and inputs; None is the module's own. Timesteps stay float32.
+
+    Raises:
+        RuntimeError: if the exporter is not installed, or cannot export the part.
+        OSError: if there is no space for the file.
+    """
+    for package in ("onnx", "onnxscript"):
+        require(package, "onnx")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    num_bytes = weight_bytes(part.module, dtype)
+    check_space(path.parent, num_bytes)
+    module, inputs = part.module, part.inputs
+    if dtype is not None:
+        own = next((tensor.dtype for tensor in module.parameters()), dtype)
+        module = module if own == dtype else copy.deepcopy(module).to(dtype)
+        inputs = {name: tensor if name in FLOAT32_INPUTS else tensor.to(dtype) for name, tensor in inputs.items()}
+    dims = dict.fromkeys(part.dynamic, torch.export.Dim.DYNAMIC)
+    shapes = tuple({i: dims[axis] for i, axis in enumerate(axes) if axis is not None} for axes in part.axes.values())
+    opset = OPSET_BFLOAT16 if dtype == torch.bfloat16 else OPSET
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder, _quiet():
+        try:
+            with torch.no_grad(), prepared_for_export(module):
+                program = torch.onnx.export(
+                    module, tuple(inputs.values()), dynamo=True, opset_version=opset, verbose=False,
+                    input_names=list(inputs), output_names=[part.output_name], dynamic_shapes=(shapes,),
+                )  # fmt: skip
+        except Exception as error:  # the exporter's errors share no narrower base
+            reason = first_line(error.__cause__ or error)
+            raise RuntimeError(f"PyTorch cannot export {part.name} to ONNX: {reason}") from error
+        _name_axes(program, part)
+        _drop_empty_squeezes(program)
+        whole = Path(folder) / path.name
+        program.save(whole, external_data=num_bytes > _INLINE_BYTES)
+        # The graph names its data by file name, so both move as they are; the graph last.
+        for file in sorted(Path(folder).iterdir(), key=lambda file: file == whole):
+            with open(file, "rb+") as handle:
+                os.fsync(handle.fileno())
+            file.replace(path.parent / file.name)
+
+
+def weight_bytes(module: nn.Module, dtype: torch.dtype | None = None) -> int:
+    """Of the module's parameters and buffers, in `dtype`."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return sum(tensor.numel() * (dtype or tensor.dtype).itemsize for tensor in tensors)
+
+
+def check_space(folder: Path, num_bytes: int) -> None:
+    """Raises OSError if `folder`'s disk does not hold `num_bytes` and a little more."""
+    free, needed = shutil.disk_usage(folder).free, int(num_bytes * _SPACE_FACTOR)
+    if free < needed:
+        raise OSError(
+            f"{folder} has {free / 1e9:.1f} GB free and the export needs {needed / 1e9:.1f} GB; make room, or set "
+            "NOISEPOLICY_CACHE to a folder on another disk"
+        )
+
+
+def _drop_empty_squeezes(program: torch.onnx.ONNXProgram) -> None:
+    """PixArt squeezes an axis of many elements, which PyTorch lets be and ONNX refuses."""
+    for node in list(program.model.graph):
+        if node.op_type != "Squeeze" or len(node.inputs) < 2 or node.inputs[0].shape is None:
+            continue
+        axes = node.inputs[1].const_value
+        sizes = [] if axes is None else [node.inputs[0].shape[int(axis)] for axis in axes.numpy().reshape(-1)]
+        if any(isinstance(size, int) and size != 1 for size in sizes):
+            node.outputs[0].replace_all_uses_with(node.inputs[0])
+            program.model.graph.remove(node, safe=True)
+
+
+def _name_axes(program: torch.onnx.ONNXProgram, part: Part) -> None:
+    """Gives dynamic axes the names of the spec; the exporter's own are numbered symbols."""
+    for value, axes in zip(program.model.graph.inputs, part.axes.values(), strict=True):
+        for index, axis in enumerate(axes):
+            if axis is not None:
+                value.shape[index] = axis
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter speaks of packages that are not there and of its own future."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,196 @@
+"""ONNX to engines of TensorRT and TensorRT-RTX; they share every line but the import.
+
+TensorRT builds for the GPU of this machine, TensorRT-RTX also ahead of time for others, on a machine without a GPU.
+An engine lies beside a sidecar, `<engine>.json`, that says what it is; `check_engine` trusts no engine without.
+"""
+
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from hashlib import sha256
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import onnx
+import torch
+from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+
+from noisepolicy.frozen.tensorrt_files import (
+    DTYPES,
+    EngineInfo,
+    EngineMismatch,
+    Shape,
+    capability,
+    check_engine,
+    load_tensorrt,
+    make_log,
+    read_sidecar,
+    sidecar_path,
+)
+from noisepolicy.storage import file_sha256, write_bytes, write_json
+
+__all__ = ["EngineInfo", "EngineMismatch", "build_engine", "check_engine", "load_tensorrt", "read_sidecar"]
+
+
+def build_engine(
+    onnx_path: str | Path,
+    engine_path: str | Path,
+    *,
+    flavor: str,
+    shapes: Mapping[str, tuple[Shape, Shape, Shape]],
+    targets: Sequence[str] = (),
+    refit: bool = False,
+    timing_cache: Path | None = None,
+) -> None:
+    """Builds an engine that computes in the types of the ONNX file, float32 without TF32, and writes its sidecar.
+
+    Args:
+        onnx_path: the ONNX file, its external data beside it.
+        engine_path: what to write; a build that is killed leaves no engine with a sidecar.
+        flavor: "tensorrt" or "tensorrt-rtx".
+        shapes: least, best and largest shape of each input, of each that may change its shape at least; `()` thrice
+            for an input of no axes.
+        targets: GPUs to build for, as `("sm_89", "sm_120")`; TensorRT-RTX only. By default the GPU of this machine;
+            on a machine without one TensorRT-RTX builds for all from sm_80 on.
+        refit: let the weights be replaced later. TensorRT-RTX 1.7 cannot do that on a machine without a GPU.
+        timing_cache: a file of kernel timings that is read if it is there and written after the build. TensorRT-RTX
+            times nothing while it builds: it reads and writes none.
+
+    Raises:
+        ValueError: if the ONNX file cannot be read, or a shape or target is wrong.
+        RuntimeError: if the flavor is not installed, TensorRT finds no GPU, or the build fails; with its reason.
+    """
+    onnx_path, engine_path = Path(onnx_path), Path(engine_path)
+    trt = load_tensorrt(flavor)
+    capabilities = _capabilities(trt, flavor, targets)
+    if not onnx_path.is_file():
+        raise ValueError(f"there is no ONNX file {onnx_path}")
+    log = make_log(trt)
+    builder = trt.Builder(log)
+    # A release without the flag knows no other networks.
+    is_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    network = builder.create_network(0 if is_typed is None else 1 << int(is_typed))
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(str(onnx_path)):
+        raise ValueError(f"{flavor} cannot read {onnx_path}: {log.reason()}")
+    inputs = {tensor.name: tensor for tensor in map(network.get_input, range(network.num_inputs))}
+    outputs = {tensor.name: tensor for tensor in map(network.get_output, range(network.num_outputs))}
+    _check_shapes(shapes, {name: tuple(tensor.shape) for name, tensor in inputs.items()})
+
+    config = builder.create_builder_config()
+    profile = builder.create_optimization_profile()
+    for name, limits in shapes.items():
+        profile.set_shape(name, *limits)
+    if config.add_optimization_profile(profile) < 0:
+        raise ValueError(f"{flavor} refuses the shapes {dict(shapes)}: {log.reason()}")
+    config.clear_flag(trt.BuilderFlag.TF32)
+    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # without it no CUDA graph can be captured
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+    if refit:
+        config.set_flag(trt.BuilderFlag.REFIT)
+    if capabilities:
+        config.num_compute_capabilities = len(capabilities)
+        for index, value in enumerate(capabilities):
+            config.set_compute_capability(value, index)
+    has_timings = timing_cache is not None and flavor == "tensorrt"
+    if has_timings:
+        _load_timings(config, timing_cache, log)
+
+    start = time.perf_counter()
+    engine = builder.build_serialized_network(network, config)
+    seconds = time.perf_counter() - start
+    if engine is None:
+        advice = "; an engine for refit may need a GPU where it is built" if refit and capability() is None else ""
+        name = ", ".join(targets) or capability() or "sm_80 and later"
+        raise RuntimeError(f"{flavor} cannot build {onnx_path} for {name}: {log.reason()}{advice}")
+    if has_timings:
+        write_bytes(timing_cache, memoryview(config.get_timing_cache().serialize()))
+    data = memoryview(engine)  # not copied: it is as large as the model
+    is_local = not targets and capability() is not None
+    info = EngineInfo(
+        flavor=flavor,
+        tensorrt_version=trt.__version__,
+        targets=list(dict.fromkeys(targets)),
+        gpu=torch.cuda.get_device_name() if is_local else None,
+        capability=capability() if is_local else None,
+        profile={name: [list(shape) for shape in limits] for name, limits in shapes.items()},
+        inputs={name: _describe(tensor) for name, tensor in inputs.items()},
+        outputs={name: _describe(tensor) for name, tensor in outputs.items()},
+        refit=refit,
+        size=len(data),
+        sha256=sha256(data).hexdigest(),
+        onnx_sha256={path.name: file_sha256(path) for path in _onnx_files(onnx_path)},
+        builder_seconds=round(seconds, 3),
+    )
+    # An older sidecar goes first and the new one comes last, so an engine with a sidecar is one that was finished.
+    sidecar_path(engine_path).unlink(missing_ok=True)
+    write_bytes(engine_path, data)
+    write_json(sidecar_path(engine_path), asdict(info))
+
+
+def _capabilities(trt: ModuleType, flavor: str, targets: Sequence[str]) -> list[Any]:
+    """The builder's names of `targets`; none leaves the choice to TensorRT."""
+    if flavor == "tensorrt":
+        if targets:
+            raise ValueError(
+                f"tensorrt builds for the GPU of this machine only, not for {', '.join(targets)}; leave targets "
+                "empty, or build with tensorrt-rtx"
+            )
+        if capability() is None:
+            raise RuntimeError(
+                "tensorrt builds for the GPU of this machine, and torch finds none; tensorrt-rtx needs none"
+            )
+        return []
+    known = {
+        name.lower().replace("sm", "sm_"): value
+        for name, value in trt.ComputeCapability.__members__.items()
+        if name.startswith("SM")
+    }
+    if unknown := [target for target in targets if target not in known]:
+        raise ValueError(f"unknown target {', '.join(map(repr, unknown))}; {flavor} knows {', '.join(known)}")
+    if not targets and capability() is not None:
+        return [trt.ComputeCapability.CURRENT]
+    return [known[target] for target in dict.fromkeys(targets)]
+
+
+def _check_shapes(shapes: Mapping[str, tuple[Shape, Shape, Shape]], inputs: Mapping[str, Shape]) -> None:
+    """Compares the profile with the network's inputs, -1 where an axis is dynamic."""
+    if unknown := shapes.keys() - inputs.keys():
+        raise ValueError(f"shapes names {', '.join(sorted(unknown))}; the ONNX file has {', '.join(inputs)}")
+    if missing := [name for name, shape in inputs.items() if -1 in shape and name not in shapes]:
+        raise ValueError(
+            f"shapes lacks {', '.join(missing)}, whose shape may change; expected its least, best, largest"
+        )
+    for name, limits in shapes.items():
+        is_right = len(limits) == 3 and all(len(shape) == len(inputs[name]) for shape in limits)
+        if is_right:
+            for axis, *sizes in zip(inputs[name], *limits, strict=True):
+                is_right &= 1 <= sizes[0] <= sizes[1] <= sizes[2] and axis in (-1, sizes[0], sizes[2])
+                is_right &= axis == -1 or sizes[0] == sizes[2]
+        if not is_right:
+            raise ValueError(
+                f"shapes of {name} are {limits}; expected a least, best and largest shape of {inputs[name]}, where -1 "
+                "is any number from 1"
+            )
+
+
+def _load_timings(config: Any, path: Path, log: Any) -> None:
+    cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+    if cache is None or not config.set_timing_cache(cache, False):
+        raise ValueError(f"the timing cache {path} is of another GPU or TensorRT; remove it or name another")
+    if said := [text for text in log.warnings if "timing cache" in text]:
+        warnings.warn(f"the timing cache {path} is not used, and written anew: {said[-1]}", stacklevel=3)
+        log.errors.clear()
+
+
+def _describe(tensor: Any) -> dict[str, Any]:
+    return {"dtype": str(DTYPES[tensor.dtype.name]).removeprefix("torch."), "shape": list(tensor.shape)}
+
+
+def _onnx_files(path: Path) -> list[Path]:
+    """The ONNX file and those that hold its weights."""
+    tensors = onnx.load(path, load_external_data=False).graph.initializer
+    names = {ExternalDataInfo(tensor).location for tensor in tensors if uses_external_data(tensor)}
+    return [path, *(path.parent / name for name in sorted(names))]

@@ -1,0 +1,94 @@
+"""The command line of `noisepolicy-bench`."""
+
+import argparse
+from pathlib import Path
+from typing import Any, NoReturn
+
+DEFAULT_COMMAND = "latency"
+_COMMANDS = (DEFAULT_COMMAND, "kernels", "rollout", "training", "world")
+_DTYPES = ("float32", "float16", "bfloat16")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"noisepolicy-bench: error: {message}; see {self.prog} --help\n")
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """`command` is None where only the backends are asked for. Exits with 2 on what it cannot read."""
+    parser = _Parser(
+        prog="noisepolicy-bench", description="Measures, prints a table, and ends with one line of JSON.",
+        epilog="Without a command it is latency, whose flags noisepolicy-bench latency --help lists.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--list-backends", action="store_true", help="which op backends and denoiser engines run here, and why not"
+    )
+    parser.add_argument("--json", type=Path, help="also write the result to this file")
+    commands = parser.add_subparsers(dest="command")
+    _add_latency(commands)
+    _add_kernels(commands)
+    world = commands.add_parser("world", help="the embedded model: scores by steps, best-of-n, images/s")
+    world.add_argument("--guidance-scale", type=float, default=1.5)
+    commands.add_parser("rollout", help="images through the general path, against a loop written for one model")
+    training = commands.add_parser("training", help="the default recipe on several seeds")
+    training.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    training.add_argument("--output-dir", type=Path, default=Path("runs/bench"))
+    training.add_argument("train_arguments", nargs="*", help="after --, flags for noisepolicy-train")
+    return parser.parse_args(_with_command(argv))
+
+
+def _with_command(argv: list[str]) -> list[str]:
+    """Puts the default command behind the flags that stand before any command, unless there is one."""
+    index = 0
+    while index < len(argv) and argv[index].split("=")[0] in ("--json", "--list-backends"):
+        index += 2 if argv[index] == "--json" else 1
+    has_command = index < len(argv) and (argv[index] in ("-h", "--help") or not argv[index].startswith("-"))
+    if has_command or index > len(argv) or "--list-backends" in argv[:index]:
+        return argv
+    return [*argv[:index], DEFAULT_COMMAND, *argv[index:]]
+
+
+def _add_latency(commands: Any) -> None:
+    latency = commands.add_parser(
+        DEFAULT_COMMAND, help="(the default) where the time of a rollout goes, by engine, batch and step count"
+    )
+    add = latency.add_argument
+    add(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="for latency.json and latency.html; default: runs/bench- and the time",
+    )
+    add("--model", default="shapes", help="the frozen model, a folder or hub id; default: the embedded one")
+    add("--denoiser", nargs="+", metavar="NAME", help="engines; default: all that run here, on a CPU but compile")
+    add("--denoiser-dtype", nargs="+", choices=_DTYPES, help="what engines beside eager compute in; default: --dtype")
+    add("--batch-sizes", type=int, nargs="+", metavar="N", help="default: 1 4 16 64; rollouts take the outer two")
+    add("--steps", type=int, nargs="+", metavar="N", help="denoising steps of rollouts; default: 1 2 4 8")
+    add("--guidance-scale", type=float, default=1.5, help="default: 1.5")
+    add("--dtype", default="float32", choices=_DTYPES, help="of the model; default: float32")
+    add("--scheduler", help="a diffusers scheduler in the place of the model's")
+    add("--timestep-spacing", help="of the scheduler")
+    add("--reward", help="whose time is measured; default: the embedded model's, none for others")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--threads", type=int, help="default: 1 on a CPU")
+    add("--seconds", type=float, default=1.0, help="for each figure, longer where it is slow; default: 1")
+    add("--skip", nargs="+", default=[], metavar="PART", help="of kernels, denoiser, rollout and training")
+    add("--compare", type=Path, metavar="OLD.json", help="exit with 1 if a median is slower than there, beyond noise")
+    add("--json", type=Path, default=argparse.SUPPRESS, help="also write the result to this file")
+
+
+def _add_kernels(commands: Any) -> None:
+    kernels = commands.add_parser("kernels", help="every op on every backend, against PyTorch and the machine's limit")
+    kernels.add_argument("--op", nargs="+", help="some ops; default: all")
+    kernels.add_argument("--backend", nargs="+", help="some backends; default: all that run on the device")
+    kernels.add_argument(
+        "--dtype", nargs="+", default=["float32"], help="of mean and log_std: float32 float16 bfloat16"
+    )
+    kernels.add_argument("--batch", type=int, nargs="+", help="default: 1 8 64")
+    kernels.add_argument("--dim", type=int, nargs="+", help="elements of a row; default: 4096 16384 65536 262144")
+    kernels.add_argument("--threads", type=int, default=1, help="default: 1")
+    kernels.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    kernels.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes")
+    kernels.add_argument("--output", type=Path, metavar="REPORT.html", help="also write a report with plots")

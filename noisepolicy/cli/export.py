@@ -1,0 +1,147 @@
+"""`noisepolicy-export`: a model's denoiser and VAE decoder, and a run's policy, as ONNX files and TensorRT engines."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from noisepolicy.cli.failures import prepare, quiet_loading, run_command
+
+if TYPE_CHECKING:
+    import torch
+
+    from noisepolicy.export.spec import Part
+    from noisepolicy.frozen import FrozenDiffusersPipeline
+    from noisepolicy.policies import NoisePolicy
+
+_DESCRIPTION = """Export a frozen model: denoiser.onnx, vae_decoder.onnx, with a run policy.onnx, and loop.json, which
+holds what is left to do between them; --engine adds TensorRT engines, which can be built for GPUs that are not here."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit codes: see `run_command`."""
+    parser = argparse.ArgumentParser(prog="noisepolicy-export", description=_DESCRIPTION)
+    parser.add_argument("source", help="a run folder of noisepolicy-train, a model folder or hub id, or 'shapes'")
+    parser.add_argument("--output-dir", type=Path, required=True)
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: the model's")
+    parser.add_argument("--dynamic-size", action="store_true", help="let height and width change (UNets)")
+    parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8], help="step counts of loop.json")
+    parser.add_argument("--guidance-scale", type=float, help="of loop.json (default: the run's, or 1)")
+    parser.add_argument("--engine", choices=("tensorrt", "tensorrt-rtx"), help="also build engines")
+    parser.add_argument("--target", nargs="+", default=[], metavar="sm_NN",
+                        help="GPUs to build for, e.g. sm_89 sm_120 (TensorRT-RTX; default: this machine)")  # fmt: skip
+    parser.add_argument("--max-batch", type=int, default=32, help="images an engine takes at a time (default: 32)")
+    parser.add_argument("--refit", action="store_true", help="engines whose weights can be changed")
+    parser.add_argument("--no-verify", action="store_true", help="do not compare with PyTorch in ONNX Runtime")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
+    arguments = parser.parse_args(argv)
+    prepare("noisepolicy-export")
+    return run_command("noisepolicy-export", lambda: _export(arguments), is_debug=arguments.debug)
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    if arguments.max_batch < 1 or min(arguments.steps) < 1:
+        raise ValueError("--max-batch and --steps must be positive")
+    if arguments.target and arguments.engine is None:
+        raise ValueError("--target needs --engine tensorrt-rtx")
+    quiet_loading()
+    import torch
+
+    from noisepolicy.cli.devices import make_accelerator
+    from noisepolicy.export.spec import denoiser_part, policy_part, vae_decoder_part
+    from noisepolicy.policies import NoisePolicy
+    from noisepolicy.training.config import TrainConfig
+    from noisepolicy.training.run_folder import RunFolder
+    from noisepolicy.training.task import load_frozen
+
+    policy, config = None, TrainConfig(model=arguments.source)
+    if (Path(arguments.source) / "config.yaml").exists():
+        run, config = RunFolder.open(Path(arguments.source))
+        policy = NoisePolicy.from_pretrained(run.checked_policy())
+    config.denoiser, config.denoiser_dtype = "eager", None
+    config.dtype = arguments.dtype or config.dtype
+    frozen = load_frozen(config, make_accelerator(arguments.device).device)
+    guidance = arguments.guidance_scale
+    if guidance is None:
+        guidance = config.guidance_scale if policy is not None else 1.0
+    dtype = getattr(torch, config.dtype)
+    rows = 2 * arguments.max_batch if guidance > 1 else arguments.max_batch
+    denoiser = denoiser_part(frozen, guidance_scale=guidance, dynamic_size=arguments.dynamic_size)
+    _export_part(denoiser, "denoiser", dtype, rows, arguments)
+    if len(frozen.latent_shape) == 3:
+        decoder = vae_decoder_part(frozen, dynamic_size=arguments.dynamic_size)
+        _export_part(decoder, "vae_decoder", dtype, arguments.max_batch, arguments)
+    if policy is not None:
+        _export_part(policy_part(policy), "policy", torch.float32, arguments.max_batch, arguments)
+    _write_loop(frozen, policy, arguments, guidance)
+
+
+def _export_part(part: "Part", name: str, dtype: "torch.dtype", rows: int, arguments: argparse.Namespace) -> None:
+    import torch
+
+    from noisepolicy.export.to_onnx import export_onnx
+    from noisepolicy.export.to_tensorrt import build_engine
+    from noisepolicy.export.verify import verify
+    from noisepolicy.frozen.engines import OnnxRuntimeEngine
+
+    path, start = arguments.output_dir / f"{name}.onnx", time.perf_counter()
+    export_onnx(part, path, dtype=dtype)
+    said = f"{path}  {path.stat().st_size / 1e6:.1f} MB, {time.perf_counter() - start:.0f} s"
+    if not arguments.no_verify:
+        device = next(part.module.parameters()).device
+        if dtype == torch.bfloat16 and device.type == "cpu":
+            said += "; not verified: ONNX Runtime has no bfloat16 on a CPU"
+        else:
+            engine = OnnxRuntimeEngine(path, device=device, output_shape=part.output_shape)
+            said += f"; differs from PyTorch by {verify(part, engine.run, dtype=dtype):.0e}"
+    print(said, flush=True)
+    if arguments.engine is None or name == "policy":
+        return
+    engine_path, start = path.with_suffix(".engine"), time.perf_counter()
+    scale = (0.5, 1.0, 2.0) if arguments.dynamic_size else (1.0, 1.0, 1.0)
+    build_engine(
+        path, engine_path, flavor=arguments.engine, shapes=part.profile((1, rows, rows), scale),
+        targets=arguments.target, refit=arguments.refit, timing_cache=arguments.output_dir / "timing.cache",
+    )  # fmt: skip
+    size, seconds = engine_path.stat().st_size / 1e6, time.perf_counter() - start
+    gpus = f", for {', '.join(arguments.target)}" if arguments.target else ""
+    print(f"{engine_path}  {size:.1f} MB, {seconds:.0f} s{gpus}", flush=True)
+
+
+def _write_loop(
+    frozen: "FrozenDiffusersPipeline",
+    policy: "NoisePolicy | None",
+    arguments: argparse.Namespace,
+    guidance_scale: float,
+) -> None:
+    """What is left to do around the ONNX files; `examples/without_torch.py` does it."""
+    from noisepolicy.storage import write_json, write_tensors
+
+    loops = {steps: frozen.loop(steps, guidance_scale) for steps in arguments.steps}
+    if None in loops.values():
+        print("no loop.json: the steps of this pipeline are not a sum of noise and predictions")
+        return
+    steps = {
+        str(steps): {
+            "timesteps": loop.schedule.timesteps.tolist(), "input_scales": loop.schedule.input_scales,
+            "first": loop.schedule.first, "weights": loop.schedule.weights,
+        }
+        for steps, loop in loops.items()
+    }  # fmt: skip
+    write_tensors(
+        arguments.output_dir / "constants.safetensors",
+        {**frozen.negative_embeds, **next(iter(loops.values())).constants},
+    )
+    config = frozen.vae.config
+    settings = {
+        "latent_shape": frozen.latent_shape, "guidance_scale": guidance_scale, "scaling_factor": config.scaling_factor,
+        "action_shape": policy.action_shape if policy is not None else None, "steps": steps,
+    }  # fmt: skip
+    write_json(arguments.output_dir / "loop.json", settings)
+    print(arguments.output_dir / "loop.json")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,297 @@
+"""TensorRT and TensorRT-RTX on torch tensors, on the caller's stream, replayed as CUDA graphs.
+
+The two share every line but the import and the kernel strategy of TensorRT-RTX. Verified against the API's signatures
+and by emulation of the buffers; not yet run on a GPU.
+"""
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from noisepolicy.frozen.tensorrt_files import DTYPES, Shape, check_engine, load_tensorrt, make_log
+
+_MAX_GRAPHS = 8
+_ALIGNMENT = 256
+"""Bytes, of every address TensorRT is given."""
+
+
+class _Stream:
+    """The engine's own CUDA stream, tied to the caller's by events, so the host never waits.
+
+    Its own, because TensorRT synchronises the device on the default stream, which no graph can be captured on either,
+    and because an engine's memory serves one call at a time.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        if device.type != "cuda":
+            raise ValueError(f"TensorRT runs on a CUDA device, not on {device}")
+        if not torch.cuda.is_available():
+            raise RuntimeError("TensorRT needs an NVIDIA GPU and a CUDA build of torch; torch finds no CUDA device")
+        self._stream = torch.cuda.Stream(device)
+        self.device = self._stream.device
+        self.handle = self._stream.cuda_stream
+
+    @contextmanager
+    def joined(self) -> Iterator[None]:
+        """Work inside comes after what the caller's stream holds and before what it is given next."""
+        caller = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(caller)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            caller.wait_stream(self._stream)
+
+    def capture(self, launch: Callable[[], None]) -> Callable[[], None]:
+        """Records what `launch` puts on this stream; the result does it again. The host waits here, once a graph."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            launch()
+        return graph.replay
+
+
+@dataclass
+class _Profile:
+    context: Any
+    shapes: dict[str, tuple[Shape, Shape]]
+    """Least and largest by input."""
+    min_batch: int
+    max_batch: int
+
+
+@dataclass
+class _Graph:
+    replay: Callable[[], None]
+    inputs: dict[str, torch.Tensor]
+    output: torch.Tensor
+
+
+class TensorRTEngine:
+    """Runs an engine of one output on torch tensors where they lie, ordered with the caller's stream.
+
+    Inputs whose first axis may change, or is the output's, hold a row for each of the batch. A batch above `max_batch`
+    is run in pieces, with one warning; one below the profile's least is filled up with its last row.
+
+    Args:
+        path: of the engine; its sidecar lies beside it.
+        flavor: "tensorrt" or "tensorrt-rtx", which built it.
+        device: a CUDA device.
+        use_cuda_graph: replay a CUDA graph for each shape; the eight used last are kept, with buffers of their own.
+
+    Raises:
+        EngineMismatch: if the engine is not for this machine; see `check_engine`.
+        RuntimeError: if the flavor is not installed or there is no GPU.
+        ValueError: if the engine is not of a kind that can be run here.
+    """
+
+    def __init__(
+        self, path: str | Path, *, flavor: str, device: torch.device | str, use_cuda_graph: bool = True
+    ) -> None:
+        check_engine(path, flavor=flavor, device=device if torch.device(device).type == "cuda" else None)
+        self._path, self._trt = Path(path), load_tensorrt(flavor)
+        self._stream = _Stream(torch.device(device))
+        self._use_cuda_graph, self._has_warned = use_cuda_graph, False
+        self._graphs: OrderedDict[tuple[Shape, ...], _Graph] = OrderedDict()
+        self._log = make_log(self._trt)
+        with self._stream.joined():
+            self._runtime = self._trt.Runtime(self._log)
+            self._engine = self._runtime.deserialize_cuda_engine(self._path.read_bytes())
+            if self._engine is None:
+                raise RuntimeError(f"{flavor} cannot load {path}: {self._log.reason()}")
+            self._read_tensors()
+            self._profiles = [self._open(index, flavor) for index in range(self._engine.num_optimization_profiles)]
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        return tuple(self._shapes)
+
+    @property
+    def max_batch(self) -> int:
+        """Rows that one launch can take."""
+        return max(profile.max_batch for profile in self._profiles)
+
+    def run(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The output `(batch, ...)` in the engine's dtype, a tensor of the caller's own.
+
+        Args:
+            inputs: by name, on the engine's device, of any dtype and strides; one of no axes may lie on the CPU.
+
+        Raises:
+            ValueError: if inputs are missing, too many, on another device, or shaped as no profile allows.
+            RuntimeError: if TensorRT refuses; with its reason.
+        """
+        with torch.inference_mode(False), torch.no_grad():  # buffers outlive the caller's mode
+            batch = self._check(inputs)
+            inputs = {name: inputs[name] for name in self._shapes}
+            profile = self._choose(inputs, batch)
+            if batch > profile.max_batch and not self._has_warned:
+                self._has_warned = True
+                warnings.warn(
+                    f"a batch of {batch} is run in pieces of {profile.max_batch}, the most that {self._path.name} was "
+                    "built for",
+                    stacklevel=3,
+                )
+            pieces = [
+                {name: tensor[start : start + profile.max_batch] if name in self._batched else tensor
+                 for name, tensor in inputs.items()}
+                for start in range(0, batch, profile.max_batch)
+            ]  # fmt: skip
+            outputs = [self._run_piece(profile, piece) for piece in pieces]
+            return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _read_tensors(self) -> None:
+        engine, is_input = self._engine, self._trt.TensorIOMode.INPUT
+        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        outputs = [name for name in names if engine.get_tensor_mode(name) != is_input]
+        if len(outputs) != 1:
+            raise ValueError(f"{self._path} has outputs {', '.join(outputs)}; expected an engine of one output")
+        self.output_name = outputs[0]
+        shapes = {name: tuple(engine.get_tensor_shape(name)) for name in names}
+        self._dtypes = {name: DTYPES[engine.get_tensor_dtype(name).name] for name in names}
+        self._shapes = {name: shape for name, shape in shapes.items() if name != self.output_name}
+        if read_by_host := [name for name in names if engine.is_shape_inference_io(name)]:
+            raise ValueError(f"{self._path} reads {', '.join(read_by_host)} on the host; export it without such inputs")
+        rows = shapes[self.output_name][:1]
+        self._batched = [name for name in self._shapes if shapes[name][:1] in ((-1,), rows) and shapes[name]]
+        if not self._batched:
+            raise ValueError(f"{self._path} has no input with a batch; expected the output's first axis in one")
+
+    def _open(self, index: int, flavor: str) -> _Profile:
+        shapes = {name: (shape, shape) for name, shape in self._shapes.items()}
+        for name in (name for name, shape in self._shapes.items() if -1 in shape):
+            least, _, largest = self._engine.get_tensor_profile_shape(name, index)
+            shapes[name] = (tuple(least), tuple(largest))
+        if flavor == "tensorrt-rtx":
+            config = self._engine.create_runtime_config()
+            # The default runs other kernels while it compiles the right ones, with other bits, and a graph keeps them.
+            strategies = self._trt.DynamicShapesKernelSpecializationStrategy
+            config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
+            context = self._engine.create_execution_context(config)
+        else:
+            context = self._engine.create_execution_context()
+        if context is None or not context.set_optimization_profile_async(index, self._stream.handle):
+            raise RuntimeError(f"{self._path} cannot be prepared: {self._log.reason()}")
+        min_batch = max(shapes[name][0][0] for name in self._batched)
+        return _Profile(context, shapes, min_batch, min(shapes[name][1][0] for name in self._batched))
+
+    def _check(self, inputs: Mapping[str, torch.Tensor]) -> int:
+        if inputs.keys() != self._shapes.keys():
+            raise ValueError(
+                f"the engine takes {', '.join(self._shapes)}; it was given {', '.join(inputs) or 'nothing'}"
+            )
+        for name, tensor in inputs.items():
+            if tensor.device != self._stream.device and (tensor.ndim or tensor.device.type != "cpu"):
+                raise ValueError(f"{name} is on {tensor.device} and the engine on {self._stream.device}")
+            if tensor.ndim != len(self._shapes[name]):
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {len(self._shapes[name])} axes")
+        rows = {name: len(inputs[name]) for name in self._batched}
+        if len(set(rows.values())) != 1 or 0 in rows.values():
+            raise ValueError(f"the inputs have {rows} rows; expected the same number in each, at least one")
+        return next(iter(rows.values()))
+
+    def _choose(self, inputs: Mapping[str, torch.Tensor], batch: int) -> _Profile:
+        """Of the profiles that take these shapes the one that pads least, else splits least, else is smallest."""
+        fitting, misfit = [], ""
+        for profile in self._profiles:
+            for name, (least, largest) in profile.shapes.items():
+                skip = int(name in self._batched)
+                shape = tuple(inputs[name].shape)
+                if not all(a <= b <= c for a, b, c in zip(least[skip:], shape[skip:], largest[skip:], strict=True)):
+                    misfit = f"{name} has shape {shape}; the engine was built for {least} to {largest}"
+                    break
+            else:
+                fitting.append(profile)
+        if not fitting:
+            raise ValueError(misfit)
+        return min(fitting, key=lambda fit: (max(fit.min_batch - batch, 0), -(-batch // fit.max_batch), fit.max_batch))
+
+    def _run_piece(self, profile: _Profile, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        batch = len(inputs[self._batched[0]])
+        rows = max(batch, profile.min_batch)
+        shapes = {
+            name: (rows, *tensor.shape[1:]) if name in self._batched else tuple(tensor.shape)
+            for name, tensor in inputs.items()
+        }
+        if self._use_cuda_graph and (graph := self._graph(profile, shapes, inputs)) is not None:
+            output = torch.empty_like(graph.output[:batch])  # of the caller's stream, which will free it
+            with self._stream.joined():
+                for name, tensor in inputs.items():
+                    _fill(graph.inputs[name], tensor)
+                graph.replay()
+                output.copy_(graph.output[:batch])
+            return output
+        bound = {name: self._ready(name, tensor, shapes[name]) for name, tensor in inputs.items()}
+        output = self._bind(profile.context, bound)
+        with self._stream.joined():  # `bound` lives until the caller's stream waits for this one
+            self._launch(profile.context)
+        return output[:batch]
+
+    def _graph(
+        self, profile: _Profile, shapes: Mapping[str, Shape], inputs: Mapping[str, torch.Tensor]
+    ) -> _Graph | None:
+        key = tuple(shapes.values())
+        if key in self._graphs:
+            self._graphs.move_to_end(key)
+            return self._graphs[key]
+        context = profile.context
+        with self._stream.joined():
+            buffers = {name: self._empty(name, shape) for name, shape in shapes.items()}
+            for name, tensor in inputs.items():
+                _fill(buffers[name], tensor)
+            output = self._bind(context, buffers)
+            self._launch(context)  # a warm-up: what TensorRT does at a shape's first launch cannot be captured
+            if hasattr(context, "is_stream_capturable") and not context.is_stream_capturable(self._stream.handle):
+                warnings.warn(f"{self._path.name} cannot be captured and runs without CUDA graphs", stacklevel=5)
+                self._use_cuda_graph = False
+                return None
+            replay = self._stream.capture(lambda: self._launch(context))
+        self._graphs[key] = _Graph(replay, buffers, output)
+        if len(self._graphs) > _MAX_GRAPHS:
+            self._graphs.popitem(last=False)
+        return self._graphs[key]
+
+    def _ready(self, name: str, tensor: torch.Tensor, shape: Shape) -> torch.Tensor:
+        """The tensor itself where TensorRT can read it, else a copy."""
+        is_ready = tensor.dtype == self._dtypes[name] and tensor.device == self._stream.device
+        if is_ready and tensor.shape == shape and tensor.is_contiguous() and tensor.data_ptr() % _ALIGNMENT == 0:
+            return tensor
+        copy = self._empty(name, shape)
+        _fill(copy, tensor)
+        return copy
+
+    def _empty(self, name: str, shape: Shape) -> torch.Tensor:
+        return torch.empty(shape, dtype=self._dtypes[name], device=self._stream.device)
+
+    def _bind(self, context: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Gives the context its addresses; returns the output's tensor."""
+        is_set = [context.set_input_shape(name, tuple(tensor.shape)) for name, tensor in inputs.items()]
+        is_set += [context.set_tensor_address(name, tensor.data_ptr()) for name, tensor in inputs.items()]
+        if not all(is_set) or context.infer_shapes():
+            raise RuntimeError(f"{self._path} does not take these inputs: {self._log.reason()}")
+        output = self._empty(self.output_name, tuple(context.get_tensor_shape(self.output_name)))
+        if not context.set_tensor_address(self.output_name, output.data_ptr()):
+            raise RuntimeError(f"{self._path} does not take its output: {self._log.reason()}")
+        return output
+
+    def _launch(self, context: Any) -> None:
+        if not context.execute_async_v3(self._stream.handle):
+            raise RuntimeError(f"{self._path} did not run: {self._log.reason()}")
+
+
+def _fill(buffer: torch.Tensor, tensor: torch.Tensor) -> None:
+    """Copies with the buffer's dtype; rows the tensor lacks repeat its last. Nothing here makes the host wait."""
+    if not tensor.ndim:
+        if tensor.device == buffer.device:
+            buffer.copy_(tensor)
+        else:
+            buffer.fill_(tensor.item())
+        return
+    buffer[: len(tensor)].copy_(tensor)
+    if len(buffer) > len(tensor):
+        buffer[len(tensor) :].copy_(tensor[-1:])

@@ -1,0 +1,156 @@
+"""Files of TensorRT and TensorRT-RTX engines: what each was built for and from, and whether it can be run here.
+
+The two share every line but the import. Building is in `noisepolicy.export.to_tensorrt`, running in
+`tensorrt_engine.py`.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from noisepolicy.frozen.engines import require
+from noisepolicy.storage import file_sha256
+
+Shape = tuple[int, ...]
+
+MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+"""By flavor, which is also the name of the extra that brings it."""
+DTYPES = {
+    "FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16, "INT8": torch.int8, "INT32": torch.int32,
+    "INT64": torch.int64, "UINT8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+"""By the name of TensorRT's own."""
+
+
+class EngineMismatch(ValueError):  # noqa: N818 - it says what is wrong
+    """An engine that this machine, or this TensorRT, cannot be trusted to run."""
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What an engine was built for and from; it lies beside the engine as JSON."""
+
+    flavor: str
+    tensorrt_version: str
+    targets: list[str]
+    """GPUs it was built for by name, as "sm_89"; empty with no `capability`: every one from sm_80 on."""
+    gpu: str | None
+    """Name of the GPU it was built on and for; None where it was built for `targets`."""
+    capability: str | None
+    """Of that GPU, as "sm_89"."""
+    profile: dict[str, list[list[int]]]
+    """Least, best and largest shape by input."""
+    inputs: dict[str, dict[str, Any]]
+    """`dtype` and `shape` by name, -1 where the shape may change."""
+    outputs: dict[str, dict[str, Any]]
+    refit: bool
+    size: int
+    """Bytes of the engine."""
+    sha256: str
+    onnx_sha256: dict[str, str]
+    """By file: the ONNX file and its external data."""
+    builder_seconds: float
+
+
+def load_tensorrt(flavor: str) -> ModuleType:
+    """TensorRT's module, imported when asked for.
+
+    `"tensorrt"` takes its libraries from NVIDIA's own package index, which pip has to reach.
+
+    Raises:
+        ValueError: if there is no such flavor.
+        RuntimeError: if it is not installed; with the command that installs it.
+    """
+    if flavor not in MODULES:
+        raise ValueError(f"unknown flavor {flavor!r} of TensorRT; expected {' or '.join(MODULES)}")
+    return require(MODULES[flavor], flavor)
+
+
+def make_log(trt: ModuleType) -> Any:
+    """A logger for TensorRT that prints nothing and keeps `errors` and `warnings`; `reason()` is the first error."""
+
+    class Log(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+            self.warnings: list[str] = []
+
+        def log(self, severity: Any, msg: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                self.errors.append(" ".join(msg.split()))
+            elif severity == trt.ILogger.WARNING:
+                self.warnings.append(" ".join(msg.split()))
+
+        def reason(self) -> str:
+            return self.errors[0][:500] if self.errors else "it gives no reason"
+
+    return Log()
+
+
+def sidecar_path(engine_path: Path) -> Path:
+    return engine_path.with_name(f"{engine_path.name}.json")
+
+
+def read_sidecar(engine_path: str | Path) -> EngineInfo:
+    """What is said of an engine beside it.
+
+    Raises:
+        EngineMismatch: if there is no sidecar, or it is damaged.
+    """
+    path = sidecar_path(Path(engine_path))
+    try:
+        return EngineInfo(**json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise EngineMismatch(
+            f"{engine_path} has no {path.name} beside it, so its build did not finish; build it again"
+        ) from error
+    except (UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
+        raise EngineMismatch(f"{path} is damaged ({error}); build the engine again") from error
+
+
+def check_engine(engine_path: str | Path, *, flavor: str, device: torch.device | str | int | None = None) -> EngineInfo:
+    """What an engine is, once it is known that it can run here. Nothing of the engine is executed.
+
+    Args:
+        device: the GPU it shall run on; without a GPU that is not checked.
+
+    Raises:
+        EngineMismatch: if it has no sidecar, was built for another flavor, version or GPU, or its file is cut short
+            or altered.
+        RuntimeError: if the flavor is not installed.
+    """
+    path = Path(engine_path)
+    info = read_sidecar(path)
+    if info.flavor != flavor:
+        raise EngineMismatch(f"{path} was built by {info.flavor} and this is {flavor}; build it again")
+    if (version := load_tensorrt(flavor).__version__) != info.tensorrt_version:
+        raise EngineMismatch(
+            f"{path} was built by {flavor} {info.tensorrt_version} and {version} is installed; build it again"
+        )
+    here = capability(device)
+    wanted = [info.capability] if info.capability else info.targets
+    # Without targets TensorRT-RTX builds for everything from Ampere on.
+    if here is not None and (here not in wanted if wanted else int(here.removeprefix("sm_")) < 80):
+        raise EngineMismatch(
+            f"{path} was built for {', '.join(wanted) or 'sm_80 and later'} and the GPU here is {here}; build it again"
+        )
+    if not path.is_file():
+        raise EngineMismatch(f"there is no engine {path} beside {sidecar_path(path).name}; build it again")
+    if (size := path.stat().st_size) != info.size:
+        raise EngineMismatch(f"{path} was built with {info.size} bytes and has {size}; build it again")
+    if (sha256 := file_sha256(path)) != info.sha256:
+        raise EngineMismatch(
+            f"{path} was altered: it was built with SHA-256 {info.sha256[:12]} and has {sha256[:12]}; build it again"
+        )
+    return info
+
+
+def capability(device: torch.device | str | int | None = None) -> str | None:
+    """Of a GPU, as "sm_89"; None where torch finds none."""
+    if not torch.cuda.is_available():
+        return None
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))

@@ -1,0 +1,205 @@
+"""The embedded model on every engine that runs here: the same images, scores, training, and clear refusals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from noisepolicy.export import apply, available_denoisers, choose_denoiser, use_denoiser
+from noisepolicy.frozen import FrozenDiffusersPipeline
+from noisepolicy.frozen.denoisers import CompiledDenoiser, compile_for_each_shape
+from noisepolicy.rewards import load_reward
+from noisepolicy.shapes import model_folder
+from noisepolicy.storage import read_tensors
+
+CPU = torch.device("cpu")
+SETTINGS = {"num_inference_steps": 2, "guidance_scale": 1.5}
+SHORT = [
+    "--num-iterations", "3", "--batch-size", "8", "--critic-warmup", "8", "--critic-batch-size", "8",
+    "--checkpoint-every", "1", "--eval-num-prompts", "0",
+]  # fmt: skip
+
+
+def strict_scores(images, prompts):
+    return load_reward("shapes").metrics(images, prompts)["strict"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["onnx", "openvino", "compile"])
+def test_same_images_and_strict_scores(on_engine, frozen, prompts, latents, name):
+    # One row at a time where every shape is compiled for most of a minute.
+    model = on_engine(name, **({"rollout_batch_size": 1} if name == "compile" else {}))
+    embeds = frozen.encode(prompts)
+    images, expected = (each.generate(latents, embeds, **SETTINGS) for each in (model, frozen))
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-3)
+    assert torch.equal(strict_scores(images, prompts), strict_scores(expected, prompts))
+    assert model.weights_sha256() == frozen.weights_sha256() or name == "compile"
+    assert model.engine == name
+
+
+@pytest.mark.slow
+def test_engines_run_in_the_pipelines_own_call(on_engine, frozen, prompts, latents):
+    embeds = frozen.encode(prompts)
+    for name in ("onnx", "openvino"):
+        images = on_engine(name).call_pipeline(latents, embeds, **SETTINGS)
+        torch.testing.assert_close(images, frozen.call_pipeline(latents, embeds, **SETTINGS), rtol=0, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_bfloat16_scores_as_well(on_engine, frozen, prompts):
+    """Not the same pictures to the pixel: as many of them right."""
+    pytest.importorskip("openvino")
+    from openvino import Core
+
+    if "BF16" not in Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("this processor has no bfloat16")
+    latents = torch.randn(128, *frozen.latent_shape, generator=torch.Generator().manual_seed(3))
+    prompts = prompts * 8
+    embeds = frozen.encode(prompts)
+    images, expected = (
+        each.generate(latents, embeds, num_inference_steps=4, guidance_scale=1.5)
+        for each in (on_engine("openvino", "bfloat16"), frozen)
+    )
+    reward = load_reward("shapes")
+    assert (reward(images, prompts) - reward(expected, prompts)).abs().mean() < 0.05
+    assert (
+        abs(float(strict_scores(images, prompts).float().mean() - strict_scores(expected, prompts).float().mean()))
+        < 0.1
+    )
+
+
+@pytest.mark.slow
+def test_second_start_takes_everything_from_the_cache(on_engine, monkeypatch):
+    on_engine("openvino")
+    monkeypatch.setattr(apply, "export_onnx", lambda *_, **__: pytest.fail("exported again"))
+    frozen = FrozenDiffusersPipeline.from_pretrained(model_folder())
+    start = time.perf_counter()
+    use_denoiser(frozen, "openvino")
+    frozen.generate(torch.randn(1, *frozen.latent_shape), frozen.encode(["a red circle"]), **SETTINGS)
+    assert time.perf_counter() - start < 10  # three seconds on a quiet machine
+
+
+@pytest.mark.slow
+def test_auto_takes_the_fastest_and_says_why(frozen, monkeypatch):
+    monkeypatch.setattr(apply, "_MAX_CHOOSING_SECONDS", 0.2)
+    model = FrozenDiffusersPipeline.from_pretrained(model_folder(), rollout_batch_size=4)
+    choice = choose_denoiser(model, model.encode(["a red circle"]), **SETTINGS)
+    assert choice.name == max(choice.images_per_s, key=choice.images_per_s.get) == model.engine
+    assert set(choice.images_per_s) == {"eager", *(n for n in ("onnx", "openvino") if not available_denoisers(CPU)[n])}
+    assert "not compile: compiling takes minutes on a CPU" in str(choice)
+    assert "not tensorrt: it needs an NVIDIA GPU" in str(choice)
+    # Planted: an engine that sleeps is not taken.
+    slow = FrozenDiffusersPipeline.from_pretrained(model_folder(), rollout_batch_size=2)
+    original = apply._stand_ins
+
+    def sleepy(frozen, name, dtype):
+        denoiser, vae = original(frozen, name, dtype)
+        if denoiser is not None:
+            forward = denoiser.forward
+            denoiser.forward = lambda *a, **k: (time.sleep(0.3), forward(*a, **k))[1]
+        return denoiser, vae
+
+    monkeypatch.setattr(apply, "_stand_ins", sleepy)
+    assert choose_denoiser(slow, slow.encode(["a red circle"]), **SETTINGS).name == "eager"
+    assert slow.weights_sha256() == frozen.weights_sha256()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["onnx", "openvino"])
+def test_training_sees_the_same_rewards_and_resumes_to_the_same_bits(run_train, tmp_path, name):
+    if reason := available_denoisers(CPU)[name]:
+        pytest.skip(reason)
+    for engine in ("eager", name):
+        result = run_train(*SHORT, "--denoiser", engine, "--output-dir", engine)
+        assert result.returncode == 0, result.stderr
+    metrics = [
+        [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("eager", name)
+    ]
+    # Before the policy first moves; afterwards rounding is carried on.
+    assert metrics[1][0]["reward"] == pytest.approx(metrics[0][0]["reward"], abs=1e-3)
+    assert metrics[1][-1]["reward"] == pytest.approx(metrics[0][-1]["reward"], abs=0.1)
+    assert yaml.safe_load((tmp_path / name / "config.yaml").read_text())["denoiser"] == name
+
+    command = [sys.executable, "-m", "noisepolicy.cli.train", *SHORT, "--denoiser", name, "--output-dir", "killed"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    lines = tmp_path / "killed" / "metrics.jsonl"
+    while process.poll() is None and not (lines.exists() and lines.read_text().count("\n") >= 1):
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert run_train("--resume", "killed").returncode == 0
+    whole, killed = (read_tensors(tmp_path / run / "policy" / "policy.safetensors") for run in (name, "killed"))
+    assert all(torch.equal(whole[key], killed[key]) for key in whole)
+
+
+@pytest.mark.parametrize(("name", "dtype", "error", "message"), [
+    ("quick", None, ValueError, "unknown denoiser 'quick'; choose from auto, eager, compile, onnx"),
+    ("tensorrt", None, RuntimeError, "--denoiser tensorrt does not run here: it needs an NVIDIA GPU"),
+    ("tensorrt-rtx", None, RuntimeError, "--denoiser tensorrt-rtx does not run here: it needs an NVIDIA GPU"),
+    ("eager", "bfloat16", ValueError, "--denoiser eager computes in the model's own dtype, not in bfloat16"),
+    ("onnx", "float16", ValueError, "--denoiser onnx computes in float32 on a CPU; openvino can in bfloat16"),
+])  # fmt: skip
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_what_cannot_be_is_said_and_nothing_moves(frozen, name, dtype, error, message):
+    before = frozen.denoiser
+    with pytest.raises(error, match=message):
+        use_denoiser(frozen, name, dtype=dtype)
+    assert frozen.denoiser is before and frozen.engine == "eager"
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch):
+    find_spec = apply.importlib.util.find_spec
+    monkeypatch.setattr(
+        apply.importlib.util, "find_spec", lambda name: None if name in ("onnxruntime", "onnx") else find_spec(name)
+    )
+    reasons = available_denoisers(CPU)
+    assert reasons["onnx"] == "onnxruntime is not installed; pip install 'noisepolicy[onnx]'"
+    assert "noisepolicy[openvino]" in reasons["openvino"]
+    assert reasons["eager"] is None
+
+
+def test_families_that_cannot_be_exported_say_so(family_folder):
+    frozen = FrozenDiffusersPipeline.from_pretrained(family_folder("SanaPipeline"), height=32, width=64)
+    with pytest.raises(
+        ValueError, match="the denoiser SanaTransformer2DModel cannot be exported; those that can: UNet2D"
+    ):
+        use_denoiser(frozen, "onnx")
+
+
+def test_compiling_never_falls_back_to_eager(monkeypatch):
+    from noisepolicy.frozen import denoisers
+
+    monkeypatch.setattr(denoisers, "_MAX_COMPILED_SHAPES", 1)
+    compiled = compile_for_each_shape(lambda tensor: tensor * 2, CPU)
+    compiled(torch.ones(2))
+    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        compiled(torch.ones(3))
+
+
+def test_compiled_modules_say_what_pipelines_ask(frozen):
+    stand_in = CompiledDenoiser(frozen.denoiser)
+    assert stand_in.config is frozen.denoiser.config and stand_in.dtype == torch.float32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("command", "arguments", "code", "message"), [
+    ("train", ["--denoiser", "tensorrt"], 2, "--denoiser tensorrt does not run here: it needs an NVIDIA GPU"),
+    ("train", ["--denoiser", "quick"], 2, "denoiser"),
+    ("train", ["--denoiser-dtype", "bfloat16"], 2, "--denoiser eager computes in the model's own dtype"),
+])  # fmt: skip
+def test_the_command_line_is_told_in_one_line(tmp_path, command, arguments, code, message):
+    result = subprocess.run(
+        [sys.executable, "-m", f"noisepolicy.cli.{command}", *arguments, "--device", "cpu", "--output-dir", "run"],
+        capture_output=True, text=True, cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert result.returncode == code
+    assert message in result.stderr and "Traceback" not in result.stderr
+    assert not Path(tmp_path / "run").exists()

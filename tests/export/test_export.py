@@ -1,0 +1,230 @@
+"""ONNX files of every family's denoiser and decoder against PyTorch, the cache, and what verification catches."""
+
+import json
+import os
+from collections import namedtuple
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+from noisepolicy.cli import export as export_command
+from noisepolicy.export import cache
+from noisepolicy.export.cache import cached
+from noisepolicy.export.spec import denoiser_part, policy_part, vae_decoder_part
+from noisepolicy.export.to_onnx import export_onnx
+from noisepolicy.export.verify import OutputMismatch, ShapeMismatch, verify
+from noisepolicy.frozen import FrozenDiffusersPipeline
+from noisepolicy.frozen.denoisers import EngineDenoiser, OnnxRuntimeDenoiser
+from noisepolicy.frozen.engines import OnnxRuntimeEngine
+from noisepolicy.policies import SpectralPolicy
+
+from ..frozen.tiny_pipelines import SIZE
+
+FAMILIES = [
+    "StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline",
+    "PixArtSigmaPipeline",
+]  # fmt: skip
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def tiny(family_folder):
+    return lambda name, **options: FrozenDiffusersPipeline.from_pretrained(
+        family_folder(name), **(SIZE[name] | options)
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_exports_and_runs_in_its_pipeline(tiny, tmp_path, name):
+    eager, frozen = tiny(name), tiny(name)
+    part = denoiser_part(frozen, guidance_scale=4.0)
+    export_onnx(part, tmp_path / "denoiser.onnx")
+    engine = OnnxRuntimeEngine(tmp_path / "denoiser.onnx", device=CPU)
+    assert set(engine.input_names) == set(part.inputs)
+    verify(part, engine.run, batches=(1, 2, 7))
+    frozen.replace(denoiser=EngineDenoiser(engine, frozen.denoiser))
+    latents = torch.randn(3, *eager.latent_shape, generator=torch.Generator().manual_seed(0))
+    settings = {"num_inference_steps": 2, "guidance_scale": 4.0}
+    images = [model.generate(latents, model.encode(["a red circle"] * 3), **settings) for model in (eager, frozen)]
+    torch.testing.assert_close(*images, rtol=0, atol=1e-3)
+    assert eager.weights_sha256() == frozen.weights_sha256()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_files_of_sdxl_hold_together(tiny, tmp_path, dtype):
+    """SDXL joins tensors that PyTorch would promote and ONNX does not."""
+    import onnx
+
+    export_onnx(denoiser_part(tiny("StableDiffusionXLPipeline")), tmp_path / "unet.onnx", dtype=dtype)
+    onnx.checker.check_model(tmp_path / "unet.onnx", full_check=True)
+    if dtype == torch.float16:
+        part = denoiser_part(tiny("StableDiffusionXLPipeline"))
+        verify(part, OnnxRuntimeEngine(tmp_path / "unet.onnx", device=CPU).run, dtype=dtype)
+
+
+@pytest.mark.slow
+def test_height_and_width_change_when_asked(tiny, tmp_path):
+    frozen = tiny("StableDiffusionPipeline", height=32, width=32)
+    for part, name in ((denoiser_part(frozen, dynamic_size=True), "sample"),
+                       (vae_decoder_part(frozen, dynamic_size=True), "latents")):  # fmt: skip
+        export_onnx(part, tmp_path / "part.onnx")
+        engine = OnnxRuntimeEngine(tmp_path / "part.onnx", device=CPU)
+        inputs = part.sample_inputs(2) | {name: torch.randn(2, 4, 8, 24)}
+        torch.testing.assert_close(engine.run(inputs), part.module(*inputs.values()), rtol=1e-4, atol=1e-4)
+        assert part.profile((1, 2, 4), (0.5, 1, 2))[name] == ((1, 4, 8, 8), (2, 4, 16, 16), (4, 4, 32, 32))
+
+
+@pytest.fixture(scope="module")
+def decoder(tiny, tmp_path_factory):
+    part = vae_decoder_part(tiny("StableDiffusionPipeline"))
+    path = tmp_path_factory.mktemp("decoder") / "decoder.onnx"
+    export_onnx(part, path)
+    return part, path
+
+
+def test_verification_says_what_differs(decoder):
+    part, path = decoder
+    run = OnnxRuntimeEngine(path, device=CPU).run
+    assert verify(part, run) < 1e-5
+    with pytest.raises(OutputMismatch, match=r"batch 1: the engine differs from PyTorch by \d.*tolerance 1e-04"):
+        verify(part, lambda inputs: run(inputs) * 1.001)
+    with pytest.raises(OutputMismatch, match="nan"):
+        verify(part, lambda inputs: run(inputs) * float("nan"))
+    with pytest.raises(OutputMismatch, match="batch 2"):  # rows that see each other
+        verify(part, lambda inputs: run(inputs).flip(0))
+    with pytest.raises(ShapeMismatch, match=r"the engine gives \(1, 3, 16, 23\), PyTorch \(1, 3, 16, 24\)"):
+        verify(part, lambda inputs: run(inputs)[..., 1:])
+
+
+def test_bound_tensors_give_the_same_numbers(decoder):
+    """What CUDA uses, here on the CPU's memory: names, types, shapes and addresses."""
+    part, path = decoder
+    engine = OnnxRuntimeEngine(path, device=CPU, output_shape=part.output_shape)
+    for batch in (1, 5):
+        inputs = part.sample_inputs(batch)
+        torch.testing.assert_close(engine._run_bound(inputs), engine.run(inputs), rtol=0, atol=0)
+
+
+def test_a_file_that_is_cut_short_is_named(decoder, tmp_path):
+    path = tmp_path / "cut.onnx"
+    path.write_bytes(decoder[1].read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"ONNX Runtime cannot load .*cut\.onnx.*export it again"):
+        OnnxRuntimeEngine(path, device=CPU)
+
+
+def test_a_provider_that_is_not_there_is_never_replaced(decoder, monkeypatch):
+    with pytest.raises(RuntimeError, match=r"no CUDAExecutionProvider.*noisepolicy\[onnx-gpu\]"):
+        OnnxRuntimeEngine(decoder[1], device=CPU, provider="CUDAExecutionProvider")
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: namedtuple("Stream", "cuda_stream")(0))
+    # The real session logs, and takes the CPU.
+    with pytest.raises((RuntimeError, ValueError), match="CUDAExecutionProvider"):
+        OnnxRuntimeEngine(decoder[1], device=CPU, provider="CUDAExecutionProvider")
+
+
+def test_other_inputs_than_exported_are_refused(frozen, decoder):
+    denoiser = OnnxRuntimeDenoiser(decoder[1], frozen.denoiser)
+    with pytest.raises(ValueError, match="takes latents; it was called with sample, timestep, encoder_hidden_states"):
+        denoiser(torch.zeros(1, 4, 8, 8), 5, encoder_hidden_states=torch.zeros(1, 20, 128))
+    with pytest.raises(ValueError, match="cross_attention_kwargs="):
+        denoiser(torch.zeros(1, 4, 8, 8), 5, torch.zeros(1, 20, 128), cross_attention_kwargs={"scale": 0.5})
+
+
+def test_policy_exports(tmp_path):
+    policy = SpectralPolicy(latent_shape=(4, 8, 8), prompt_shape=(5, 6), bands=3)
+    torch.nn.init.normal_(policy.mean.weight)
+    part = policy_part(policy)
+    export_onnx(part, tmp_path / "policy.onnx")
+    assert verify(part, OnnxRuntimeEngine(tmp_path / "policy.onnx", device=CPU).run) < 1e-5
+
+
+def test_no_space_is_said_before_the_work(decoder, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "free")(1000)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)
+    with pytest.raises(OSError, match=r"0\.0 GB free and the export needs .* NOISEPOLICY_CACHE"):
+        export_onnx(decoder[0], tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+class TestCache:
+    @pytest.fixture(autouse=True)
+    def _own_folder(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("NOISEPOLICY_CACHE", str(tmp_path / "cache"))
+        self.made = 0
+
+    def make(self, folder):
+        self.made += 1
+        (folder / "model.onnx").write_bytes(b"weights" * 100)
+
+    def test_made_once_for_the_same_content(self):
+        first = cached("unet", {"weights": "a"}, self.make)
+        assert cached("unet", {"weights": "a"}, self.make) == first and self.made == 1
+        assert cached("unet", {"weights": "b"}, self.make) != first and self.made == 2
+
+    @pytest.mark.parametrize(("damage", "reason"), [
+        (lambda file: file.write_bytes(file.read_bytes()[:50]), "model.onnx has 50 bytes of 700"),
+        (lambda file: file.write_bytes(b"Weights" + file.read_bytes()[7:]), "model.onnx has been altered"),
+        (lambda file: file.unlink(), "No such file"),
+        (lambda file: (file.parent / "entry.json").write_text("{"), "Expecting property name"),
+    ])  # fmt: skip
+    def test_damage_is_noticed_and_mended(self, damage, reason):
+        folder = cached("unet", {}, self.make)
+        damage(folder / "model.onnx")
+        with pytest.warns(UserWarning, match=f"is damaged .*{reason}.* made again"):
+            assert cached("unet", {}, self.make) == folder
+        assert self.made == 2 and (folder / "model.onnx").stat().st_size == 700
+
+    def test_a_failed_export_leaves_nothing(self):
+        def fail(folder):
+            self.make(folder)
+            raise RuntimeError("no")
+
+        with pytest.raises(RuntimeError):
+            cached("unet", {}, fail)
+        assert not list(cache.cache_folder().iterdir())
+
+    @pytest.mark.skipif(os.geteuid() != 0 and not os.access("/proc", os.R_OK), reason="needs /proc")
+    def test_a_cache_that_cannot_be_written_is_named(self, monkeypatch):
+        monkeypatch.setenv("NOISEPOLICY_CACHE", "/proc/noisepolicy")
+        with pytest.raises(OSError, match="cannot write the export cache /proc/noisepolicy"):
+            cached("unet", {}, self.make)
+
+
+@pytest.mark.slow
+def test_the_command_and_what_runs_without_torch(run_train, tmp_path, frozen, prompts, latents, capsys, monkeypatch):
+    arguments = ["--num-iterations", "2", "--batch-size", "8", "--critic-warmup", "8", "--eval-num-prompts", "0"]
+    assert run_train(*arguments, "--output-dir", "run").returncode == 0
+    folder = tmp_path / "exported"
+    assert export_command.main([str(tmp_path / "run"), "--output-dir", str(folder), "--steps", "1", "2"]) == 0
+    assert "differs from PyTorch by" in capsys.readouterr().out
+    assert {path.name for path in folder.iterdir()} >= {"denoiser.onnx", "vae_decoder.onnx", "policy.onnx", "loop.json"}
+    assert json.loads((folder / "loop.json").read_text())["guidance_scale"] == 1.5
+
+    monkeypatch.syspath_prepend("examples")
+    from without_torch import Exported
+
+    model, embeds = Exported(folder), frozen.encode(prompts)
+    for steps in (1, 2):
+        images = model.generate(latents.numpy(), embeds.prompt_embeds.numpy(), steps)
+        expected = frozen.generate(latents, embeds, num_inference_steps=steps, guidance_scale=1.5)
+        np.testing.assert_allclose(images, expected.numpy(), atol=1e-3)
+    assert model.start(embeds.prompt_embeds.numpy()).shape == latents.shape
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--target", "sm_89"], "--target needs --engine tensorrt-rtx"),
+    (["--steps", "0"], "--max-batch and --steps must be positive"),
+    (["--device", "tpu"], "unknown --device 'tpu'"),
+])  # fmt: skip
+def test_bad_command_lines_are_one_line(tmp_path, capsys, arguments, message):
+    assert export_command.main(["shapes", "--output-dir", str(tmp_path), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

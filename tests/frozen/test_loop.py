@@ -1,0 +1,109 @@
+"""The denoising loop against the pipeline's own call, for every scheduler that is a sum of noise and predictions."""
+
+import diffusers
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from noisepolicy.frozen import FrozenDiffusersPipeline
+from noisepolicy.frozen.loop import read_schedule
+from noisepolicy.shapes import model_folder
+
+LINEAR = [
+    "DDIMScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler", "LMSDiscreteScheduler",
+    "KDPM2DiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler",
+    "PNDMScheduler",
+]  # fmt: skip
+PROMPTS = ["a red circle", "a blue square and a green triangle"]
+
+
+def frozen_with(scheduler: str, **options) -> FrozenDiffusersPipeline:
+    return FrozenDiffusersPipeline.from_pretrained(model_folder(), scheduler=scheduler, **options)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize("scheduler", LINEAR)
+def test_loop_makes_the_pipelines_images(scheduler, guidance_scale):
+    frozen = frozen_with(scheduler)
+    check_both_ways(frozen, 4, guidance_scale)
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusionXLPipeline"])
+@pytest.mark.parametrize("steps", [1, 2, 8])
+def test_both_families_at_every_step_count(family_folder, name, steps):
+    check_both_ways(FrozenDiffusersPipeline.from_pretrained(family_folder(name), height=16, width=24), steps, 4.0)
+
+
+def check_both_ways(frozen, steps, guidance_scale):
+    latents = torch.randn(2, *frozen.latent_shape, generator=torch.Generator().manual_seed(1))
+    settings = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
+    assert frozen.loop(**settings) is not None
+    embeds = frozen.encode(PROMPTS)
+    expected = frozen.call_pipeline(latents, embeds, **settings)
+    torch.testing.assert_close(frozen.generate(latents, embeds, **settings), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"clip_sample": True}, {"thresholding": True}])
+def test_schedulers_that_clip_are_left_to_the_pipeline(options):
+    pipeline = DiffusionPipeline.from_pretrained(model_folder())
+    scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, **options)
+    assert read_schedule(scheduler, 4, eta=0.0) is None
+    pipeline.scheduler = scheduler
+    frozen = FrozenDiffusersPipeline(pipeline)
+    settings = {"num_inference_steps": 2, "guidance_scale": 1.5}
+    assert frozen.loop(**settings) is None
+    latents, embeds = torch.randn(1, *frozen.latent_shape), frozen.encode(PROMPTS[:1])
+    assert torch.equal(frozen.generate(latents, embeds, **settings), frozen.call_pipeline(latents, embeds, **settings))
+
+
+def test_samplers_that_draw_noise_are_not_linear_and_the_global_generator_stays():
+    config = diffusers.DDIMScheduler.from_pretrained(model_folder() / "scheduler").config
+    state = torch.get_rng_state()
+    for name in ("EulerAncestralDiscreteScheduler", "LCMScheduler"):
+        assert read_schedule(getattr(diffusers, name).from_config(config), 2) is None
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_loop_that_makes_another_image_is_not_used(monkeypatch):
+    """The guard bites: with a planted wrong weight the pipeline makes the images."""
+    from noisepolicy.frozen import loop
+
+    original = loop.read_schedule
+
+    def wrong(*args, **kwargs):
+        schedule = original(*args, **kwargs)
+        weights = tuple(tuple(1.02 * weight for weight in row) for row in schedule.weights)
+        return loop.Schedule(schedule.timesteps, schedule.input_scales, schedule.first, weights)
+
+    monkeypatch.setattr(loop, "read_schedule", wrong)
+    assert frozen_with("DDIMScheduler").loop(2, 1.5) is None
+
+
+def test_phases_add_up():
+    frozen = frozen_with("DDIMScheduler")
+    latents, embeds = torch.randn(2, *frozen.latent_shape), frozen.encode(PROMPTS)
+    frozen.generate(latents, embeds, num_inference_steps=2, guidance_scale=1.5)
+    forward = frozen.denoiser.forward
+    with frozen.record_phases() as seconds:
+        frozen.generate(latents, embeds, num_inference_steps=2, guidance_scale=1.5)
+    assert seconds["denoiser"] > 0
+    assert seconds["vae"] > 0
+    assert frozen.denoiser.forward == forward
+
+
+def test_cuda_graph_needs_a_gpu():
+    with pytest.raises(ValueError, match="cuda_graph needs the whole model on a CUDA device"):
+        frozen_with("DDIMScheduler", cuda_graph=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_graph_replays_the_same_images():
+    eager, graph = (frozen_with("DDIMScheduler", device="cuda", cuda_graph=use) for use in (False, True))
+    for seed in (0, 1):
+        latents = torch.randn(2, *eager.latent_shape, generator=torch.Generator().manual_seed(seed))
+        embeds = eager.encode(PROMPTS)
+        settings = {"num_inference_steps": 2, "guidance_scale": 1.5}
+        torch.testing.assert_close(
+            graph.generate(latents, embeds, **settings), eager.generate(latents, embeds, **settings), rtol=0, atol=1e-3
+        )
