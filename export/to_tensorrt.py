@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import onnx
@@ -64,7 +63,7 @@ def build_engine(
     """
     onnx_path, engine_path = Path(onnx_path), Path(engine_path)
     trt = load_tensorrt(flavor)
-    capabilities = _capabilities(trt, flavor, targets)
+    capabilities = capabilities_of(targets, flavor)
     if not onnx_path.is_file():
         raise ValueError(f"there is no ONNX file {onnx_path}")
     log = make_log(trt)
@@ -130,8 +129,14 @@ def build_engine(
     write_json(sidecar_path(engine_path), asdict(info))
 
 
-def _capabilities(trt: ModuleType, flavor: str, targets: Sequence[str]) -> list[Any]:
-    """The builder's names of `targets`; none leaves the choice to TensorRT."""
+def capabilities_of(targets: Sequence[str], flavor: str) -> list[Any]:
+    """The builder's names of `targets`; none leaves the choice to TensorRT.
+
+    Raises:
+        ValueError: for a target that the flavor cannot build for.
+        RuntimeError: if the flavor is not installed, or needs a GPU that is not here.
+    """
+    trt = load_tensorrt(flavor)
     if flavor == "tensorrt":
         if targets:
             raise ValueError(

@@ -56,6 +56,10 @@ def _export(arguments: argparse.Namespace) -> None:
     from noisepolicy.training.run_folder import RunFolder
     from noisepolicy.training.task import load_frozen
 
+    if arguments.engine is not None:  # before minutes of work
+        from noisepolicy.export.to_tensorrt import capabilities_of
+
+        capabilities_of(arguments.target, arguments.engine)
     policy, config = None, TrainConfig(model=arguments.source)
     if (Path(arguments.source) / "config.yaml").exists():
         run, config = RunFolder.open(Path(arguments.source))
@@ -121,7 +125,7 @@ def _write_loop(
 
     loops = {steps: frozen.loop(steps, guidance_scale) for steps in arguments.steps}
     if None in loops.values():
-        print("no loop.json: the steps of this pipeline are not a sum of noise and predictions")
+        print("no loop.json: not a model, a scheduler or a precision whose steps it could hold")
         return
     steps = {
         str(steps): {

@@ -19,6 +19,7 @@ Std = Literal["power", "one", "learned"]
 """How a policy's standard deviation follows: see `power_preserving`; always 1; or from the network."""
 
 _CANDIDATE_STRIDE = 2**48  # of the counter; no run draws as many
+_CRITIC_ROWS = 64
 _CONFIG, _WEIGHTS = "config.json", "policy.safetensors"
 _CARD_FILES = ("README.md", "before_after.png")
 
@@ -113,23 +114,33 @@ class NoisePolicy(torch.nn.Module):
         Args:
             num_inference_steps: that the model will take; the critic takes the nearest of those it was trained at.
         """
-        first = self.sample(prompt_embeds, seed=seed, offset=offset, latent_shape=latent_shape)
         if self.critic is None:
-            return first.latents
-        embeds, latents = prompt_embeds.float(), first.latents
+            return self.sample(prompt_embeds, seed=seed, offset=offset, latent_shape=latent_shape).latents
         step_index = torch.full(
-            (len(latents),), self.critic.shape.nearest_step_index(num_inference_steps), device=latents.device
-        )
-        best, _ = self.critic.lower_bound(embeds, first.action, step_index)
-        for number in range(1, self.num_candidates):
-            candidate = self.sample(
-                prompt_embeds, seed=seed, offset=(offset + number * _CANDIDATE_STRIDE) % 2**64,
-                latent_shape=latent_shape,
-            )  # fmt: skip
-            value, _ = self.critic.lower_bound(embeds, candidate.action, step_index)
-            is_better = (value > best).reshape(-1, *[1] * len(self.latent_shape))
-            latents = torch.where(is_better, candidate.latents, latents)
-            best = torch.maximum(best, value)
+            (len(prompt_embeds),), self.critic.shape.nearest_step_index(num_inference_steps),
+            device=prompt_embeds.device,
+        )  # fmt: skip
+        latents = best = None
+        # The critic reads several candidates at once, where a batch is too small to be worth a call.
+        for numbers in torch.arange(self.num_candidates).split(max(1, _CRITIC_ROWS // max(1, len(prompt_embeds)))):
+            samples = [
+                self.sample(
+                    prompt_embeds, seed=seed, offset=(offset + number * _CANDIDATE_STRIDE) % 2**64,
+                    latent_shape=latent_shape,
+                )
+                for number in numbers.tolist()
+            ]  # fmt: skip
+            values, _ = self.critic.lower_bound(
+                prompt_embeds.float().repeat(len(samples), 1, 1),
+                torch.cat([sample.action for sample in samples]),
+                step_index.repeat(len(samples)),
+            )
+            for sample, value in zip(samples, values.chunk(len(samples)), strict=True):
+                if best is None:
+                    latents, best = sample.latents, value
+                    continue
+                is_better = (value > best).reshape(-1, *[1] * (sample.latents.ndim - 1))
+                latents, best = torch.where(is_better, sample.latents, latents), torch.maximum(best, value)
         return latents
 
     def sample_latents(

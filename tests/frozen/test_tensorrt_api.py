@@ -1,4 +1,4 @@
-"""What the builder and the engine ask of TensorRT's API, and the fake claims of it, against the installed TensorRT-RTX."""
+"""What the builder and the engine ask of TensorRT's API, and what the fake claims of it: the installed RTX has it."""
 
 import re
 from pathlib import Path
