@@ -50,8 +50,9 @@ def cached(name: str, made_of: Mapping[str, Any], make: Callable[[Path], None]) 
         make(working)
         files = {file.name: _describe(file) for file in sorted(working.iterdir()) if file.is_file()}
         write_json(working / _MANIFEST, {"made_of": dict(made_of), "files": files})
-        shutil.rmtree(entry, ignore_errors=True)
-        working.rename(entry)
+        if _damage(entry) is not None:
+            shutil.rmtree(entry, ignore_errors=True)
+        working.rename(entry)  # fails where another process has filled it meanwhile
     except OSError as error:
         if (entry / _MANIFEST).exists() and _damage(entry) is None:
             return entry  # another process was faster

@@ -113,10 +113,6 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
         from noisepolicy.benchmarks import bench_world
 
         return bench_world.run(arguments.guidance_scale)
-    if arguments.command == "rollout":
-        from noisepolicy.benchmarks import bench_rollout
-
-        return bench_rollout.run()
     if arguments.command == "kernels":
         from noisepolicy.benchmarks import bench_kernels
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 DEFAULT_COMMAND = "latency"
-_COMMANDS = (DEFAULT_COMMAND, "kernels", "rollout", "training", "world")
+_COMMANDS = (DEFAULT_COMMAND, "kernels", "training", "world")
 _DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -31,7 +31,6 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     _add_kernels(commands)
     world = commands.add_parser("world", help="the embedded model: scores by steps, best-of-n, images/s")
     world.add_argument("--guidance-scale", type=float, default=1.5)
-    commands.add_parser("rollout", help="images through the general path, against a loop written for one model")
     training = commands.add_parser("training", help="the default recipe on several seeds")
     training.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     training.add_argument("--output-dir", type=Path, default=Path("runs/bench"))

@@ -47,6 +47,8 @@ class _Session:
 
         self.config = arguments.config
         self.accelerator = make_accelerator(self.config.device)
+        if self.config.denoiser == "auto" and self.accelerator.num_processes > 1:
+            raise ValueError("--denoiser auto may choose differently in each process; name the engine")
         self.task = load_task(self.config, self.accelerator.device)
         # What 'auto' chose is the run's from here on: a resumed run must not choose again.
         self.config = dataclasses.replace(self.config, denoiser=self.task.frozen.engine)

@@ -178,10 +178,9 @@ class FrozenDiffusersPipeline(PipelineComponents):
         self, latents: torch.Tensor, prompt_embeds: PromptEmbeds, *, num_inference_steps: int, guidance_scale: float
     ) -> torch.Tensor:
         """`generate` by the pipeline's own `__call__`, whatever the family, as one batch."""
-        with quiet():
-            generator = torch.Generator(self.device).manual_seed(0)
-            return self._call(latents, self._conditions(prompt_embeds, guidance_scale), num_inference_steps,
-                              guidance_scale, generator)  # fmt: skip
+        conditions = self._conditions(prompt_embeds, guidance_scale)
+        generator = torch.Generator(self.device).manual_seed(0)
+        return self._call(latents, conditions, num_inference_steps, guidance_scale, generator)
 
     def record_denoiser_call(self, *, guidance_scale: float = 1.0) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments of the denoiser's first call for two images of the empty prompt."""
@@ -195,8 +194,7 @@ class FrozenDiffusersPipeline(PipelineComponents):
     def _try_chunk(self, *args: Any) -> torch.Tensor | None:
         """`_generate_chunk`, or None where memory ran out; by then what the attempt held is free."""
         try:
-            with quiet():  # SDXL's cast of its VAE to float32 logs two warnings a call
-                return self._generate_chunk(*args)
+            return self._generate_chunk(*args)
         except torch.OutOfMemoryError:
             return None
         except UnboundLocalError:
@@ -252,10 +250,11 @@ class FrozenDiffusersPipeline(PipelineComponents):
         guidance_scale: float,
         generator: torch.Generator,
     ) -> torch.Tensor:
-        output = self._pipeline(
-            **self._arguments, **conditions, latents=pack_latents(self._pipeline, latents), generator=generator,
-            num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
-        )  # fmt: skip
+        with quiet():  # SDXL's cast of its VAE to float32 logs two warnings a call
+            output = self._pipeline(
+                **self._arguments, **conditions, latents=pack_latents(self._pipeline, latents), generator=generator,
+                num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
+            )  # fmt: skip
         images = output.images if self._family.frames_per_latent is None else output.frames
         return images.float().clamp(0, 1)
 

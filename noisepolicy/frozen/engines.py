@@ -68,7 +68,10 @@ class OnnxRuntimeEngine:
             settings["device_id"] = str(device.index or 0)
             settings["user_compute_stream"] = str(torch.cuda.current_stream(device).cuda_stream)
         try:
-            self._session = ort.InferenceSession(str(path), options, providers=[(provider, settings)])
+            providers = [(provider, settings)]
+            if provider == "TensorrtExecutionProvider":  # what TensorRT cannot do stays on the GPU
+                providers.append(("CUDAExecutionProvider", settings))
+            self._session = ort.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # ONNX Runtime's exceptions share no narrower base
             raise ValueError(f"ONNX Runtime cannot load {path}: {first_line(error)}; export it again") from error
         if (got := self._session.get_providers()[0]) != provider:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -28,6 +29,18 @@ def run_folder(tmp_path_factory):
 def run(module, *arguments):
     command = [sys.executable, "-m", f"noisepolicy.cli.{module}", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_generate_on_another_engine_makes_the_same_pictures(run_folder, tmp_path):
+    pytest.importorskip("onnxruntime")
+    pictures = []
+    for name in ("eager", "onnx"):
+        done = run("generate", run_folder, PROMPT, "--denoiser", name, "--output-dir", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+        pictures.append(np.asarray(Image.open(tmp_path / name / "0000.png"), dtype=int))
+    assert abs(pictures[0] - pictures[1]).max() <= 1
+    done = run("generate", run_folder, PROMPT, "--denoiser", "quick")
+    assert done.returncode == 2 and "unknown --denoiser 'quick'; choose from auto, eager" in done.stderr
 
 
 def test_eval_measures_further_rewards_and_writes_a_report(run_folder, tmp_path):

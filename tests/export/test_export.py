@@ -138,6 +138,21 @@ def test_other_inputs_than_exported_are_refused(frozen, decoder):
         denoiser(torch.zeros(1, 4, 8, 8), 5, torch.zeros(1, 20, 128), cross_attention_kwargs={"scale": 0.5})
 
 
+@pytest.mark.slow
+def test_a_users_own_pipeline_takes_it(tiny, family_folder, tmp_path):
+    from diffusers import DiffusionPipeline
+
+    export_onnx(denoiser_part(tiny("StableDiffusionPipeline")), tmp_path / "unet.onnx")
+    pipeline = DiffusionPipeline.from_pretrained(family_folder("StableDiffusionPipeline"))
+    settings = {"prompt": "a red circle", "num_inference_steps": 2, "height": 16, "width": 24, "output_type": "pt"}
+    images = []
+    for replaces in (False, True):
+        if replaces:
+            pipeline.unet = OnnxRuntimeDenoiser(tmp_path / "unet.onnx", pipeline.unet)
+        images.append(pipeline(**settings, generator=torch.Generator().manual_seed(0)).images)
+    torch.testing.assert_close(*images, rtol=0, atol=1e-3)
+
+
 def test_policy_exports(tmp_path):
     policy = SpectralPolicy(latent_shape=(4, 8, 8), prompt_shape=(5, 6), bands=3)
     torch.nn.init.normal_(policy.mean.weight)
@@ -181,6 +196,15 @@ class TestCache:
         with pytest.warns(UserWarning, match=f"is damaged .*{reason}.* made again"):
             assert cached("unet", {}, self.make) == folder
         assert self.made == 2 and (folder / "model.onnx").stat().st_size == 700
+
+    def test_what_another_process_made_meanwhile_is_left_alone(self):
+        def make(folder):
+            self.make(folder)
+            if self.made == 1:
+                self.inode = cached("unet", {}, self.make).joinpath("model.onnx").stat().st_ino
+
+        assert cached("unet", {}, make).joinpath("model.onnx").stat().st_ino == self.inode
+        assert len(list(cache.cache_folder().iterdir())) == 1
 
     def test_a_failed_export_leaves_nothing(self):
         def fail(folder):
