@@ -11,14 +11,6 @@ _BATCH, _DIMS = 8, (16_384, 65_536)
 _DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("backend", [*available_backends(), "eager"])
 @pytest.mark.parametrize("dim", _DIMS)
 @pytest.mark.parametrize("op", OPS)

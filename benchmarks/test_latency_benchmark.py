@@ -18,14 +18,6 @@ _DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 _SPEC = ModelSpec(EMBEDDED, "float32", _DEVICE)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def baseline():
     return DiffusersBaseline(_SPEC)

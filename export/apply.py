@@ -23,6 +23,7 @@ from noisepolicy.frozen.tensorrt_files import load_tensorrt
 
 DENOISERS = ("eager", "compile", "onnx", "openvino", "tensorrt", "tensorrt-rtx")
 _MAX_CHOOSING_SECONDS = 3.0
+_VERSIONS = ("noisepolicy", "torch", "diffusers", "onnx", "onnxscript")
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -69,7 +70,8 @@ def use_denoiser(frozen: FrozenDiffusersPipeline, name: str, *, dtype: str | Non
         dtype: "float32", "float16" or "bfloat16", what the engine computes in; None is the model's own.
 
     Raises:
-        ValueError: for a name that is none, or a dtype or model that the engine cannot do.
+        ValueError: for a name that is none, or a dtype or model that the engine cannot do; for a model that has moved
+            already.
         RuntimeError: if the engine does not run here.
         VerificationError: if it does not compute what PyTorch does.
     """
@@ -88,26 +90,28 @@ def choose_denoiser(
     reasons = available_denoisers(frozen.device)
     if frozen.device.type == "cpu":
         reasons["compile"] = "compiling takes minutes on a CPU"
-    original = frozen.denoiser, frozen.vae
-    stand_ins: dict[str, tuple[nn.Module | None, nn.Module | None]] = {}
-    for name in [name for name, reason in reasons.items() if reason is None]:
-        try:
-            stand_ins[name] = _stand_ins(frozen, name, None)
-        except (ValueError, RuntimeError, OSError) as error:
-            reasons[name] = str(error)
     embeds = prompt_embeds[torch.arange(frozen.rollout_batch_size) % len(prompt_embeds)]
     latents = torch.randn(len(embeds), *frozen.latent_shape, generator=torch.Generator().manual_seed(0))
 
     def call() -> None:
         frozen.generate(latents, embeds, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
 
-    speeds = {}
-    for name, (denoiser, vae) in stand_ins.items():
-        frozen.replace(denoiser=denoiser or original[0], vae=vae or original[1])
+    original = frozen.denoiser, frozen.vae
+    speeds: dict[str, float] = {}
+    best, best_modules = "eager", original
+    for name in [name for name, reason in reasons.items() if reason is None]:
+        try:
+            modules = _stand_ins(frozen, name, None)
+        except (ValueError, RuntimeError, OSError) as error:
+            reasons[name] = str(error)
+            continue
+        modules = modules[0] or original[0], modules[1] or original[1]
+        frozen.replace(denoiser=modules[0], vae=modules[1])
         speeds[name] = len(latents) / _seconds(call, frozen.device)
-    best = max(speeds, key=lambda name: speeds[name])
-    denoiser, vae = stand_ins[best]
-    frozen.replace(denoiser=denoiser or original[0], vae=vae or original[1])
+        frozen.replace(denoiser=original[0], vae=original[1])
+        if speeds[name] == max(speeds.values()):
+            best, best_modules = name, modules
+    frozen.replace(denoiser=best_modules[0], vae=best_modules[1])
     frozen.engine = best
     return Choice(best, speeds, {name: reason for name, reason in reasons.items() if reason is not None})
 
@@ -121,7 +125,8 @@ def exported_onnx(part: Part, sha256: str, dtype: torch.dtype) -> Path:
     made_of = {
         "part": part.name, "weights": sha256, "dtype": str(dtype), "opset": [OPSET, OPSET_BFLOAT16], "axes": part.axes,
         "inputs": {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in part.inputs.items()},
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "onnx", "onnxscript")},
+        "config": {name: repr(value) for name, value in part.config.items() if not name.startswith("_")},
+        "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
     }  # fmt: skip
     name = f"{part.name}-{str(dtype).removeprefix('torch.')}"
     return cached(name, made_of, lambda folder: export_onnx(part, folder / "model.onnx", dtype=dtype)) / "model.onnx"
@@ -138,6 +143,8 @@ def _stand_ins(
     frozen: FrozenDiffusersPipeline, name: str, dtype_name: str | None
 ) -> tuple[nn.Module | None, nn.Module | None]:
     """Checked modules for denoiser and VAE; None where the model's own stays."""
+    if frozen.engine != "eager":
+        raise ValueError(f"the model is on {frozen.engine} already; load it again for another engine")
     if name not in DENOISERS:
         raise ValueError(f"unknown denoiser {name!r}; choose from auto, {', '.join(DENOISERS)}")
     if dtype_name is not None and (name in ("eager", "compile") or dtype_name not in _DTYPES):
@@ -176,7 +183,7 @@ def _engine(
     # OpenVINO takes float32 and rounds by itself.
     path = exported_onnx(part, sha256, torch.float32 if name == "openvino" else dtype)
     if name == "onnx":
-        engine: Engine = OnnxRuntimeEngine(path, device=frozen.device, output_shape=part.output_shape)
+        engine: Engine = OnnxRuntimeEngine(path, device=frozen.device, output_shape=part.output_shape())
     elif name == "openvino":
         engine = OpenVinoEngine(path, dtype=dtype, cache_dir=path.parent / "openvino")
     else:
@@ -193,9 +200,9 @@ def _tensorrt_engine(onnx: Path, part: Part, flavor: str, max_rows: int) -> Path
         "gpu": torch.cuda.get_device_name(), "profile": profile,
     }  # fmt: skip
 
-    from noisepolicy.export.to_tensorrt import build_engine
-
     def build(folder: Path) -> None:
+        from noisepolicy.export.to_tensorrt import build_engine  # needs the package onnx
+
         build_engine(
             onnx, folder / "model.engine", flavor=flavor, shapes=profile, timing_cache=onnx.parent / f"{flavor}.timing"
         )

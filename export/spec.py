@@ -5,10 +5,11 @@ inputs are what the pipeline itself hands to its denoiser, recorded.
 """
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from diffusers.models.activations import GEGLU
@@ -69,6 +70,8 @@ class Part:
     axes: dict[str, Axes]
     output_name: str
     output_axes: Axes
+    config: Mapping[str, Any]
+    """The module's settings: the same weights under others compute something else."""
 
     @property
     def dynamic(self) -> set[str]:
@@ -89,21 +92,22 @@ class Part:
                 inputs[name] = tensor
         return inputs
 
-    def output_shape(self, shapes: Mapping[str, Shape]) -> Shape:
-        """The output's shape for inputs of these shapes."""
-        sizes = {
-            axis: size
-            for name, axes in self.axes.items()
-            for axis, size in zip(axes, shapes[name], strict=True)
-            if axis is not None
-        }
-        fixed = self.output_sample_shape
-        return tuple(sizes.get(axis, size) for axis, size in zip(self.output_axes, fixed, strict=True))
+    @torch.no_grad()
+    def output_shape(self) -> Callable[[Mapping[str, Shape]], Shape]:
+        """A function from the inputs' shapes, by name, to the output's. It holds on to nothing of the module."""
+        fixed = tuple(self.module(*self.inputs.values()).shape)
+        input_axes, output_axes = self.axes, self.output_axes
 
-    @property
-    def output_sample_shape(self) -> Shape:
-        with torch.no_grad():
-            return tuple(self.module(*self.inputs.values()).shape)
+        def shape(shapes: Mapping[str, Shape]) -> Shape:
+            sizes = {
+                axis: size
+                for name, axes in input_axes.items()
+                for axis, size in zip(axes, shapes[name], strict=True)
+                if axis is not None
+            }
+            return tuple(sizes.get(axis, size) for axis, size in zip(output_axes, fixed, strict=True))
+
+        return shape
 
     def profile(
         self, rows: tuple[int, int, int], scale: tuple[float, float, float] = (1, 1, 1)
@@ -152,7 +156,8 @@ def denoiser_part(frozen: FrozenDiffusersPipeline, *, guidance_scale: float = 1.
     }
     axes = {name: _kept(DENOISERS[kind][name], dynamic_size) for name in inputs}
     sample = next(iter(inputs))
-    return Part(kind, _Denoiser(denoiser, axes, parameters).eval(), inputs, axes, "out_sample", axes[sample])
+    module = _Denoiser(denoiser, axes, parameters).eval()
+    return Part(kind, module, inputs, axes, "out_sample", axes[sample], denoiser.config)
 
 
 def vae_decoder_part(frozen: FrozenDiffusersPipeline, *, dynamic_size: bool = False) -> Part:
@@ -167,7 +172,7 @@ def vae_decoder_part(frozen: FrozenDiffusersPipeline, *, dynamic_size: bool = Fa
     if dynamic_size:
         output_axes = ("batch", None, "image_height", "image_width")
     module = _Decoder(vae).eval()
-    return Part(type(vae).__name__, module, {"latents": latents}, {"latents": axes}, "images", output_axes)
+    return Part(type(vae).__name__, module, {"latents": latents}, {"latents": axes}, "images", output_axes, vae.config)
 
 
 def policy_part(policy: NoisePolicy) -> Part:
@@ -177,7 +182,9 @@ def policy_part(policy: NoisePolicy) -> Part:
     axes: dict[str, Axes] = {"prompt_embeds": ("batch", None, None)}
     output_axes = ("batch", *[None] * (len(policy.action_shape) + 1))
     module = _Policy(policy).eval()
-    return Part(f"{policy.kind}-policy", module, {"prompt_embeds": embeds}, axes, "mean_and_log_std", output_axes)
+    return Part(
+        f"{policy.kind}-policy", module, {"prompt_embeds": embeds}, axes, "mean_and_log_std", output_axes, policy.config
+    )
 
 
 def _kept(axes: Axes, dynamic_size: bool) -> Axes:

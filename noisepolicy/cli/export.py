@@ -98,7 +98,7 @@ def _export_part(part: "Part", name: str, dtype: "torch.dtype", rows: int, argum
         if dtype == torch.bfloat16 and device.type == "cpu":
             said += "; not verified: ONNX Runtime has no bfloat16 on a CPU"
         else:
-            engine = OnnxRuntimeEngine(path, device=device, output_shape=part.output_shape)
+            engine = OnnxRuntimeEngine(path, device=device, output_shape=part.output_shape())
             said += f"; differs from PyTorch by {verify(part, engine.run, dtype=dtype):.0e}"
     print(said, flush=True)
     if arguments.engine is None or name == "policy":

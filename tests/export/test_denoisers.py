@@ -1,5 +1,6 @@
 """The embedded model on every engine that runs here: the same images, scores, training, and clear refusals."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import torch
 import yaml
 
 from noisepolicy.export import apply, available_denoisers, choose_denoiser, use_denoiser
+from noisepolicy.export.spec import denoiser_part
 from noisepolicy.frozen import FrozenDiffusersPipeline
 from noisepolicy.frozen.denoisers import CompiledDenoiser, compile_for_each_shape
 from noisepolicy.rewards import load_reward
@@ -153,6 +155,31 @@ def test_what_cannot_be_is_said_and_nothing_moves(frozen, name, dtype, error, me
     with pytest.raises(error, match=message):
         use_denoiser(frozen, name, dtype=dtype)
     assert frozen.denoiser is before and frozen.engine == "eager"
+
+
+@pytest.mark.slow
+def test_a_model_moves_once(on_engine):
+    with pytest.raises(ValueError, match="the model is on onnx already; load it again for another engine"):
+        use_denoiser(on_engine("onnx"), "eager")
+
+
+def test_the_cache_tells_settings_apart(frozen):
+    """The same weights with other heads are another model."""
+    part = denoiser_part(frozen)
+    other = dataclasses.replace(part, config={**part.config, "attention_head_dim": 8})
+    made_of = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(apply, "cached", lambda name, made, make: made_of.append(made) or Path())
+        for each in (part, part, other):
+            apply.exported_onnx(each, "weights", torch.float32)
+    assert made_of[0] == made_of[1] != made_of[2]
+    json.dumps(made_of)
+
+
+def test_engines_do_not_hold_the_models_weights(frozen):
+    shape = denoiser_part(frozen).output_shape()
+    held = [cell.cell_contents for cell in shape.__closure__]
+    assert not any(isinstance(value, torch.nn.Module | torch.Tensor) for value in held)
 
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch):

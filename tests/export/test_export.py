@@ -105,7 +105,7 @@ def test_verification_says_what_differs(decoder):
 def test_bound_tensors_give_the_same_numbers(decoder):
     """What CUDA uses, here on the CPU's memory: names, types, shapes and addresses."""
     part, path = decoder
-    engine = OnnxRuntimeEngine(path, device=CPU, output_shape=part.output_shape)
+    engine = OnnxRuntimeEngine(path, device=CPU, output_shape=part.output_shape())
     for batch in (1, 5):
         inputs = part.sample_inputs(batch)
         torch.testing.assert_close(engine._run_bound(inputs), engine.run(inputs), rtol=0, atol=0)
