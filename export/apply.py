@@ -153,6 +153,8 @@ def _stand_ins(
         raise RuntimeError(f"--denoiser {name} does not run here: {reason}")
     if name == "eager":
         return None, None
+    if frozen.uses_cuda_graph and name in ("compile", "onnx"):
+        raise ValueError(f"--cuda-graph captures eager and TensorRT; --denoiser {name} cannot be part of another graph")
     moves_vae = len(frozen.latent_shape) == 3 and not any(
         getattr(frozen.vae, option, False) for option in ("use_slicing", "use_tiling")
     )
@@ -187,7 +189,10 @@ def _engine(
     elif name == "openvino":
         engine = OpenVinoEngine(path, dtype=dtype, cache_dir=path.parent / "openvino")
     else:
-        engine = TensorRTEngine(_tensorrt_engine(path, part, name, max_rows), flavor=name, device=frozen.device)
+        engine = TensorRTEngine(
+            _tensorrt_engine(path, part, name, max_rows), flavor=name, device=frozen.device,
+            use_cuda_graph=not frozen.uses_cuda_graph,
+        )  # fmt: skip
     verify(part, engine.run, dtype=dtype, batches=(1, 2, min(3, max_rows)))
     return engine
 

@@ -81,7 +81,7 @@ class FrozenDiffusersPipeline(PipelineComponents):
         self._arguments = {"output_type": "pt", **unused, **self._family.call, **self._size}
         self._checked: set[bool] = set()
         self._loops: dict[tuple[int, bool], DenoisingLoop | None] = {}
-        self._uses_cuda_graph = cuda_graph
+        self.uses_cuda_graph = cuda_graph
         if cuda_graph and (self.device.type != "cuda" or cpu_offload):
             raise ValueError("cuda_graph needs the whole model on a CUDA device")
 
@@ -273,7 +273,7 @@ class FrozenDiffusersPipeline(PipelineComponents):
             latents, self._empty, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale
         )
         _, arguments = self.record_denoiser_call(guidance_scale=guidance_scale)
-        loop = make_loop(self._pipeline, num_inference_steps, arguments, use_cuda_graph=self._uses_cuda_graph)
+        loop = make_loop(self._pipeline, num_inference_steps, arguments, use_cuda_graph=self.uses_cuda_graph)
         if loop is None:
             return None
         image = loop(latents.to(self.device), self._conditions(self._empty, guidance_scale), guidance_scale)

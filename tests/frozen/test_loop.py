@@ -12,7 +12,6 @@ from noisepolicy.shapes import model_folder
 LINEAR = [
     "DDIMScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler", "LMSDiscreteScheduler",
     "KDPM2DiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler",
-    "PNDMScheduler",
 ]  # fmt: skip
 PROMPTS = ["a red circle", "a blue square and a green triangle"]
 
@@ -26,6 +25,12 @@ def frozen_with(scheduler: str, **options) -> FrozenDiffusersPipeline:
 def test_loop_makes_the_pipelines_images(scheduler, guidance_scale):
     frozen = frozen_with(scheduler)
     check_both_ways(frozen, 4, guidance_scale)
+
+
+def test_stable_diffusions_first_scheduler():
+    pipeline = DiffusionPipeline.from_pretrained(model_folder())
+    pipeline.scheduler = diffusers.PNDMScheduler.from_config(pipeline.scheduler.config, skip_prk_steps=True)
+    check_both_ways(FrozenDiffusersPipeline(pipeline), 4, 1.5)
 
 
 @pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusionXLPipeline"])
