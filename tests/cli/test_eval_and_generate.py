@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -28,7 +29,8 @@ def run_folder(tmp_path_factory):
 
 def run(module, *arguments):
     command = [sys.executable, "-m", f"noisepolicy.cli.{module}", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    # Elsewhere: where the sources lie, Python would take them for the package.
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tempfile.gettempdir())
 
 
 def test_generate_on_another_engine_makes_the_same_pictures(run_folder, tmp_path):

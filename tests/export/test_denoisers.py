@@ -114,10 +114,9 @@ def test_auto_takes_the_fastest_and_says_why(frozen, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["onnx", "openvino"])
-def test_training_sees_the_same_rewards_and_resumes_to_the_same_bits(run_train, tmp_path, name):
-    if reason := available_denoisers(CPU)[name]:
-        pytest.skip(reason)
+def test_training_sees_the_same_rewards_and_resumes_to_the_same_bits(run_train, tmp_path, on_engine):
+    name = "onnx"
+    on_engine(name)
     for engine in ("eager", name):
         result = run_train(*SHORT, "--denoiser", engine, "--output-dir", engine)
         assert result.returncode == 0, result.stderr

@@ -303,7 +303,8 @@ to_tensorrt.build_engine(sys.argv[1], sys.argv[2], flavor="tensorrt-rtx", shapes
 def test_a_killed_build_leaves_nothing_that_passes(step, gemm, engine):
     """With another engine there before it; killed before the engine is written, and before its sidecar is."""
     command = [sys.executable, "-c", _KILLED, str(gemm), str(engine), step]
-    assert subprocess.run(command, capture_output=True, timeout=300, check=False).returncode == -signal.SIGKILL
+    killed = subprocess.run(command, capture_output=True, timeout=300, check=False, cwd=engine.parent)
+    assert killed.returncode == -signal.SIGKILL
     assert engine.exists()
     with pytest.raises(EngineMismatch, match="its build did not finish"):
         check_engine(engine, flavor=FLAVOR)

@@ -41,7 +41,7 @@ def test_same_images_as_the_pipeline(batch, guidance_scale, steps):
         latents, frozen.encode(PROMPTS[:batch]), num_inference_steps=steps, guidance_scale=guidance_scale
     )
     assert ours.dtype == torch.float32 and ours.shape == (batch, 3, 64, 64)
-    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=5e-5)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_other_deterministic_schedulers(scheduler_class):
         PROMPTS[:2], latents=latents, num_inference_steps=4, guidance_scale=1.5, output_type="pt"
     ).images
     ours = frozen.generate(latents, frozen.encode(PROMPTS[:2]), num_inference_steps=4, guidance_scale=1.5)
-    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=5e-5)
 
 
 def generate_one(frozen, steps):
@@ -129,7 +129,7 @@ def test_rollout_batch_size_changes_no_image(frozen):
     whole = frozen.generate(latents, embeds, num_inference_steps=2, guidance_scale=1.5)
     split = FrozenDiffusersPipeline(make_pipeline(), rollout_batch_size=2)
     torch.testing.assert_close(
-        whole, split.generate(latents, embeds, num_inference_steps=2, guidance_scale=1.5), rtol=0, atol=1e-5
+        whole, split.generate(latents, embeds, num_inference_steps=2, guidance_scale=1.5), rtol=0, atol=5e-5
     )
 
 

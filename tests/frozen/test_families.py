@@ -102,7 +102,7 @@ def test_same_images_as_the_pipeline(load, reference, name, batch, guidance_scal
     frames = (size["num_frames"],) if "num_frames" in size else ()
     assert ours.dtype == torch.float32 and ours.shape == (batch, *frames, 3, size["height"], size["width"])
     expected = reference(name, latents, PROMPTS[:batch], guidance_scale)
-    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=5e-5)
 
 
 @every_family
@@ -134,7 +134,7 @@ def test_rollout_batch_size_changes_no_image(load, name):
     whole, single = load(name), load(name, rollout_batch_size=1)
     latents = draw(whole, 3)
     torch.testing.assert_close(
-        generate(whole, name, latents, PROMPTS), generate(single, name, latents, PROMPTS), rtol=0, atol=1e-5
+        generate(whole, name, latents, PROMPTS), generate(single, name, latents, PROMPTS), rtol=0, atol=5e-5
     )
 
 
@@ -182,7 +182,7 @@ def test_negative_prompt_is_the_pipelines(load, reference, name):
     latents = draw(frozen, 2)
     ours = generate(frozen, name, latents, PROMPTS[:2])
     expected = reference(name, latents, PROMPTS[:2], 4.0, negative_prompt=["blurry square"] * 2)
-    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=5e-5)
     assert (ours - generate(load(name), name, latents, PROMPTS[:2])).abs().max() > 1e-4
 
 
@@ -198,7 +198,7 @@ def test_max_sequence_length_is_the_pipelines(load, reference, name):
     latents = draw(frozen, 1)
     ours = generate(frozen, name, latents, PROMPTS[:1])
     expected = reference(name, latents, PROMPTS[:1], 4.0, max_sequence_length=24)
-    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=5e-5)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_packed_latents_and_embeddings_suit_the_users_own_pipeline(load, family_
     images = pipeline(
         latents=packed, **embeds.tensors(), num_inference_steps=2, guidance_scale=1.0, output_type="pt", **SIZE[name]
     )[0]
-    torch.testing.assert_close(images, generate(frozen, name, latents, PROMPTS[:2], 1.0), rtol=0, atol=1e-5)
+    torch.testing.assert_close(images, generate(frozen, name, latents, PROMPTS[:2], 1.0), rtol=0, atol=5e-5)
 
 
 def test_sana_sprint_is_refused_beyond_one_step(load):
@@ -258,5 +258,5 @@ def test_longer_prompt_than_the_tokenizer_allows_is_cut(load, reference):
     prompt, frozen = " ".join(["red circle"] * 40), load(name)
     latents = draw(frozen, 1)
     torch.testing.assert_close(
-        generate(frozen, name, latents, [prompt]), reference(name, latents, [prompt], 4.0), rtol=0, atol=1e-5
+        generate(frozen, name, latents, [prompt]), reference(name, latents, [prompt], 4.0), rtol=0, atol=5e-5
     )

@@ -51,7 +51,7 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(family_folder):
         "out of memory with 3 images at a time; going on with 1",
     ]
     assert frozen.rollout_batch_size == 1
-    torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(images, expected, rtol=0, atol=5e-5)
 
 
 def test_out_of_memory_with_one_image_says_what_to_try(family_folder):
@@ -104,7 +104,7 @@ def test_vae_slicing_and_tiling_change_no_small_image(family_folder, name):
     assert thrifty._pipeline.vae.use_slicing and thrifty._pipeline.vae.use_tiling
     latents, embeds = rows(plain, 3)
     torch.testing.assert_close(
-        plain.generate(latents, embeds, **SETTINGS), thrifty.generate(latents, embeds, **SETTINGS), rtol=0, atol=1e-5
+        plain.generate(latents, embeds, **SETTINGS), thrifty.generate(latents, embeds, **SETTINGS), rtol=0, atol=5e-5
     )
 
 
