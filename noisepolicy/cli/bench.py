@@ -23,6 +23,8 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         if arguments.command == "latency":
             result, code = _run_latency(arguments)
+        elif arguments.command == "algorithms":
+            result = _run_algorithms(arguments)
         else:
             from noisepolicy.benchmarks.machine import describe_machine
 
@@ -106,6 +108,24 @@ def _run_latency(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     ]))  # fmt: skip
     result["regressions"] = comparison.regressions
     return result, 1 if comparison.regressions else 0
+
+
+def _run_algorithms(arguments: argparse.Namespace) -> dict[str, Any]:
+    quiet_loading()
+    from noisepolicy.benchmarks import bench_algorithms
+    from noisepolicy.benchmarks.algorithms_report import write_algorithms_report
+    from noisepolicy.benchmarks.machine import describe_machine
+
+    result = bench_algorithms.run(
+        arguments.output, seeds=arguments.seeds[:1] if arguments.quick else arguments.seeds,
+        methods=arguments.methods, is_quick=arguments.quick, denoiser=arguments.denoiser,
+        denoiser_dtype=arguments.denoiser_dtype,
+    )  # fmt: skip
+    result = {"machine": describe_machine(), **result}
+    write_json(arguments.output / "algorithms.json", result)
+    write_algorithms_report(arguments.output / "algorithms.html", result)
+    print(f"\nnumbers  {arguments.output / 'algorithms.json'}\nreport   {arguments.output / 'algorithms.html'}")
+    return result
 
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 DEFAULT_COMMAND = "latency"
-_COMMANDS = (DEFAULT_COMMAND, "kernels", "training", "world")
 _DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -35,6 +34,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     training.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     training.add_argument("--output-dir", type=Path, default=Path("runs/bench"))
     training.add_argument("train_arguments", nargs="*", help="after --, flags for noisepolicy-train")
+    _add_algorithms(commands)
     return parser.parse_args(_with_command(argv))
 
 
@@ -91,3 +91,19 @@ def _add_kernels(commands: Any) -> None:
     kernels.add_argument("--device", default="auto", help="auto, cpu or cuda")
     kernels.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes")
     kernels.add_argument("--output", type=Path, metavar="REPORT.html", help="also write a report with plots")
+
+
+def _add_algorithms(commands: Any) -> None:
+    algorithms = commands.add_parser(
+        "algorithms", help="the methods side by side on the embedded models: policies, FIND, DDPO, searches"
+    )
+    add = algorithms.add_argument
+    add("--output", type=Path, default=Path("runs/algorithms"), metavar="DIR",
+        help="for algorithms.json, algorithms.html and the jobs; those that are done are not made again; "
+        "default: runs/algorithms")  # fmt: skip
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training; default: 0 1 2")
+    add("--methods", nargs="+", metavar="NAME", help="some; default: all")
+    add("--quick", action="store_true", help="a twentieth of everything and one seed, in ten minutes")
+    add("--denoiser", default="eager", help="engine of the image model; default: eager")
+    add("--denoiser-dtype", choices=_DTYPES, help="what the engine computes in; default: float32")
+    add("--json", type=Path, default=argparse.SUPPRESS, help="also write the result to this file")

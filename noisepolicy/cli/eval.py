@@ -15,7 +15,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("run", type=Path, help="a run folder of noisepolicy-train")
     parser.add_argument("--steps", help="denoising step counts, e.g. 1,2,4,8 (default: the run's)")
     parser.add_argument("--rewards", nargs="+", help="further rewards to measure, see docs/rewards.md")
-    parser.add_argument("--prompts", type=Path, help="UTF-8 file, one prompt a line (default: the run's held-out ones)")
+    parser.add_argument(
+        "--prompts", nargs="+", help="UTF-8 files, one prompt a line, or prompts (default: the run's own)"
+    )
     parser.add_argument("--num-prompts", type=int, help="at most (default: the run's)")
     parser.add_argument("--group-size", type=int, help="images a prompt (default: the run's)")
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: the run's)")
@@ -31,7 +33,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     quiet_loading()
     from noisepolicy.cli.devices import make_accelerator
     from noisepolicy.cli.sweeping import print_table, run_sweep
-    from noisepolicy.evaluation import write_report
+    from noisepolicy.evaluation import measured_on, write_report
     from noisepolicy.policies import NoisePolicy
     from noisepolicy.storage import write_json
     from noisepolicy.training.run_folder import RunFolder
@@ -41,7 +43,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     changes = {
         "eval_steps": arguments.steps and _step_counts(arguments.steps),
         "eval_rewards": arguments.rewards and tuple(arguments.rewards),
-        "eval_prompts": arguments.prompts,
+        "eval_prompts": arguments.prompts and tuple(arguments.prompts),
         "eval_num_prompts": arguments.num_prompts,
         "eval_group_size": arguments.group_size,
         "device": arguments.device,
@@ -54,7 +56,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     task = load_task(config, device)
     prompts = task.eval_prompts[: config.eval_num_prompts]
     if not prompts:
-        raise ValueError("there are no held-out prompts to evaluate on; give --prompts FILE and --num-prompts")
+        raise ValueError("there are no held-out prompts to evaluate on; give --prompts and --num-prompts")
     sweep = run_sweep(
         policy.to(device), task, prompts, task.frozen.encode(prompts), step_counts=config.eval_steps,
         group_size=config.eval_group_size, guidance_scale=config.guidance_scale,
@@ -65,7 +67,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     write_report(
         folder / "report.html", config=config.plain(), summary=summary, metrics=run.read_metrics(), pairs=sweep.pairs
     )
-    print_table(sweep.rows)
+    print_table(sweep.rows, measured_on(config.plain()))
     print(f"report  {folder / 'report.html'}")
 
 

@@ -1,4 +1,4 @@
-"""The held-out sweep as a command runs it: with progress, and as a table at the end."""
+"""The sweep as a command runs it: with progress, and as a table at the end."""
 
 import sys
 from collections.abc import Sequence
@@ -28,13 +28,13 @@ def run_sweep(
         )  # fmt: skip
 
 
-def print_table(rows: Sequence[dict[str, Any]]) -> None:
+def print_table(rows: Sequence[dict[str, Any]], measured_on: str) -> None:
     """One line a step count, and one for each further reward."""
     if not rows:
         return
     has_strict = rows[0]["base"]["strict"] is not None
     strict_head = "    strict        " if has_strict else ""
-    print("\nheld-out prompts, same noise")
+    print(f"\n{measured_on}, same noise")
     print(f" steps   reward base -> policy   gain (95% interval)       {strict_head}diversity kept")
     for row in rows:
         base, policy = row["base"], row["policy"]

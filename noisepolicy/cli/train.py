@@ -41,6 +41,7 @@ class _Session:
     def __init__(self, arguments: Arguments) -> None:
         quiet_loading()
         from noisepolicy.cli.devices import make_accelerator
+        from noisepolicy.training.find import FindTrainer
         from noisepolicy.training.run_folder import RunFolder
         from noisepolicy.training.task import load_task
         from noisepolicy.training.trainer import Trainer
@@ -51,12 +52,15 @@ class _Session:
             raise ValueError("--denoiser auto may choose differently in each process; name the engine")
         self.task = load_task(self.config, self.accelerator.device)
         # What 'auto' chose is the run's from here on: a resumed run must not choose again.
-        self.config = dataclasses.replace(self.config, denoiser=self.task.frozen.engine)
+        self.config = dataclasses.replace(self.config, denoiser=self.task.frozen.engine).resolved(
+            len(self.task.train_prompts)
+        )
         self._eval_prompts = self.task.eval_prompts[: self.config.eval_num_prompts]
         self._board = _make_board(self.config.tensorboard)
         self.run = arguments.resumed or RunFolder.create(self.config)
         self._hash_before = self.task.frozen.weights_sha256()
-        self.trainer = Trainer(self.config, self.task, self.run, self.accelerator)
+        kind = FindTrainer if self.config.algorithm == "find" else Trainer
+        self.trainer = kind(self.config, self.task, self.run, self.accelerator)
         # Encoded once, and while there are text encoders.
         self._sample_prompts = self.task.eval_prompts[:_NUM_SAMPLES] or self.task.train_prompts[:_NUM_SAMPLES]
         self._sample_embeds = self.task.frozen.encode(self._sample_prompts)
@@ -118,7 +122,7 @@ class _Session:
         if not self._is_main:
             return
         from noisepolicy.cli.sweeping import print_table, run_sweep
-        from noisepolicy.evaluation import Sweep, write_model_card, write_report
+        from noisepolicy.evaluation import Sweep, measured_on, write_model_card, write_report
         from noisepolicy.evaluation.figures import before_after
         from noisepolicy.storage import write_bytes, write_json
 
@@ -154,7 +158,7 @@ class _Session:
             metrics=self.run.read_metrics(),
             pairs=sweep.pairs,
         )
-        print_table(sweep.rows)
+        print_table(sweep.rows, measured_on(config.plain()))
         print(f"policy  {self.run.policy}\nreport  {self.run.report}")
 
 

@@ -81,7 +81,7 @@ def sweep_plot(rows: Sequence[dict[str, Any]], train_steps: Sequence[int]) -> st
             ]
             if points:
                 reward_axes.plot(*zip(*points, strict=True), color=_BASE, linestyle=line, label=f"base, best of {best}")
-        reward_axes.set(ylabel="reward on held-out prompts", title="reward")
+        reward_axes.set(ylabel="reward", title="reward")
         reward_axes.legend()
         for axes in (gain_axes, reward_axes):
             axes.set_xscale("log", base=2)

@@ -6,6 +6,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
+from noisepolicy.evaluation.sweep import measured_on
 from noisepolicy.storage import write_text
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -26,6 +27,7 @@ def write_model_card(folder: Path, *, config: dict[str, Any], summary: dict[str,
         config=config,
         summary=summary,
         trained=", ".join(map(str, trained)),
+        measured_on=measured_on(config),
         base_model=config["model"] if _HUB_ID.fullmatch(config["model"]) else None,
         focus=min(rows, key=lambda row: abs(row["num_inference_steps"] - trained[0]), default=None),
         has_strict=bool(rows) and rows[0]["base"]["strict"] is not None,

@@ -10,7 +10,7 @@ import yaml
 from jinja2 import Environment, PackageLoader
 
 from noisepolicy.evaluation.figures import picture_bytes, sweep_plot, training_curves
-from noisepolicy.evaluation.sweep import Pair
+from noisepolicy.evaluation.sweep import Pair, measured_on
 from noisepolicy.storage import write_text
 
 
@@ -39,6 +39,7 @@ def write_report(
         summary=summary,
         focus=focus,
         trained=", ".join(map(str, trained)),
+        measured_on=measured_on(config),
         pairs=[_embed(pair) for pair in shown],
         sweep_svg=sweep_plot(rows, trained) if rows else "",
         curves_svg=training_curves(metrics),

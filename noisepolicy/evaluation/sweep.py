@@ -1,4 +1,4 @@
-"""The step sweep: base model and policy from the same noise, at each number of denoising steps, on held-out prompts."""
+"""The step sweep: base model and policy from the same noise, at each number of denoising steps."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,7 +36,6 @@ class Pair:
     policy_metrics: dict[str, float]
 
 
-@torch.no_grad()
 def evaluate_sweep(
     policy: NoisePolicy, frozen: FrozenModel, reward: Reward, prompts: Sequence[str], *,
     step_counts: Sequence[int], group_size: int, guidance_scale: float, seed: int,
@@ -56,32 +55,18 @@ def evaluate_sweep(
         embeds = frozen.encode(prompts)
     rows, pairs = [], []
     for num_inference_steps in step_counts:
-        results = {"base": _Results(), "policy": _Results()}
-        for begin in range(0, len(prompts), _PROMPTS_AT_A_TIME):
-            chunk = slice(begin, min(begin + _PROMPTS_AT_A_TIME, len(prompts)))
-            chunk_embeds = _repeat(embeds[chunk], group_size)
-            offset = begin * group_size * num_counters(policy.latent_shape)
-            count = len(chunk_embeds)
-            prior = torch.zeros(count, *policy.latent_shape, device=chunk_embeds.prompt_embeds.device)
-            latents = {
-                "base": gaussian_sample(prior, prior.new_zeros(()), seed=seed, offset=offset)[0],
-                "policy": policy.choose(
-                    chunk_embeds.prompt_embeds, seed=seed, offset=offset, num_inference_steps=num_inference_steps
-                ),
-            }
-            chunk_prompts = [prompt for prompt in prompts[chunk] for _ in range(group_size)]
-            for name, start in latents.items():
-                images = frozen.generate(
-                    start, chunk_embeds, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale
-                )
-                others = {other.name: other(images, chunk_prompts) for other in eval_rewards}
-                results[name].add(images, {**others, **reward.metrics(images, chunk_prompts)}, group_size)
-                on_progress(count)
-        names = [other.name for other in eval_rewards]
-        rows.append(_summarise(num_inference_steps, results["base"], results["policy"], names))
+        base, ours = (
+            measure(
+                start, frozen, reward, prompts, embeds, num_inference_steps=num_inference_steps,
+                group_size=group_size, guidance_scale=guidance_scale, seed=seed, eval_rewards=eval_rewards,
+                on_progress=on_progress,
+            )
+            for start in (None, policy)
+        )  # fmt: skip
+        rows.append(summarise(num_inference_steps, base, ours, [other.name for other in eval_rewards]))
         for shown in range(min(num_shown, len(prompts))):
             (base_image, base_metrics), (policy_image, policy_metrics) = (
-                results[name].first_of(shown) for name in ("base", "policy")
+                results.first_of(shown) for results in (base, ours)
             )
             pairs.append(
                 Pair(prompts[shown], num_inference_steps, base_image, policy_image, base_metrics, policy_metrics)
@@ -89,19 +74,49 @@ def evaluate_sweep(
     return Sweep(rows, pairs)
 
 
-class _Results:
-    """What one side of the comparison gave, prompt by prompt."""
+@torch.no_grad()
+def measure(
+    policy: NoisePolicy | None, frozen: FrozenModel, reward: Reward, prompts: Sequence[str], embeds: PromptEmbeds, *,
+    num_inference_steps: int, group_size: int, guidance_scale: float, seed: int, eval_rewards: Sequence[Reward] = (),
+    on_progress: Callable[[int], None] = lambda num_images: None,
+) -> "Results":  # fmt: skip
+    """`group_size` images of each prompt, from the policy's starts or, where there is none, from the prior's."""
+    results = Results()
+    for begin in range(0, len(prompts), _PROMPTS_AT_A_TIME):
+        chunk = slice(begin, min(begin + _PROMPTS_AT_A_TIME, len(prompts)))
+        chunk_embeds = _repeat(embeds[chunk], group_size)
+        offset = begin * group_size * num_counters(frozen.latent_shape)
+        if policy is None:
+            prior = torch.zeros(len(chunk_embeds), *frozen.latent_shape, device=chunk_embeds.prompt_embeds.device)
+            latents, _ = gaussian_sample(prior, prior.new_zeros(()), seed=seed, offset=offset)
+        else:
+            latents = policy.choose(
+                chunk_embeds.prompt_embeds, seed=seed, offset=offset, num_inference_steps=num_inference_steps
+            )
+        chunk_prompts = [prompt for prompt in prompts[chunk] for _ in range(group_size)]
+        images = frozen.generate(
+            latents, chunk_embeds, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale
+        )
+        others = {other.name: other(images, chunk_prompts) for other in eval_rewards}
+        results.add(images, {**others, **reward.metrics(images, chunk_prompts)}, group_size)
+        on_progress(len(chunk_embeds))
+    return results
+
+
+class Results:
+    """What one side of a comparison gave, prompt by prompt."""
 
     def __init__(self) -> None:
         self._metrics: dict[str, list[torch.Tensor]] = {}
-        self._distances: list[float] = []
+        self.diversity: list[float] = []
+        """Of each prompt's images: root mean square difference of two, in units of pixels in [0, 1]."""
         self._first_images: list[torch.Tensor] = []
 
     def add(self, images: torch.Tensor, metrics: dict[str, torch.Tensor], group_size: int) -> None:
         for name, values in metrics.items():
             self._metrics.setdefault(name, []).append(values.reshape(-1, group_size))
         groups = images.reshape(-1, group_size, *images.shape[1:]).float().cpu()
-        self._distances += [mean_pairwise_distance(group[None]) for group in groups]
+        self.diversity += [mean_pairwise_distance(group[None]) for group in groups]
         self._first_images += list(groups[:, 0])
 
     def values(self, name: str) -> torch.Tensor | None:
@@ -116,15 +131,21 @@ class _Results:
         return {
             "reward": self.values("reward").mean().item(),
             "strict": None if strict is None else strict.mean().item(),
-            "diversity": sum(self._distances) / len(self._distances),
+            "diversity": sum(self.diversity) / len(self.diversity),
         }
+
+
+def measured_on(config: dict[str, Any]) -> str:
+    """What a run's evaluation prompts are, in words; FIND's are those it was trained on."""
+    return "the prompts it was made for" if config["algorithm"] == "find" else "held-out prompts"
 
 
 def _repeat(embeds: PromptEmbeds, count: int) -> PromptEmbeds:
     return embeds[torch.arange(len(embeds)).repeat_interleave(count)]
 
 
-def _summarise(num_inference_steps: int, base: _Results, policy: _Results, others: Sequence[str]) -> dict[str, Any]:
+def summarise(num_inference_steps: int, base: Results, policy: Results, others: Sequence[str]) -> dict[str, Any]:
+    """An entry of `Sweep.rows`."""
     base_rewards = base.values("reward")
     return {
         "num_inference_steps": num_inference_steps,
@@ -149,6 +170,6 @@ def _summarise(num_inference_steps: int, base: _Results, policy: _Results, other
     }
 
 
-def _gain(base: _Results, policy: _Results, name: str) -> dict[str, Any]:
+def _gain(base: Results, policy: Results, name: str) -> dict[str, Any]:
     difference = policy.values(name) - base.values(name)
     return {"gain": difference.mean().item(), "gain_ci95": list(bootstrap_mean_ci95(difference))}

@@ -35,6 +35,7 @@ class _Entry:
 
 _REGISTRY: dict[str, _Entry] = {
     "shapes": _Entry("shapes", "ShapesReward"),
+    "moving_shapes": _Entry("shapes", "MovingShapesReward"),
     "jpeg_compressibility": _Entry("simple", "JpegCompressibility"),
     "jpeg_incompressibility": _Entry("simple", "JpegIncompressibility"),
     "brightness": _Entry("simple", "Brightness"),

@@ -1,18 +1,32 @@
-"""The exact reward of the embedded world, under the reward contract."""
+"""The exact rewards of the embedded worlds, under the reward contract."""
 
 from collections.abc import Sequence
 
 import torch
 
-from noisepolicy.shapes.reward import score
+from noisepolicy.moving_shapes.reward import score as moving_shapes_score
+from noisepolicy.rewards.base import check_video
+from noisepolicy.shapes.reward import ShapesScore
+from noisepolicy.shapes.reward import score as shapes_score
 
 
 class ShapesReward:
-    """Dense score in [0, 1]; `metrics` adds the strict 0/1 score."""
+    """Dense score of pictures in [0, 1]; `metrics` adds the strict 0/1 score."""
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        return score(images, prompts).reward
+        return self._score(images, prompts).reward
 
     def metrics(self, images: torch.Tensor, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-        result = score(images, prompts)
+        result = self._score(images, prompts)
         return {"reward": result.reward, "strict": result.strict}
+
+    def _score(self, images: torch.Tensor, prompts: Sequence[str]) -> ShapesScore:
+        return shapes_score(images, prompts)
+
+
+class MovingShapesReward(ShapesReward):
+    """The same of clips."""
+
+    def _score(self, images: torch.Tensor, prompts: Sequence[str]) -> ShapesScore:
+        check_video(images, prompts)
+        return moving_shapes_score(images, prompts)

@@ -33,6 +33,10 @@ class Scene:
         first, second, third = (f"a {COLORS[c]} {SHAPES[s]}" for c, s in zip(self.colors, self.shapes, strict=True))
         return f"{first}, {second} and {third} {DIRECTIONS[self.direction]}"
 
+    @property
+    def labels(self) -> tuple[int, ...]:
+        return (*self.colors, *self.shapes, self.direction)
+
 
 @cache
 def parse_caption(caption: str) -> Scene:

@@ -19,17 +19,17 @@ def build_vae() -> AutoencoderTiny:
     )
 
 
-def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """0.7 M parameters; causal, as CLIP's, so every token from the end token on has read the whole caption."""
+def build_text_encoder(tokenizer: CLIPTokenizer, width: int = TEXT_WIDTH) -> CLIPTextModel:
+    """0.7 M parameters at width 128; causal, as CLIP's: every token from the end token on has read the caption."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
-            hidden_size=TEXT_WIDTH,
-            intermediate_size=4 * TEXT_WIDTH,
+            hidden_size=width,
+            intermediate_size=4 * width,
             num_hidden_layers=3,
             num_attention_heads=4,
             max_position_embeddings=tokenizer.model_max_length,
-            projection_dim=TEXT_WIDTH,
+            projection_dim=width,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,

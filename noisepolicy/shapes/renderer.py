@@ -30,20 +30,38 @@ def render(scenes: Sequence[Scene], generator: torch.Generator) -> torch.Tensor:
     radius = uniform(7.0, 9.5)
     along = torch.tensor(_MAIN_CENTERS) + uniform(-3.0, 3.0)
     across = uniform(14.0, 50.0)
-    center_x = torch.where(is_row, along, across)
-    center_y = torch.where(is_row, across, along)
-
+    centers = torch.stack([torch.where(is_row, along, across), torch.where(is_row, across, along)], 2)
     background = 0.925 + 0.03 * torch.randn(batch, 1, 1, 1, generator=generator)
-    images = background.expand(batch, 3, IMAGE_SIZE, IMAGE_SIZE).clone()
-    pixel = torch.arange(IMAGE_SIZE) + 0.5
-    for k in range(NUM_OBJECTS):
-        dx = pixel[None, None, :] - center_x[:, k, None, None]
-        dy = pixel[None, :, None] - center_y[:, k, None, None]
-        size = radius[:, k, None, None]
+    return paint(background, centers, radius, colors, shapes, size=IMAGE_SIZE)
+
+
+def paint(
+    background: torch.Tensor, centers: torch.Tensor, radius: torch.Tensor, colors: torch.Tensor, shapes: torch.Tensor,
+    *, size: int,
+) -> torch.Tensor:  # fmt: skip
+    """Anti-aliased objects on a plain background, the later ones over the earlier.
+
+    Args:
+        background: grey levels, `(batch, 1, 1, 1)`.
+        centers: x and y in pixels, `(batch, objects, 2)`.
+        radius: in pixels, `(batch, objects)`.
+        colors, shapes: indices into `captions.COLORS` and `captions.SHAPES`, `(batch, objects)`.
+        size: of a picture's edge, in pixels.
+
+    Returns:
+        Pictures in [0, 1], `(batch, 3, size, size)`.
+    """
+    batch = len(centers)
+    images = background.expand(batch, 3, size, size).clone()
+    pixel = torch.arange(size) + 0.5
+    for k in range(centers.shape[1]):
+        dx = pixel[None, None, :] - centers[:, k, 0, None, None]
+        dy = pixel[None, :, None] - centers[:, k, 1, None, None]
+        extent = radius[:, k, None, None]
         # Signed distances to the outline, in pixels, positive inside; in the order of captions.SHAPES.
-        circle = size - (dx**2 + dy**2).sqrt()
-        square = 0.9 * size - torch.maximum(dx.abs(), dy.abs())
-        triangle = torch.minimum(0.8 * size - dy, (dy + size - 1.7 * dx.abs()) / 2)
+        circle = extent - (dx**2 + dy**2).sqrt()
+        square = 0.9 * extent - torch.maximum(dx.abs(), dy.abs())
+        triangle = torch.minimum(0.8 * extent - dy, (dy + extent - 1.7 * dx.abs()) / 2)
         distance = torch.stack(torch.broadcast_tensors(circle, square, triangle), 1)
         distance = distance[torch.arange(batch), shapes[:, k]][:, None]
         coverage = (distance + 0.5).clamp(0, 1)

@@ -4,12 +4,12 @@ The vocabulary is CLIP's own kind (every byte, every byte at a word's end, then 
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
 from transformers import CLIPTokenizer
 
-from noisepolicy.shapes.captions import COLORS, DIRECTIONS, SHAPES
 from noisepolicy.storage import write_json, write_text
 
 MAX_TOKENS = 20
@@ -18,10 +18,14 @@ MAX_TOKENS = 20
 _START, _END, _WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 
 
-def build_tokenizer(folder: Path) -> CLIPTokenizer:
-    """Writes `vocab.json` and `merges.txt` to `folder` and loads them as a `CLIPTokenizer`."""
-    words = dict.fromkeys(["a", "and", *COLORS, *SHAPES, *(word for text in DIRECTIONS for word in text.split())])
-    merges = _learn_merges([[*word[:-1], word[-1] + _WORD_END] for word in words])
+def build_tokenizer(folder: Path, words: Iterable[str], *, max_tokens: int = MAX_TOKENS) -> CLIPTokenizer:
+    """Writes `vocab.json` and `merges.txt` to `folder` and loads them as a `CLIPTokenizer`.
+
+    Args:
+        words: that are to be one token each.
+        max_tokens: of a prompt.
+    """
+    merges = _learn_merges([[*word[:-1], word[-1] + _WORD_END] for word in dict.fromkeys(words)])
 
     alphabet = list(_byte_symbols())
     tokens = [*alphabet, *(symbol + _WORD_END for symbol in alphabet), *(a + b for a, b in merges), _START, _END]
@@ -34,7 +38,7 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
         bos_token=_START,
         eos_token=_END,
         pad_token=_END,
-        model_max_length=MAX_TOKENS,
+        model_max_length=max_tokens,
     )
 
 

@@ -22,22 +22,42 @@ StepCounts = Annotated[
 ]
 """Denoising step counts; on the command line 1,2,4,8."""
 
+RECIPES: dict[str, dict[str, Any]] = {
+    "critic": {
+        "policy": "spectral", "bands": 8, "std": "power", "num_iterations": 125, "batch_size": 96, "group_size": 2,
+        "learning_rate": 1e-3, "average_decay": 0.95, "num_updates": 8, "clip_range": 0.2, "target_kl": 1.0,
+        "kl_budget": 14.0, "kl_coef": 1e-3,
+    },
+    "ppo": {
+        "policy": "spectral", "bands": 8, "std": "power", "num_iterations": 125, "batch_size": 96, "group_size": 2,
+        "learning_rate": 1e-3, "average_decay": 0.95, "num_updates": 8, "clip_range": 0.2, "target_kl": 1.0,
+        "kl_budget": 14.0, "kl_coef": 1e-3,
+    },
+    "find": {
+        "policy": "dense", "bands": 8, "std": "power", "num_iterations": 20, "group_size": 20,
+        "learning_rate": 0.85, "average_decay": 0.0, "num_updates": 1, "clip_range": 0.2, "target_kl": 1.0,
+        "kl_budget": 1000.0, "kl_coef": 0.0,
+    },
+}  # fmt: skip
+"""What settings left at None become, by algorithm: each algorithm's own best."""
+
 
 @dataclass
 class TrainConfig:
     """What to train, on what, and how long."""
 
     model: str = "shapes"
-    """The frozen model: 'shapes' (the embedded one), or a folder or hub id in diffusers' format."""
-    reward: str = "shapes"
+    """The frozen model: 'shapes' or 'moving_shapes' (the embedded ones, pictures and clips), or a folder or hub id in
+    diffusers' format."""
+    reward: str | None = None
     """What is trained for: a name, a weighted sum ('0.7*pickscore + 0.3*aesthetic'), 'module:function' or an http(s)
-    address; see docs/rewards.md."""
+    address; see docs/rewards.md. None is an embedded model's own."""
     eval_rewards: tuple[str, ...] = ()
     """Further rewards, measured in the final sweep only: those not trained for show whether the reward was hacked."""
-    prompts: Path | None = None
-    """UTF-8 text file, one training prompt a line. The embedded model brings its own."""
-    eval_prompts: Path | None = None
-    """The same for the held-out prompts that the report is measured on."""
+    prompts: tuple[str, ...] = ()
+    """Training prompts: UTF-8 text files, one prompt a line, or prompts themselves. Embedded models bring theirs."""
+    eval_prompts: tuple[str, ...] = ()
+    """The same for the held-out prompts that the report is measured on. FIND has none: it learns its prompts alone."""
     output_dir: Path | None = None
     """The run folder; must not hold a run. Default: runs/ and the time."""
     height: int | None = None
@@ -77,11 +97,11 @@ class TrainConfig:
     drop_text_encoders: bool = False
     """Encode every prompt of the run at the start and free the text encoders."""
 
-    num_iterations: int = 125
+    num_iterations: int | None = None
     """Iterations; each generates `batch_size` images."""
-    batch_size: int = 96
-    """Images an iteration, over all processes."""
-    group_size: int = 2
+    batch_size: int | None = None
+    """Images an iteration, over all processes. FIND's own: a group of every prompt."""
+    group_size: int | None = None
     """Images of the same prompt in a batch; divides `batch_size`. At least 2 for `algorithm ppo`."""
     rollout_batch_size: int = 32
     """Images the frozen model makes at a time; a matter of memory and speed only."""
@@ -90,32 +110,40 @@ class TrainConfig:
     guidance_scale: float = 1.5
     """Classifier-free guidance of the frozen model; 1 and below turn it off."""
 
-    algorithm: Literal["critic", "ppo"] = "critic"
+    algorithm: Literal["critic", "ppo", "find"] = "critic"
     """'critic': clipped PPO on what a reward critic left unexplained, beside the critic's own gradient.
-    'ppo': plain Noise PPO with leave-one-out advantages."""
-    policy: Literal["spectral", "dense"] = "spectral"
+    'ppo': plain Noise PPO with leave-one-out advantages.
+    'find': FIND, a free mean and std for each prompt, which learns nothing of others. Settings left at None take the
+    algorithm's own values."""
+    policy: Literal["spectral", "dense"] | None = None
     """What the policy chooses: the noise's low frequencies, or every latent."""
-    bands: int = 8
+    init_policy: Path | None = None
+    """FIND: a policy's folder to start from, with its critic if it has one."""
+    bands: int | None = None
     """Spectral policy: DCT frequencies per axis, at most the latents' extent."""
-    std: Literal["power", "one", "learned"] = "power"
+    std: Literal["power", "one", "learned"] | None = None
     """The policy's standard deviation: 'power' makes room for the mean, so the noise is as loud as the prior's; 'one';
     or 'learned'."""
-    learning_rate: float = 1e-3
+    learning_rate: float | None = None
     """Of the policy (AdamW)."""
-    average_decay: float = 0.95
+    average_decay: float | None = None
     """The policy that is kept is an exponential average of its weights over iterations; 0 keeps the last."""
-    num_updates: int = 8
+    num_updates: int | None = None
     """Gradient steps on the policy an iteration, at most (see `target_kl`)."""
-    clip_range: float = 0.2
+    clip_range: float | None = None
     """PPO's clip of the ratio, for log-probs summed over the action."""
-    target_kl: float = 1.0
+    replay: int = 3
+    """FIND: iterations whose images are used again."""
+    max_log_ratio: float = 1.0
+    """FIND: historical images whose log-ratio is further from 0 have left the trust region and are dropped."""
+    target_kl: float | None = None
     """Nats: an iteration's updates stop once KL(old policy, new policy) passes this."""
-    kl_budget: float = 14.0
+    kl_budget: float | None = None
     """Nats: how far the policy that is kept may be from N(0, I), on average over prompts and before the critic chooses;
     its shift is scaled down to this. More reward for more, less variety and less use at other step counts."""
     kl_training_budget: float = 30.0
     """Nats: how far the policy may go in training, where its scale is free; the penalty adapts to it."""
-    kl_coef: float = 1e-3
+    kl_coef: float | None = None
     """The penalty per nat of KL to the prior to start from, in units of reward."""
     diversity_target: float = 0.82
     """With a critic: the share of the base model's variety between pictures of one prompt, as the critic's sketches
@@ -160,22 +188,37 @@ class TrainConfig:
     def __post_init__(self) -> None:
         self.num_inference_steps = tuple(self.num_inference_steps)
         self.eval_steps = tuple(self.eval_steps)
-        self.eval_rewards = tuple(self.eval_rewards)
+        for name in ("eval_rewards", "prompts", "eval_prompts"):
+            setattr(self, name, tuple(getattr(self, name)))
+
+    def resolved(self, num_prompts: int) -> "TrainConfig":
+        """A copy with the algorithm's own values in place of None.
+
+        Args:
+            num_prompts: in training; FIND's batch is a group of each.
+        """
+        recipe = RECIPES[self.algorithm]
+        values = {name: value for name, value in recipe.items() if getattr(self, name) is None}
+        resolved = dataclasses.replace(self, **values)
+        resolved.reward = resolved.reward or resolved.model
+        if resolved.batch_size is None:
+            resolved.batch_size = num_prompts * resolved.group_size
+        return resolved
 
     def check(self) -> None:
         """Raises ValueError for values that cannot work together."""
         positive = (
             "num_iterations", "batch_size", "group_size", "rollout_batch_size", "bands", "learning_rate",
-            "num_updates", "clip_range", "target_kl", "kl_budget", "kl_training_budget", "kl_coef", "max_grad_norm",
-            "critic_updates", "critic_batch_size", "critic_learning_rate", "num_candidates", "eval_group_size",
-            "checkpoint_every", "sample_every",
+            "num_updates", "clip_range", "target_kl", "kl_budget", "kl_training_budget", "max_grad_norm",
+            "critic_updates", "critic_batch_size", "critic_learning_rate", "num_candidates", "replay", "max_log_ratio",
+            "eval_group_size", "checkpoint_every", "sample_every",
         )  # fmt: skip
         for name in positive:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{_flag(name)} must be positive, got {getattr(self, name)}")
-        for name in ("seed", "eval_num_prompts", "critic_warmup", "critic_weight_decay", "diversity_coef"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{_flag(name)} must not be negative, got {getattr(self, name)}")
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"{_flag(name)} must be positive, got {value}")
+        for name in ("seed", "eval_num_prompts", "critic_warmup", "critic_weight_decay", "diversity_coef", "kl_coef"):
+            if (value := getattr(self, name)) is not None and value < 0:
+                raise ValueError(f"{_flag(name)} must not be negative, got {value}")
         for name in ("num_inference_steps", "eval_steps"):
             steps = getattr(self, name)
             if not steps or min(steps) < 1:
@@ -185,12 +228,21 @@ class TrainConfig:
                 raise ValueError(f"{_flag(name)} must be positive, got {value}")
         if not 0 <= self.diversity_target <= 1:
             raise ValueError(f"--diversity-target must be in [0, 1], got {self.diversity_target}")
-        if not 0 <= self.average_decay < 1:
+        if self.average_decay is not None and not 0 <= self.average_decay < 1:
             raise ValueError(f"--average-decay must be in [0, 1), got {self.average_decay}")
-        if self.batch_size % self.group_size:
-            raise ValueError(f"--group-size {self.group_size} must divide --batch-size {self.batch_size}")
-        if self.algorithm == "ppo" and self.group_size < 2:
-            raise ValueError("--algorithm ppo compares images of one prompt: --group-size must be at least 2, got 1")
+        recipe = RECIPES[self.algorithm]
+        group_size = self.group_size or recipe["group_size"]
+        batch_size = self.batch_size or recipe.get("batch_size", group_size)
+        if batch_size % group_size:
+            raise ValueError(f"--group-size {group_size} must divide --batch-size {batch_size}")
+        if self.algorithm != "critic" and group_size < 2:
+            raise ValueError(
+                f"--algorithm {self.algorithm} compares images of one prompt: --group-size must be at least 2, got 1"
+            )
+        if self.init_policy is not None and self.algorithm != "find":
+            raise ValueError(f"--init-policy is for --algorithm find, not {self.algorithm}")
+        if self.eval_prompts and self.algorithm == "find":
+            raise ValueError("--algorithm find learns its own prompts alone and is measured on them: no --eval-prompts")
         if self.critic_size < 2:
             raise ValueError(f"--critic-size must be at least 2 (their spread is used), got {self.critic_size}")
 
@@ -228,7 +280,7 @@ def _typed(name: str, value: Any, path: Path) -> Any:
     default = getattr(TrainConfig(), name)
     try:
         if isinstance(default, tuple):
-            kind = str if name == "eval_rewards" else int
+            kind = int if name.endswith("_steps") else str
             return tuple(kind(item) for item in (value if isinstance(value, list) else [value]))
         if isinstance(default, bool):
             if not isinstance(value, bool):
@@ -239,7 +291,7 @@ def _typed(name: str, value: Any, path: Path) -> Any:
             if value is None:
                 return None
             options = get_args(get_type_hints(TrainConfig)[name])
-            kind = next((option for option in options if option in (int, Path)), str)
+            kind = next((option for option in options if option in (int, float, Path)), str)
         return kind(value)
     except (TypeError, ValueError):
         wanted = repr(default) if default is not None else kind.__name__

@@ -1,15 +1,20 @@
 """What a run is about: a frozen model, a reward, and prompts for training and for evaluation."""
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from noisepolicy import moving_shapes, shapes
 from noisepolicy.frozen import FrozenDiffusersPipeline, FrozenModel
 from noisepolicy.rewards import Reward, load_reward
-from noisepolicy.shapes import held_out_scenes, model_folder, train_scenes
 from noisepolicy.training.config import TrainConfig
+
+_EMBEDDED = {"shapes": shapes, "moving_shapes": moving_shapes}
+"""Worlds with a `model_folder()`, `train_scenes()`, `held_out_scenes()`, and a reward of the same name."""
+_PROMPT_FILES = (".txt", ".csv", ".json", ".jsonl", ".yaml", ".md")
 
 
 @dataclass(frozen=True)
@@ -27,18 +32,23 @@ def load_task(config: TrainConfig, device: torch.device) -> Task:
     Raises:
         ValueError: if something named is not there or cannot be used.
     """
-    if config.model != "shapes" and config.prompts is None:
-        raise ValueError(f"--model {config.model} needs --prompts FILE (one prompt a line)")
-    train = read_prompts(config.prompts) if config.prompts else [scene.caption for scene in train_scenes()]
-    if config.eval_prompts:
+    world = _EMBEDDED.get(config.model)
+    if world is None and not config.prompts:
+        raise ValueError(f"--model {config.model} needs --prompts: a file, one prompt a line, or prompts")
+    if world is None and config.reward is None:
+        raise ValueError(f"--model {config.model} needs --reward, e.g. pickscore")
+    train = read_prompts(config.prompts) if config.prompts else [scene.caption for scene in world.train_scenes()]
+    if config.algorithm == "find":
+        held_out = train
+    elif config.eval_prompts:
         held_out = read_prompts(config.eval_prompts)
-    elif config.prompts is None:
-        held_out = [scene.caption for scene in held_out_scenes()]
+    elif not config.prompts:
+        held_out = [scene.caption for scene in world.held_out_scenes()]
     elif config.eval_num_prompts:
         train, held_out = _hold_out(train)
     else:
         held_out = []
-    reward = load_reward(config.reward, device=device)
+    reward = load_reward(config.reward or config.model, device=device)
     eval_rewards = [load_reward(spec, device=device) for spec in config.eval_rewards]
     frozen = load_frozen(config, device)
     # Now, rather than in the middle of a run; one image for one step, and one for any larger number.
@@ -54,11 +64,14 @@ def load_frozen(config: TrainConfig, device: torch.device) -> FrozenDiffusersPip
         ValueError: if it is not there or cannot be used.
         RuntimeError: if its engine does not run here, or not rightly.
     """
+    world = _EMBEDDED.get(config.model)
+    # A UNet for video does not say how long its clips are.
+    num_frames = moving_shapes.NUM_FRAMES if world is moving_shapes and not config.num_frames else config.num_frames
     try:
         frozen = FrozenDiffusersPipeline.from_pretrained(
-            model_folder() if config.model == "shapes" else config.model, device=device,
+            config.model if world is None else world.model_folder(), device=device,
             dtype=getattr(torch, config.dtype), rollout_batch_size=config.rollout_batch_size, height=config.height,
-            width=config.width, num_frames=config.num_frames, negative_prompt=config.negative_prompt,
+            width=config.width, num_frames=num_frames, negative_prompt=config.negative_prompt,
             max_sequence_length=config.max_sequence_length, scheduler=config.scheduler,
             timestep_spacing=config.timestep_spacing,
             vae_slicing=config.vae_slicing, vae_tiling=config.vae_tiling, cpu_offload=config.cpu_offload,
@@ -81,12 +94,24 @@ def load_frozen(config: TrainConfig, device: torch.device) -> FrozenDiffusersPip
     return frozen
 
 
-def read_prompts(path: Path) -> list[str]:
-    """One prompt a line; blank lines are skipped.
+def read_prompts(sources: Sequence[str]) -> list[str]:
+    """The prompts of files, one a line (blank lines are skipped), and those given as they are.
 
     Raises:
-        ValueError: if the file is missing, empty or not UTF-8.
+        ValueError: if a file is missing, empty or not UTF-8.
     """
+    prompts = []
+    for source in sources:
+        if Path(source).is_file() or source.endswith(_PROMPT_FILES) or "/" in source.split(" ")[0]:
+            prompts += _read_file(Path(source))
+        elif source.strip():
+            prompts.append(source.strip())
+        else:
+            raise ValueError("a prompt is empty; give a text, or a file of one prompt a line")
+    return prompts
+
+
+def _read_file(path: Path) -> list[str]:
     try:
         text = path.read_text("utf-8")
     except UnicodeDecodeError as error:

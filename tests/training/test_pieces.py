@@ -39,7 +39,7 @@ def test_presets_are_settings_that_can_work(path):
     config = load_config(path)
     config.check()
     assert set(config.num_inference_steps) <= set(config.eval_steps)
-    assert config.model == "shapes" or "/" in config.model
+    assert config.model in ("shapes", "moving_shapes") or "/" in config.model
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_presets_are_settings_that_can_work(path):
     [
         ("height: tall", "height must be like int, got 'tall'"),
         ("colour: red", "unknown setting 'colour'"),
-        ("bands: many", "bands must be like 8, got 'many'"),
+        ("bands: many", "bands must be like int, got 'many'"),
         ("tensorboard: 3", "tensorboard must be like False, got 3"),
         ("- a list", "must hold a YAML mapping"),
         ("a: [", "cannot read settings"),
@@ -133,15 +133,19 @@ def test_metrics_forget_what_a_resumed_run_makes_again(tmp_path):
 def test_prompt_files(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("a cat\n\n  ein Bär \n", "utf-8")
-    assert read_prompts(path) == ["a cat", "ein Bär"]
-    with pytest.raises(ValueError, match="cannot read prompt file"):
-        read_prompts(tmp_path / "missing.txt")
+    assert read_prompts([str(path)]) == ["a cat", "ein Bär"]
+    assert read_prompts(["A dog and a cat", str(path)]) == ["A dog and a cat", "a cat", "ein Bär"]
+    for missing in (tmp_path / "missing.txt", "missing.txt", "./missing"):
+        with pytest.raises(ValueError, match="cannot read prompt file"):
+            read_prompts([str(missing)])
+    with pytest.raises(ValueError, match="a prompt is empty"):
+        read_prompts([" "])
     path.write_bytes(b"caf\xe9\n")
     with pytest.raises(ValueError, match="not UTF-8"):
-        read_prompts(path)
+        read_prompts([str(path)])
     path.write_text("\n \n")
     with pytest.raises(ValueError, match="holds no prompt"):
-        read_prompts(path)
+        read_prompts([str(path)])
 
 
 def test_streams_are_distinct_and_repeatable():

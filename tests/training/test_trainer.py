@@ -4,53 +4,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from noisepolicy.frozen import PromptEmbeds
 from noisepolicy.ops import gaussian_log_prob, ppo_clip_loss
-from noisepolicy.rewards import Reward
-from noisepolicy.training.config import TrainConfig
-from noisepolicy.training.run_folder import RunFolder
-from noisepolicy.training.task import Task
-from noisepolicy.training.trainer import Trainer
 from noisepolicy.training.updates import update_policy
-
-
-class BlobModel:
-    """A frozen model that is a plain function: the picture is a smoothed view of the noise."""
-
-    latent_shape = (2, 8, 8)
-
-    def encode(self, prompts):
-        bits = torch.tensor([[float(len(prompt) % 2), 1.0] for prompt in prompts])
-        return PromptEmbeds(bits[:, None, :].expand(-1, 3, -1))
-
-    def generate(self, latents, prompt_embeds, *, num_inference_steps, guidance_scale):
-        smooth = torch.nn.functional.avg_pool2d(latents, 2)
-        return torch.sigmoid(torch.cat([smooth, smooth[:, :1]], 1)).repeat_interleave(4, 2).repeat_interleave(4, 3)
-
-    def weights_sha256(self):
-        return "none"
-
-
-def left_or_right(images, prompts):
-    """Bright on the left for prompts of odd length, on the right for the others."""
-    sign = torch.tensor([1.0 if len(prompt) % 2 else -1.0 for prompt in prompts])
-    return sign * (images[..., :8].mean((1, 2, 3)) - images[..., 8:].mean((1, 2, 3)))
-
-
-PROMPTS = ["a", "bb", "ccc", "dddd"]
-
-
-def make_trainer(folder, **settings):
-    defaults = {
-        "batch_size": 32, "group_size": 4, "num_iterations": 20, "checkpoint_every": 5, "critic_warmup": 64,
-        "critic_batch_size": 64, "bands": 4, "output_dir": folder, "critic_updates": 10,
-    }  # fmt: skip
-    config = TrainConfig(**(defaults | settings))
-    config.check()
-    task = Task(BlobModel(), Reward("left_or_right", left_or_right), [], PROMPTS, [])
-    run = RunFolder(folder)
-    config.save(run.config)
-    return Trainer(config, task, run, Accelerator(cpu=True))
 
 
 @pytest.mark.parametrize(
@@ -64,7 +19,7 @@ def make_trainer(folder, **settings):
     ],
     ids=lambda settings: "-".join(str(value) for value in settings.values()),
 )
-def test_every_recipe_learns(tmp_path, settings):
+def test_every_recipe_learns(make_trainer, tmp_path, settings):
     metrics = list(make_trainer(tmp_path, num_iterations=40, **settings).train())
     start = sum(row["reward"] for row in metrics[:3]) / 3
     end = sum(row["reward"] for row in metrics[-3:]) / 3
@@ -73,7 +28,7 @@ def test_every_recipe_learns(tmp_path, settings):
 
 
 @pytest.mark.parametrize("algorithm", ["critic", "ppo"])
-def test_resumed_run_is_bit_identical(tmp_path, algorithm):
+def test_resumed_run_is_bit_identical(make_trainer, tmp_path, algorithm):
     whole = make_trainer(tmp_path / "whole", algorithm=algorithm)
     all_metrics = list(whole.train())
     stopped = make_trainer(tmp_path / "stopped", algorithm=algorithm)
@@ -89,7 +44,7 @@ def test_resumed_run_is_bit_identical(tmp_path, algorithm):
     assert resumed.run.read_metrics() == all_metrics
 
 
-def test_seeds_differ_and_repeat(tmp_path):
+def test_seeds_differ_and_repeat(make_trainer, tmp_path):
     def final(folder, seed):
         trainer = make_trainer(tmp_path / folder, seed=seed, num_iterations=4)
         list(trainer.train())
@@ -99,7 +54,7 @@ def test_seeds_differ_and_repeat(tmp_path):
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-def test_budget_holds_the_kl(tmp_path):
+def test_budget_holds_the_kl(make_trainer, tmp_path):
     loose = list(make_trainer(tmp_path / "loose", num_iterations=60, kl_training_budget=50.0).train())[-1][
         "kl_to_prior"
     ]
@@ -107,7 +62,7 @@ def test_budget_holds_the_kl(tmp_path):
     assert tight < 2.0 < loose
 
 
-def test_diversity_is_held_to_its_target(tmp_path):
+def test_diversity_is_held_to_its_target(make_trainer, tmp_path):
     """The coefficient falls while there is more variety than asked for and rises while there is less."""
     settings = {"num_iterations": 60, "kl_training_budget": 200.0, "diversity_coef": 0.1}
     low = list(make_trainer(tmp_path / "low", diversity_target=0.05, **settings).train())
@@ -117,7 +72,7 @@ def test_diversity_is_held_to_its_target(tmp_path):
     assert kept[0] < kept[1] - 0.02, kept
 
 
-def test_updates_stop_at_the_target_kl(tmp_path):
+def test_updates_stop_at_the_target_kl(make_trainer, tmp_path):
     trainer = make_trainer(tmp_path, target_kl=1e-9, num_updates=10)
     for metrics in trainer.train():
         if metrics["iteration"] > 3:
@@ -129,7 +84,7 @@ def test_updates_stop_at_the_target_kl(tmp_path):
     assert steps[-1] > 3 * metrics["step_kl"]
 
 
-def test_first_ratio_is_one(tmp_path, monkeypatch):
+def test_first_ratio_is_one(make_trainer, tmp_path, monkeypatch):
     """Watches every loss call of an iteration: the first sees the policy that made the batch."""
     ratios = []
 
@@ -147,21 +102,21 @@ def test_first_ratio_is_one(tmp_path, monkeypatch):
             ratios.clear()
 
 
-def test_an_action_of_another_policy_is_noticed(tmp_path):
+def test_an_action_of_another_policy_is_noticed(make_trainer, tmp_path):
     """Plants the bug: the rollout was made by other weights than the update starts from."""
     trainer = make_trainer(tmp_path)
     rollout = trainer._roll_out(0)
-    mean, log_std = trainer.policy(trainer._prompts[rollout.prompt_row].prompt_embeds)
+    mean, log_std = trainer.policy(trainer.prompts[rollout.prompt_row].prompt_embeds)
     assert torch.allclose(rollout.log_prob, gaussian_log_prob(rollout.action, mean, log_std), atol=1e-3)
     trainer.policy.mean.bias.data += 0.1
     with pytest.raises(RuntimeError, match="log-probs of the rollout"):
         update_policy(
-            trainer.policy, trainer._policy_optimizer, trainer._critic, rollout, trainer._prompts,
+            trainer.policy, trainer._policy_optimizer, trainer._critic, rollout, trainer.prompts,
             trainer.config, kl_coef=0.0, diversity_coef=0.0, generator=torch.Generator(),
         )  # fmt: skip
 
 
-def test_processes_share_a_batch_by_row(tmp_path, monkeypatch):
+def test_processes_share_a_batch_by_row(make_trainer, tmp_path, monkeypatch):
     """Two ranks' shares put together are one rank's batch, uneven shares included."""
     whole = make_trainer(tmp_path, batch_size=15, group_size=5)._roll_out(2)
     shares = []
@@ -176,15 +131,16 @@ def test_processes_share_a_batch_by_row(tmp_path, monkeypatch):
     assert torch.equal(torch.cat(shares), whole.action)
 
 
-def test_the_critic_chooses_better_starts(tmp_path):
+def test_the_critic_chooses_better_starts(make_trainer, tmp_path):
     """Of the same policy's draws, the chosen ones have more of the real reward; one candidate is the plain draw."""
     trainer = make_trainer(tmp_path, num_iterations=40, kl_budget=0.1)
     list(trainer.train())
-    policy, frozen, prompts = trainer.kept_policy(), trainer.task.frozen, PROMPTS * 32
+    policy, frozen, prompts = trainer.kept_policy(), trainer.task.frozen, trainer.task.train_prompts * 32
     embeds = frozen.encode(prompts)
 
     def mean_reward(latents):
-        return left_or_right(frozen.generate(latents, embeds, num_inference_steps=1, guidance_scale=1), prompts).mean()
+        images = frozen.generate(latents, embeds, num_inference_steps=1, guidance_scale=1)
+        return trainer.task.reward(images, prompts).mean()
 
     chosen = policy.choose(embeds.prompt_embeds, seed=3)
     policy.num_candidates = 1

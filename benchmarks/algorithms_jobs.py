@@ -1,0 +1,254 @@
+"""The jobs of `noisepolicy-bench algorithms`: one method, one seed, from the first image to its final sweep.
+
+A job leaves a JSON file when it is done. One that is killed goes on from its last checkpoint; a search, which takes
+minutes, starts again.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from noisepolicy.benchmarks.algorithms_methods import (
+    CURVE,
+    GUIDANCE_SCALE,
+    NUM_INFERENCE_STEPS,
+    SEARCH_CURVE,
+    Method,
+    Scale,
+)
+from noisepolicy.evaluation.statistics import bootstrap_mean_ci95, expected_best_of
+from noisepolicy.evaluation.sweep import Results, measure
+from noisepolicy.frozen import FrozenModel, PromptEmbeds
+from noisepolicy.ops import gaussian_kl
+from noisepolicy.policies import NoisePolicy, TablePolicy
+from noisepolicy.shapes import model_folder
+from noisepolicy.storage import write_json
+from noisepolicy.training.config import TrainConfig
+from noisepolicy.training.find import FindTrainer
+from noisepolicy.training.loop import TrainingLoop
+from noisepolicy.training.run_folder import RunFolder
+from noisepolicy.training.seeding import stream_seed
+from noisepolicy.training.task import Task
+from noisepolicy.training.trainer import Trainer
+
+_BEST_OF = (2, 4, 8, 16)
+
+
+@dataclass
+class World:
+    """A frozen model, its reward and captions, and what it does without any method."""
+
+    task: Task
+    scale: Scale
+    embeds: PromptEmbeds
+    """Of the held-out captions."""
+    base: dict[int, Results]
+    """By denoising steps."""
+
+    def prompts(self, method: Method) -> list[str]:
+        """That the method is measured on."""
+        if not method.is_per_prompt:
+            return self.task.eval_prompts[: self.scale.num_prompts]
+        is_video = method.model == "moving_shapes"
+        return self.task.eval_prompts[: self.scale.num_searched_clips if is_video else self.scale.num_searched]
+
+    def measure(
+        self, policy: NoisePolicy | None, frozen: FrozenModel, prompts: list[str], steps: int, group_size: int
+    ) -> Results:
+        return measure(
+            policy, frozen, self.task.reward, prompts, self.embeds[: len(prompts)], num_inference_steps=steps,
+            group_size=group_size, guidance_scale=GUIDANCE_SCALE, seed=stream_seed(0, "evaluation"),
+        )  # fmt: skip
+
+
+def make_world(task: Task, scale: Scale) -> World:
+    prompts = task.eval_prompts[: scale.num_prompts]
+    world = World(task, scale, task.frozen.encode(prompts), {})
+    for steps in scale.step_counts:
+        world.base[steps] = world.measure(None, task.frozen, prompts, steps, scale.group_size)
+    return world
+
+
+def describe_base(world: World) -> list[dict[str, Any]]:
+    """The model without any method, by denoising steps, with best-of-n."""
+    rows = []
+    for steps, results in world.base.items():
+        rewards = results.values("reward")
+        best_of = {n: expected_best_of(rewards, n) for n in _BEST_OF if n <= rewards.shape[1]}
+        rows.append({"num_inference_steps": steps, **results.summary(), "best_of": best_of})
+    return rows
+
+
+def run_job(method: Method, seed: int, world: World, folder: Path, config: TrainConfig) -> dict[str, Any]:
+    """The job's result, made now or read.
+
+    Args:
+        folder: of all jobs.
+        config: settings of all methods: model and engine.
+    """
+    path = folder / f"{method.name}-seed{seed}.json"
+    if path.exists():
+        return json.loads(path.read_text("utf-8"))
+    run_folder = folder / f"{method.name}-seed{seed}"
+    run_folder.mkdir(parents=True, exist_ok=True)
+    runners: dict[str, Callable[..., Iterator[_Point]]] = {
+        "policy": _train, "find": _train, "ddpo": _train_ddpo, "cross_entropy": _search, "random_search": _search,
+    }  # fmt: skip
+    curve_path = run_folder / "curve.json"
+    curve = json.loads(curve_path.read_text("utf-8")) if curve_path.exists() else []
+    prompts, last = world.prompts(method), None
+    for point in runners[method.kind](method, seed, world, run_folder, config):
+        last = point
+        if any(row["images"] == point.images for row in curve):
+            continue
+        policy, frozen = point.make()
+        results = world.measure(policy, frozen, prompts, NUM_INFERENCE_STEPS, world.scale.curve_group_size)
+        row = {"images": point.images, "seconds": point.seconds, **results.summary()}
+        curve.append(row)
+        write_json(curve_path, curve)
+        print(f"{method.name:16s} seed {seed}  {point.images:6d} images  reward {row['reward']:.3f}", flush=True)
+    policy, frozen = last.make()
+    result = {
+        "method": method.name, "seed": seed, "images": last.images, "seconds": last.seconds, "curve": curve,
+        "sweep": _sweep(policy, frozen, world, prompts),
+        "kl_to_prior": None if policy is None else _kl(policy, world.embeds[: len(prompts)]),
+        "ms_per_image": _time(policy, frozen, world),
+    }  # fmt: skip
+    write_json(path, result)
+    return result
+
+
+@dataclass
+class _Point:
+    """Where a method stands."""
+
+    images: int
+    seconds: float
+    """Of training, without measuring."""
+    make: Callable[[], tuple[NoisePolicy | None, FrozenModel]]
+    """What makes its images: a policy, or the prior's noise; and the model."""
+
+
+def _due(curve: tuple[int, ...], before: int, now: int, end: int) -> bool:
+    return any(before < point <= now for point in curve) or (before < end <= now)
+
+
+def _train(method: Method, seed: int, world: World, folder: Path, config: TrainConfig) -> Iterator[_Point]:
+    settings = dict(method.settings, seed=seed)
+    if method.kind == "find":
+        settings |= {"algorithm": "find", "output_dir": folder}
+        if method.starts_from is not None:
+            settings["init_policy"] = folder.parent / f"{method.starts_from}-seed{seed}" / "policy"
+    config = dataclasses.replace(config, **settings)
+    prompts = world.prompts(method)
+    task = world.task if method.kind == "policy" else Task(world.task.frozen, world.task.reward, [], prompts, prompts)
+    config = config.resolved(len(task.train_prompts))
+    per_prompt = len(prompts) if method.is_per_prompt else 1
+    total = max(round(method.images * world.scale.share), 4 * config.group_size if method.is_per_prompt else 960)
+    config.num_iterations = max(total * per_prompt // config.batch_size, 1)
+    config.check()
+    run, is_new = RunFolder(folder), not (folder / "config.yaml").exists()
+    config.save(run.config)
+    kind: type[TrainingLoop] = FindTrainer if method.kind == "find" else Trainer
+    trainer = kind(config, task, run, Accelerator(cpu=True))
+    if not is_new:
+        trainer.resume()
+    curve = SEARCH_CURVE if method.is_per_prompt else CURVE
+    end, before = trainer.config.num_iterations * config.batch_size // per_prompt, 0
+    if trainer.iteration == trainer.config.num_iterations:
+        yield _Point(end, trainer.train_seconds, lambda: (trainer.kept_policy(), task.frozen))
+    for _ in trainer.train():
+        now = trainer.images_trained // per_prompt
+        if _due(curve, before, now, end):
+            yield _Point(now, trainer.train_seconds, lambda: (trainer.kept_policy(), task.frozen))
+        before = now
+
+
+def _train_ddpo(method: Method, seed: int, world: World, folder: Path, config: TrainConfig) -> Iterator[_Point]:
+    from noisepolicy.benchmarks.baselines.ddpo import Ddpo
+
+    ddpo = Ddpo(model_folder(), world.task.reward, world.task.train_prompts, seed=seed)
+    checkpoint, times = folder / "ddpo.safetensors", folder / "seconds.json"
+    seconds = 0.0
+    if checkpoint.exists():
+        ddpo.load(checkpoint)
+        seconds = json.loads(times.read_text("utf-8"))
+    total = max(round(method.images * world.scale.share), 960)
+    while True:
+        before = ddpo.images
+        if before < total:
+            start = time.perf_counter()
+            ddpo.iterate()
+            seconds += time.perf_counter() - start
+        if before >= total or _due(CURVE, before, ddpo.images, total):
+            write_json(times, seconds)
+            ddpo.save(checkpoint)
+            yield _Point(ddpo.images, seconds, lambda: (None, ddpo.frozen()))
+        if ddpo.images >= total:
+            return
+
+
+def _search(method: Method, seed: int, world: World, folder: Path, config: TrainConfig) -> Iterator[_Point]:
+    from noisepolicy.benchmarks.baselines import cross_entropy, random_search
+
+    prompts, frozen = world.prompts(method), world.task.frozen
+    embeds = world.embeds[: len(prompts)].prompt_embeds
+    table = TablePolicy(latent_shape=frozen.latent_shape, prompt_shape=tuple(embeds.shape[1:]), prompts=prompts)
+    table.learn_keys(embeds)
+    module = {"cross_entropy": cross_entropy, "random_search": random_search}[method.kind]
+    states = module.search(
+        frozen, world.task.reward, prompts, num_images=max(round(method.images * world.scale.share), 40),
+        num_inference_steps=NUM_INFERENCE_STEPS, guidance_scale=GUIDANCE_SCALE, seed=seed,
+    )  # fmt: skip
+    seconds, start = 0.0, time.perf_counter()
+    for state in states:
+        seconds += time.perf_counter() - start
+        # Log-probs of a single point are none, but it can be drawn from.
+        table.set_distribution(state.mean, state.log_std.clamp(min=-20.0))
+        yield _Point(state.num_images, seconds, lambda: (table, frozen))
+        start = time.perf_counter()
+
+
+def _sweep(policy: NoisePolicy | None, frozen: FrozenModel, world: World, prompts: list[str]) -> list[dict[str, Any]]:
+    rows = []
+    for steps in world.scale.step_counts:
+        ours = world.measure(policy, frozen, prompts, steps, world.scale.group_size)
+        base = world.base[steps].values("reward")[: len(prompts)]
+        gain = ours.values("reward") - base
+        rows.append({
+            "num_inference_steps": steps, **ours.summary(), "base_reward": base.mean().item(),
+            "gain": gain.mean().item(), "gain_ci95": list(bootstrap_mean_ci95(gain)),
+            "diversity_kept": sum(ours.diversity) / sum(world.base[steps].diversity[: len(prompts)]),
+            "best_of": {n: expected_best_of(base, n) for n in _BEST_OF if n <= base.shape[1]},
+            "reward_by_prompt": ours.values("reward").mean(1).tolist(),
+        })  # fmt: skip
+    return rows
+
+
+@torch.no_grad()
+def _kl(policy: NoisePolicy, embeds: PromptEmbeds) -> float:
+    """Nats to the prior, averaged over prompts, before the critic chooses."""
+    return gaussian_kl(*policy(embeds.prompt_embeds)).mean().item()
+
+
+@torch.no_grad()
+def _time(policy: NoisePolicy | None, frozen: FrozenModel, world: World) -> float:
+    """Milliseconds an image at inference, in batches of 32; median of 5."""
+    embeds = world.embeds[torch.arange(2).repeat_interleave(16)]
+    prior = torch.randn(len(embeds), *frozen.latent_shape, generator=torch.Generator().manual_seed(0))
+    seconds = []
+    for number in range(6):
+        start = time.perf_counter()
+        latents = prior
+        if policy is not None:
+            latents = policy.choose(embeds.prompt_embeds, seed=number, num_inference_steps=NUM_INFERENCE_STEPS)
+        frozen.generate(latents, embeds, num_inference_steps=NUM_INFERENCE_STEPS, guidance_scale=GUIDANCE_SCALE)
+        seconds.append(time.perf_counter() - start)
+    return 1000 * sorted(seconds[1:])[2] / len(embeds)

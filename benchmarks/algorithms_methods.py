@@ -1,0 +1,74 @@
+"""What `noisepolicy-bench algorithms` compares, and on how much of everything."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Kind = Literal["policy", "ddpo", "find", "cross_entropy", "random_search"]
+
+
+@dataclass(frozen=True)
+class Method:
+    name: str
+    title: str
+    kind: Kind
+    """"policy" and "ddpo" learn from training captions and are measured on held-out ones; the others search for each
+    held-out caption on its own."""
+    images: int
+    """Of a full run: in all, or for each caption."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Over the defaults of `TrainConfig`."""
+    model: str = "shapes"
+    starts_from: str | None = None
+    """The method whose policy it starts from."""
+
+    @property
+    def is_per_prompt(self) -> bool:
+        return self.kind not in ("policy", "ddpo")
+
+
+METHODS = (
+    Method("default", "spectral, with critic (the default)", "policy", 30_000),
+    Method("spectral_ppo", "spectral, no critic", "policy", 30_000, {"algorithm": "ppo"}),
+    Method("dense_critic", "dense, with critic", "policy", 12_000, {"policy": "dense"}),
+    Method("noise_ppo", "dense, no critic (Noise PPO)", "policy", 60_000, {"algorithm": "ppo", "policy": "dense"}),
+    Method("ddpo", "DDPO (changes the model)", "ddpo", 30_000),
+    Method("find", "FIND", "find", 400),
+    Method("find_low", "FIND, low frequencies", "find", 400, {"policy": "spectral", "bands": 4}),
+    Method("find_amortised", "FIND from the default's policy", "find", 100, starts_from="default"),
+    Method("cross_entropy", "cross-entropy method", "cross_entropy", 400),
+    Method("random_search", "random search", "random_search", 400),
+    Method("video_default", "video, the default", "policy", 6_000, model="moving_shapes"),
+    Method("video_find", "video, FIND", "find", 400, model="moving_shapes"),
+)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of everything."""
+
+    share: float
+    """Of each method's images."""
+    num_prompts: int
+    """Held-out captions that policies are measured on."""
+    group_size: int
+    """Images of each, and of each caption of a search."""
+    curve_group_size: int
+    """The same along the way."""
+    num_searched: int
+    """Held-out captions that are searched for."""
+    num_searched_clips: int
+    """The same of video."""
+    step_counts: tuple[int, ...]
+    """Of the final sweep."""
+
+
+FULL = Scale(1.0, 48, 8, 4, 32, 8, (1, 2, 4, 8, 16))
+QUICK = Scale(0.05, 12, 4, 4, 4, 2, (1, 2, 4))
+
+CURVE = (480, 960, 1440, 1920, 2880, 3840, 4800, 6000, 8000, 10_000, 12_000, 16_000, 20_000, 25_000, 30_000, 40_000,
+         50_000, 60_000)  # fmt: skip
+"""Images generated at which a policy is measured."""
+SEARCH_CURVE = (20, 40, 60, 80, 100, 150, 200, 300, 400)
+"""The same of a search, for each caption."""
+NUM_INFERENCE_STEPS = 2
+GUIDANCE_SCALE = 1.5

@@ -1,0 +1,145 @@
+"""The self-contained HTML report of `noisepolicy-bench algorithms`, and its figure."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from jinja2 import Environment, PackageLoader
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from noisepolicy.benchmarks.algorithms_methods import NUM_INFERENCE_STEPS
+from noisepolicy.evaluation.figures import PLOT_STYLE, figure_svg
+from noisepolicy.storage import write_text
+
+_COLORS = {
+    "default": "#2563eb", "spectral_ppo": "#0891b2", "dense_critic": "#7c3aed", "noise_ppo": "#d97706",
+    "ddpo": "#dc2626", "find": "#16a34a", "find_low": "#84cc16", "find_amortised": "#2563eb",
+    "cross_entropy": "#db2777", "random_search": "#78716c", "video_default": "#2563eb", "video_find": "#16a34a",
+}  # fmt: skip
+_BASE = "#6b7280"
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def write_algorithms_report(path: Path, result: Mapping[str, Any]) -> None:
+    """Writes what `bench_algorithms.run` returned, atomically."""
+    methods = result["methods"]
+    learned = [method for method in methods if not method["is_per_prompt"] and method["model"] == "shapes"]
+    searched = [method for method in methods if method["is_per_prompt"] and method["model"] == "shapes"]
+    videos = [method for method in methods if method["model"] != "shapes"]
+    base = result["base"].get("shapes", [])
+    plots = {}
+    with matplotlib.rc_context(PLOT_STYLE):
+        if learned:
+            plots["learned"] = _curves_figure(learned, base)
+        if searched:
+            plots["searched"] = _curves_figure(searched, None)
+        if learned or searched:
+            plots["steps"] = _steps_figure([*learned, *searched])
+            plots["exchange"] = _exchange_figure([*learned, *searched])
+        if videos:
+            plots["video"] = _steps_figure(videos)
+        svgs = {name: figure_svg(figure) for name, figure in plots.items()}
+    environment = Environment(
+        loader=PackageLoader("noisepolicy.benchmarks", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    html = environment.get_template("algorithms.html.j2").render(
+        result=result,
+        plots=svgs,
+        tables=[(model, rows, [m for m in methods if m["model"] == model]) for model, rows in result["base"].items()],
+    )
+    write_text(path, html)
+
+
+def story_figure(result: Mapping[str, Any]) -> Figure:
+    """The one figure of the README: what each method reaches with how many images, and where the gain is kept."""
+    learned = [method for method in result["methods"] if not method["is_per_prompt"] and method["model"] == "shapes"]
+    with matplotlib.rc_context(PLOT_STYLE):
+        figure = Figure(figsize=(10, 3.8), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        _draw_curves(left, learned, result["base"]["shapes"], "images")
+        left.legend(fontsize=8, loc="upper left")
+        _draw_steps(right, learned)
+        return figure
+
+
+def _curves_figure(methods: Rows, base: Rows | None) -> Figure:
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    by_images, by_seconds = figure.subplots(1, 2, sharey=True)
+    _draw_curves(by_images, methods, base, "images")
+    _draw_curves(by_seconds, methods, base, "seconds")
+    by_images.legend(fontsize=8)
+    return figure
+
+
+def _draw_curves(axes: Axes, methods: Rows, base: Rows | None, against: str) -> None:
+    """Reward at 2 steps, a line a seed, against images generated or seconds of training."""
+    for method in methods:
+        for number, run in enumerate(method["runs"]):
+            points = [(row[against], row["reward"]) for row in run["curve"] if row[against] > 0]
+            label = method["title"] if number == 0 else None
+            axes.plot(*zip(*points, strict=True), color=_COLORS[method["name"]], linewidth=1.5, label=label)
+    if base is not None:
+        row = _at(base, NUM_INFERENCE_STEPS)
+        axes.axhline(row["reward"], color=_BASE, linewidth=1)
+        for n in ("2", "4"):
+            if (value := _best_of(row, n)) is not None:
+                axes.axhline(value, color=_BASE, linewidth=1, linestyle="--" if n == "2" else ":")
+                axes.annotate(f"best of {n}", (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom",
+                              fontsize=8, color=_BASE)  # fmt: skip
+    is_per_prompt = any(method["is_per_prompt"] for method in methods)
+    unit = "images of a caption" if is_per_prompt else "images generated"
+    axes.set(xscale="log", xlabel=unit if against == "images" else "seconds of training", ylabel="reward at 2 steps")
+
+
+def _steps_figure(methods: Rows) -> Figure:
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    axes = figure.subplots()
+    _draw_steps(axes, methods)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def _draw_steps(axes: Axes, methods: Rows) -> None:
+    """Gain over the base model by denoising steps, the mean of the seeds, with the widest of their intervals."""
+    for method in methods:
+        sweeps = [run["sweep"] for run in method["runs"]]
+        steps = [row["num_inference_steps"] for row in sweeps[0]]
+        columns = list(zip(*sweeps, strict=True))
+        gains = [sum(row["gain"] for row in column) / len(column) for column in columns]
+        low = [min(row["gain_ci95"][0] for row in column) for column in columns]
+        high = [max(row["gain_ci95"][1] for row in column) for column in columns]
+        color = _COLORS[method["name"]]
+        axes.plot(steps, gains, color=color, marker="o", markersize=4, label=method["title"])
+        axes.fill_between(steps, low, high, color=color, alpha=0.1, linewidth=0)
+        axes.set_xticks(steps, [str(step) for step in steps])
+    axes.axhline(0, color=_BASE, linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(steps, [str(step) for step in steps])
+    axes.set(xlabel="denoising steps", ylabel="gain in reward (95% intervals of all seeds)")
+
+
+def _exchange_figure(methods: Rows) -> Figure:
+    """Reward against the variety kept, at 2 steps; a point a seed."""
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    axes = figure.subplots()
+    for method in methods:
+        rows = [_at(run["sweep"], NUM_INFERENCE_STEPS) for run in method["runs"]]
+        axes.scatter(
+            [100 * row["diversity_kept"] for row in rows], [row["gain"] for row in rows],
+            color=_COLORS[method["name"]], label=method["title"], s=24,
+        )  # fmt: skip
+    axes.set(xlabel="variety kept, % of the base model's", ylabel="gain in reward at 2 steps")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def _at(rows: Iterable[Mapping[str, Any]], steps: int) -> Mapping[str, Any]:
+    return next(row for row in rows if row["num_inference_steps"] == steps)
+
+
+def _best_of(row: Mapping[str, Any], n: str) -> float | None:
+    """JSON's keys are text."""
+    return {str(key): value for key, value in row["best_of"].items()}.get(n)

@@ -1,0 +1,109 @@
+"""`noisepolicy-bench algorithms`: ways to better pictures, side by side at equal cost, on the embedded models.
+
+Every method has the same frozen model, reward, captions, denoising steps and guidance. What is finished in the output
+folder is not made again, so the command can be stopped and repeated.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from noisepolicy.benchmarks.algorithms_jobs import World, describe_base, make_world, run_job
+from noisepolicy.benchmarks.algorithms_methods import FULL, METHODS, NUM_INFERENCE_STEPS, QUICK, Method
+from noisepolicy.storage import write_json
+from noisepolicy.training.config import TrainConfig
+from noisepolicy.training.task import load_task
+
+GAIN = 0.10
+"""How many images a method needs for this gain is compared."""
+
+
+def run(
+    output: Path, *, seeds: Sequence[int], methods: Sequence[str] | None, is_quick: bool, denoiser: str,
+    denoiser_dtype: str | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Runs every job that is not done, prints the table, returns the result.
+
+    Args:
+        output: folder of the jobs.
+        methods: names of some; None for all.
+        is_quick: a twentieth of everything: whether it runs, not what it is worth.
+        denoiser, denoiser_dtype: of the image model, as in `TrainConfig`.
+
+    Raises:
+        ValueError: for an unknown method, or one that starts from another which is left out and has not run.
+    """
+    chosen = _choose(methods)
+    scale = QUICK if is_quick else FULL
+    jobs = output / ("jobs-quick" if is_quick else "jobs")
+    worlds: dict[str, World] = {}
+    result: dict[str, Any] = {"quick": is_quick, "seeds": list(seeds), "base": {}, "methods": []}
+    for model in dict.fromkeys(method.model for method in chosen):
+        config = TrainConfig(model=model, eval_num_prompts=0)
+        if model == "shapes":
+            config.denoiser, config.denoiser_dtype = denoiser, denoiser_dtype
+        worlds[model] = make_world(load_task(config, torch.device("cpu")), scale)
+        result["base"][model] = describe_base(worlds[model])
+        for method in chosen:
+            if method.model == model:
+                runs = [run_job(method, seed, worlds[model], jobs, config) for seed in seeds]
+                result["methods"].append(_summarise(method, runs))
+                write_json(output / "partial.json", result)
+    _print(result)
+    return result
+
+
+def _choose(names: Sequence[str] | None) -> list[Method]:
+    known = {method.name: method for method in METHODS}
+    if unknown := sorted(set(names or ()) - set(known)):
+        raise ValueError(f"unknown method {unknown[0]!r}; choose from {', '.join(known)}")
+    return [method for method in METHODS if names is None or method.name in names]
+
+
+def images_to_gain(curve: Sequence[dict[str, Any]], base_reward: float, gain: float = GAIN) -> float | None:
+    """Images until the measured reward is `gain` over the base model's, between two points by a straight line."""
+    images, reward = 0, base_reward
+    for row in curve:
+        if row["reward"] >= base_reward + gain:
+            share = (base_reward + gain - reward) / (row["reward"] - reward)
+            return images + share * (row["images"] - images)
+        images, reward = row["images"], row["reward"]
+    return None
+
+
+def _summarise(method: Method, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    columns = [list(column) for column in zip(*(run["sweep"] for run in runs), strict=True)]
+    trained = next(column for column in columns if column[0]["num_inference_steps"] == NUM_INFERENCE_STEPS)
+    for run, row in zip(runs, trained, strict=True):
+        run["two"] = {**row, "percent_kept": 100 * row["diversity_kept"]}
+        run["images_to_gain"] = images_to_gain(run["curve"], row["base_reward"])
+    return {
+        "name": method.name, "title": method.title, "kind": method.kind, "model": method.model,
+        "is_per_prompt": method.is_per_prompt, "starts_from": method.starts_from, "runs": list(runs),
+        "columns": columns,
+        "lowest": min(row["gain_ci95"][0] for row in trained), "highest": max(row["gain_ci95"][1] for row in trained),
+    }  # fmt: skip
+
+
+def _print(result: dict[str, Any]) -> None:
+    def each(values: Iterable[float | None], form: str) -> str:
+        return " ".join("-" if value is None else format(value, form) for value in values)
+
+    for model, base in result["base"].items():
+        two = next(row for row in base if row["num_inference_steps"] == NUM_INFERENCE_STEPS)
+        best = ", ".join(f"best of {n} {value:.3f}" for n, value in two["best_of"].items())
+        print(f"\n{model}: base model at {NUM_INFERENCE_STEPS} steps {two['reward']:.3f}, {best}")
+        print(
+            f"{'method':36s}  images seconds  {'reward':18s}{'images to +0.10':19s}{'variety kept':16s}nats   ms/image"
+        )
+        for method in (method for method in result["methods"] if method["model"] == model):
+            runs, rows = method["runs"], [run["two"] for run in method["runs"]]
+            print(
+                f"{method['title']:36s} {runs[0]['images']:7d} {runs[0]['seconds']:7.0f}"
+                f"  {each((row['reward'] for row in rows), '.3f'):18s}"
+                f"{each((run['images_to_gain'] for run in runs), '.0f'):19s}"
+                f"{each((row['diversity_kept'] for row in rows), '.0%'):16s}"
+                f"{each((run['kl_to_prior'] for run in runs[:1]), '.0f'):6s} {runs[0]['ms_per_image']:.1f}"
+            )

@@ -1,0 +1,162 @@
+"""What every algorithm's trainer is: iterations with metrics, checkpoints, and a policy that is kept."""
+
+import copy
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from noisepolicy.policies import NoisePolicy
+from noisepolicy.policies.critic import CriticShape
+from noisepolicy.training.checkpoint import load_newest_checkpoint, save_checkpoint, with_prefix, without_prefix
+from noisepolicy.training.config import TrainConfig
+from noisepolicy.training.phases import PHASES, PhaseClock
+from noisepolicy.training.prompt_store import PromptStore
+from noisepolicy.training.rollout import Rollout, roll_out
+from noisepolicy.training.run_folder import RunFolder
+from noisepolicy.training.seeding import stream_seed
+from noisepolicy.training.task import Task
+
+
+class TrainingLoop:
+    """Base of the trainers. A subclass makes `policy` and has `_iterate`, `_state`, `_load_state` and `kept_policy`.
+
+    `policy` makes the images and takes the gradient steps; `average` is the mean of its recent weights, and
+    `kept_policy`, the average within its KL budget, is what the run is for. Iterations leave noise in the weights, the
+    average loses it, and KL with it.
+
+    Args:
+        config: checked settings.
+        task: the frozen model, the reward and the prompts.
+        run: where checkpoints and metrics go.
+        accelerator: device and processes.
+    """
+
+    policy: NoisePolicy
+    average: NoisePolicy
+    critic_shape: CriticShape | None = None
+    """Of the pictures that a rollout keeps for a critic, if there is one."""
+
+    def __init__(self, config: TrainConfig, task: Task, run: RunFolder, accelerator: Accelerator) -> None:
+        self.config = config.resolved(len(task.train_prompts))
+        self.task, self.run, self.accelerator = task, run, accelerator
+        self.prompts = PromptStore(task.frozen, task.train_prompts, accelerator.device)
+        self.prompts.add([0])
+        self.prompt_shape = tuple(self.prompts[torch.zeros(1, dtype=torch.int64)].prompt_embeds.shape[1:])
+        self.iteration = 0
+        self.train_seconds = 0.0
+        self._clock = PhaseClock(accelerator.device)
+
+    @property
+    def images_trained(self) -> int:
+        return self.iteration * self.config.batch_size
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Training time by phase; they sum to `train_seconds`."""
+        phases = dict(self._clock.seconds)
+        return {**phases, "other": max(self.train_seconds - sum(phases.values()), 0.0)}
+
+    def encode_prompts(self, num_iterations: int | None = None) -> None:
+        """Encodes the prompts of the first iterations, or of all, before they are asked for."""
+        for number in range(self.config.num_iterations if num_iterations is None else num_iterations):
+            self.prompts.add(self._draw_prompts(number))
+
+    def train(self) -> Iterator[dict[str, Any]]:
+        """Runs to the last iteration, yielding each one's metrics once they are written.
+
+        Raises:
+            RewardError: if the reward fails.
+            RuntimeError: if the policy's numbers stop being finite.
+        """
+        while self.iteration < self.config.num_iterations:
+            start = time.perf_counter()
+            metrics = self._iterate()
+            if not all(value == value for value in metrics.values()):
+                raise RuntimeError(
+                    f"training diverged at iteration {self.iteration + 1}: {metrics}; try a lower --learning-rate"
+                )
+            self.iteration += 1
+            is_last = self.iteration == self.config.num_iterations
+            if self.accelerator.is_main_process:
+                # Before the checkpoint: a kill between the two then loses neither.
+                self.run.append_metrics(metrics)
+                if is_last or self.iteration % self.config.checkpoint_every == 0:
+                    self.train_seconds += time.perf_counter() - start
+                    start = time.perf_counter()
+                    self._save()
+            self.train_seconds += time.perf_counter() - start
+            yield metrics
+
+    def resume(self) -> None:
+        """Goes back to the newest readable checkpoint, or to the start where there is none yet."""
+        checkpoint = load_newest_checkpoint(self.run.checkpoints)
+        if checkpoint is not None:
+            tensors, progress = checkpoint
+            self.policy.load_state_dict(without_prefix("policy", tensors))
+            self.average.load_state_dict(without_prefix("average", tensors))
+            self._load_state(tensors, progress)
+            self.iteration = progress["iteration"]
+            # In the batches of the first time: rounding depends on them, and rows on their order.
+            self.encode_prompts(self.iteration)
+            self.train_seconds = progress["train_seconds"]
+            self._clock.seconds = {phase: progress["seconds"][phase] for phase in PHASES}
+        if self.accelerator.is_main_process:
+            self.run.truncate_metrics(self.iteration)
+
+    def kept_policy(self) -> NoisePolicy:
+        """What the run is for, as it stands."""
+        raise NotImplementedError
+
+    def _iterate(self) -> dict[str, Any]:
+        """One batch and what is learned from it; returns its metrics."""
+        raise NotImplementedError
+
+    def _draw_prompts(self, number: int) -> list[int]:
+        """The prompts of an iteration, one a group."""
+        raise NotImplementedError
+
+    def _state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """What a checkpoint holds beside the policies: tensors, and JSON values."""
+        raise NotImplementedError
+
+    def _load_state(self, tensors: Mapping[str, torch.Tensor], progress: Mapping[str, Any]) -> None:
+        raise NotImplementedError
+
+    def _roll_out(self, number: int) -> Rollout:
+        config = self.config
+        prompt_index = self._draw_prompts(number)
+        steps = (torch.arange(len(prompt_index)) + number) % len(config.num_inference_steps)
+        prompts = [self.task.train_prompts[i] for i in prompt_index for _ in range(config.group_size)]
+        with self._clock.phase("frozen_model"):
+            rows = self.prompts.add(prompt_index)
+        return roll_out(
+            self.policy, self.task.frozen, self.task.reward, prompts, self.prompts,
+            prompt_row=rows.repeat_interleave(config.group_size),
+            step_index=steps.repeat_interleave(config.group_size),
+            step_counts=config.num_inference_steps, guidance_scale=config.guidance_scale,
+            seed=stream_seed(config.seed, "noise"), first_row=number * config.batch_size,
+            accelerator=self.accelerator, clock=self._clock, critic_shape=self.critic_shape,
+        )  # fmt: skip
+
+    def _start_average(self) -> NoisePolicy:
+        return copy.deepcopy(self.policy).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def _average_weights(self) -> None:
+        for mean, current in zip(self.average.parameters(), self.policy.parameters(), strict=True):
+            mean.lerp_(current, 1 - self.config.average_decay)
+
+    def _save(self) -> None:
+        tensors, progress = self._state()
+        tensors |= with_prefix("policy", self.policy.state_dict())
+        tensors |= with_prefix("average", self.average.state_dict())
+        progress |= {
+            "iteration": self.iteration,
+            "train_seconds": self.train_seconds,
+            "seconds": self._clock.seconds,
+        }
+        save_checkpoint(self.run.checkpoints, self.iteration, tensors, progress)
+        self.kept_policy().save_pretrained(self.run.policy)

@@ -1,0 +1,85 @@
+"""`noisepolicy-bench algorithms`: its arithmetic, and one real job of every kind on very little."""
+
+import dataclasses
+import json
+
+import pytest
+
+from noisepolicy.benchmarks import algorithms_jobs, bench_algorithms
+from noisepolicy.benchmarks.algorithms_methods import METHODS, QUICK
+from noisepolicy.benchmarks.algorithms_report import story_figure, write_algorithms_report
+from noisepolicy.cli import bench
+
+
+def test_images_to_a_gain():
+    curve = [{"images": 100, "reward": 0.52}, {"images": 200, "reward": 0.58}, {"images": 400, "reward": 0.70}]
+    assert bench_algorithms.images_to_gain(curve, 0.5, 0.04) == pytest.approx(100 + 100 / 3)
+    assert bench_algorithms.images_to_gain(curve, 0.5, 0.01) == pytest.approx(50)
+    assert bench_algorithms.images_to_gain(curve, 0.5, 0.3) is None
+
+
+def test_methods_are_known_by_name():
+    assert len({method.name for method in METHODS}) == len(METHODS)
+    starts = {method.starts_from for method in METHODS} - {None}
+    assert starts <= {method.name for method in METHODS}
+
+
+def test_an_unknown_method_is_one_line(capsys):
+    assert bench.main(["algorithms", "--methods", "magic"]) == 2
+    assert "unknown method 'magic'; choose from default" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_every_kind_of_job_and_the_report(tmp_path, monkeypatch, capsys):
+    tiny = dataclasses.replace(QUICK, share=0.001, num_prompts=4, group_size=2, curve_group_size=2, num_searched=2,
+                               step_counts=(1, 2))  # fmt: skip
+    monkeypatch.setattr(bench_algorithms, "QUICK", tiny)
+    names = ["default", "ddpo", "find", "find_amortised", "cross_entropy", "random_search"]
+    command = ["algorithms", "--quick", "--output", str(tmp_path), "--methods", *names]
+    assert bench.main(command) == 0
+    printed = capsys.readouterr().out
+    result = json.loads(printed.splitlines()[-1])
+    assert [method["name"] for method in result["methods"]] == names
+    html = (tmp_path / "algorithms.html").read_text()
+    assert html.count("<svg") == 4 and "FIND from the default" in html
+    assert {path.stem for path in (tmp_path / "jobs-quick").glob("*.json")} == {f"{name}-seed0" for name in names}
+    for method in result["methods"]:
+        row = method["runs"][0]["two"]
+        assert 0 <= row["reward"] <= 1 and row["gain_ci95"][0] <= row["gain"] <= row["gain_ci95"][1]
+    searched = next(method for method in result["methods"] if method["name"] == "random_search")
+    assert searched["runs"][0]["two"]["diversity_kept"] == pytest.approx(0, abs=1e-3)
+    assert story_figure(result) is not None
+
+    # Again: every job is read, none is run.
+    monkeypatch.setattr(algorithms_jobs, "_train", None)
+    monkeypatch.setattr(algorithms_jobs, "_search", None)
+    monkeypatch.setattr(algorithms_jobs, "_train_ddpo", None)
+    assert bench.main(command) == 0
+    write_algorithms_report(tmp_path / "again.html", {"machine": None, **result})
+
+
+@pytest.mark.slow
+def test_a_killed_training_job_goes_on(tmp_path, monkeypatch):
+    tiny = dataclasses.replace(QUICK, share=0.04, num_prompts=4, group_size=2, curve_group_size=2, step_counts=(2,))
+    monkeypatch.setattr(bench_algorithms, "QUICK", tiny)
+    options = {"seeds": [0], "methods": ["spectral_ppo"], "is_quick": True, "denoiser": "eager", "denoiser_dtype": None}
+    whole = bench_algorithms.run(tmp_path / "whole", **options)
+
+    real = algorithms_jobs.World.measure
+
+    def stop(self, policy, *arguments):
+        if policy is not None and policy.kind == "spectral" and (tmp_path / "stopped" / "once").exists():
+            raise KeyboardInterrupt
+        if policy is not None:
+            (tmp_path / "stopped" / "once").touch()
+        return real(self, policy, *arguments)
+
+    monkeypatch.setattr(algorithms_jobs.World, "measure", stop)
+    with pytest.raises(KeyboardInterrupt):
+        bench_algorithms.run(tmp_path / "stopped", **options)
+    monkeypatch.setattr(algorithms_jobs.World, "measure", real)
+    resumed = bench_algorithms.run(tmp_path / "stopped", **options)
+    for one, other in zip(whole["methods"], resumed["methods"], strict=True):
+        assert one["runs"][0]["sweep"] == other["runs"][0]["sweep"]
+        rewards = [[row["reward"] for row in method["runs"][0]["curve"]] for method in (one, other)]
+        assert rewards[0] == rewards[1]

@@ -1,0 +1,58 @@
+"""Trainers on a tiny frozen model with no diffusers in it."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from noisepolicy.frozen import PromptEmbeds
+from noisepolicy.rewards import Reward
+from noisepolicy.training.config import TrainConfig
+from noisepolicy.training.find import FindTrainer
+from noisepolicy.training.run_folder import RunFolder
+from noisepolicy.training.task import Task
+from noisepolicy.training.trainer import Trainer
+
+
+class BlobModel:
+    """A frozen model that is a plain function: the picture is a smoothed view of the noise."""
+
+    latent_shape = (2, 8, 8)
+
+    def encode(self, prompts):
+        bits = torch.tensor([[float(len(prompt) % 2), 1.0, len(prompt) / 4] for prompt in prompts])
+        return PromptEmbeds(bits[:, None, :].expand(-1, 3, -1))
+
+    def generate(self, latents, prompt_embeds, *, num_inference_steps, guidance_scale):
+        smooth = torch.nn.functional.avg_pool2d(latents, 2)
+        return torch.sigmoid(torch.cat([smooth, smooth[:, :1]], 1)).repeat_interleave(4, 2).repeat_interleave(4, 3)
+
+    def weights_sha256(self):
+        return "none"
+
+
+def left_or_right(images, prompts):
+    """Bright on the left for prompts of odd length, on the right for the others."""
+    sign = torch.tensor([1.0 if len(prompt) % 2 else -1.0 for prompt in prompts])
+    return sign * (images[..., :8].mean((1, 2, 3)) - images[..., 8:].mean((1, 2, 3)))
+
+
+PROMPTS = ["a", "bb", "ccc", "dddd"]
+
+
+@pytest.fixture
+def make_trainer():
+    return _make_trainer
+
+
+def _make_trainer(folder, **settings):
+    defaults = {
+        "batch_size": 32, "group_size": 4, "num_iterations": 20, "checkpoint_every": 5, "critic_warmup": 64,
+        "critic_batch_size": 64, "bands": 4, "output_dir": folder, "critic_updates": 10,
+    }  # fmt: skip
+    config = TrainConfig(**(defaults | settings))
+    config.check()
+    task = Task(BlobModel(), Reward("left_or_right", left_or_right), [], list(PROMPTS), [])
+    run = RunFolder(folder)
+    config.save(run.config)
+    kind = FindTrainer if config.algorithm == "find" else Trainer
+    return kind(config, task, run, Accelerator(cpu=True))

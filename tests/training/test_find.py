@@ -1,0 +1,172 @@
+"""FIND: that it learns, resumes, and has none of the faults of the method's released script."""
+
+import pytest
+import torch
+
+from noisepolicy.ops import gaussian_kl, gaussian_log_prob, ppo_clip_loss
+from noisepolicy.policies import NoisePolicy
+from noisepolicy.training.replay import Replay
+
+FIND = {"algorithm": "find", "group_size": 16, "batch_size": None, "num_iterations": 12}
+
+
+def embeds_of(trainer):
+    return trainer.task.frozen.encode(trainer.task.train_prompts).prompt_embeds
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"policy": "spectral"}, {"std": "learned"}, {"std": "one"}, {"num_inference_steps": (1, 2)}],
+    ids=lambda settings: "-".join(str(value) for value in settings.values()) or "default",
+)
+def test_every_prompt_learns(make_trainer, tmp_path, settings):
+    trainer = make_trainer(tmp_path, **(FIND | settings))
+    metrics = list(trainer.train())
+    assert metrics[-1]["reward"] > metrics[0]["reward"] + 0.05
+    assert trainer.images_trained == 12 * 4 * 16
+    kept = NoisePolicy.from_pretrained(tmp_path / "policy")
+    assert (gaussian_kl(*kept(embeds_of(trainer))) > 0.5).all()
+
+
+def test_before_training_it_is_the_prior(make_trainer, tmp_path):
+    policy = make_trainer(tmp_path, **FIND).policy
+    mean, log_std = policy.distribution(torch.arange(4))
+    assert not mean.any() and not log_std.any()
+
+
+def test_a_prompt_learns_the_same_in_any_company(make_trainer, tmp_path):
+    """Rows do not touch one another: with the same noise and advantages, a row's step is its own."""
+    rows = []
+    for number, prompts in enumerate(([0, 1, 2, 3], [0])):
+        trainer = make_trainer(tmp_path / str(number), **FIND)
+        rollout = trainer._roll_out(0)
+        prompt = torch.arange(4)
+        names = ("action", "log_prob", "reward", "step_index")
+        columns = {name: getattr(rollout, name).unflatten(0, (-1, 16)) for name in names}
+        trainer._replay.append(prompt, **columns)
+        trainer._update(torch.tensor(prompts), torch.Generator())
+        rows.append(trainer.policy.mean[0].detach())
+    torch.testing.assert_close(*rows)
+
+
+def test_resumed_run_is_bit_identical(make_trainer, tmp_path):
+    whole = make_trainer(tmp_path / "whole", **FIND)
+    all_metrics = list(whole.train())
+    stopped = make_trainer(tmp_path / "stopped", **FIND)
+    for metrics in stopped.train():
+        if metrics["iteration"] == 8:  # three iterations after the last checkpoint
+            break
+    resumed = make_trainer(tmp_path / "stopped", **FIND)
+    resumed.resume()
+    assert resumed.iteration == 5
+    list(resumed.train())
+    for name, value in whole.policy.state_dict().items():
+        assert torch.equal(value, resumed.policy.state_dict()[name]), name
+    assert resumed.run.read_metrics() == all_metrics
+
+
+def test_a_batch_of_some_prompts_goes_round(make_trainer, tmp_path):
+    trainer = make_trainer(tmp_path, **(FIND | {"batch_size": 48}))
+    assert [trainer._draw_prompts(number) for number in range(3)] == [[0, 1, 2], [3, 0, 1], [2, 3, 0]]
+    assert len(list(trainer.train())) == 12
+    with pytest.raises(ValueError, match="more than a group of 16 for each of 4 prompts"):
+        make_trainer(tmp_path / "large", **(FIND | {"batch_size": 80}))
+
+
+def test_it_starts_from_a_policy_and_its_critic(make_trainer, tmp_path):
+    amortised = make_trainer(tmp_path / "amortised", num_iterations=30)
+    list(amortised.train())
+    trainer = make_trainer(tmp_path / "find", **FIND, init_policy=tmp_path / "amortised" / "policy")
+    start = NoisePolicy.from_pretrained(tmp_path / "amortised" / "policy")
+    for ours, theirs in zip(trainer.policy(embeds_of(trainer)), start(embeds_of(trainer)), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    list(trainer.train())
+    assert trainer.kept_policy().critic is not None
+
+
+def test_a_policy_of_another_model_is_refused(make_trainer, tmp_path):
+    other = make_trainer(tmp_path / "other", num_iterations=1)
+    other.policy.latent_shape = (3, 8, 8)
+    other.policy.config["latent_shape"] = [3, 8, 8]
+    other.policy.save_pretrained(tmp_path / "policy")
+    with pytest.raises(ValueError, match=r"does not hold a noise policy|is for latents"):
+        make_trainer(tmp_path / "find", **FIND, init_policy=tmp_path / "policy")
+
+
+def test_the_log_prob_is_a_sum_over_dimensions(make_trainer, tmp_path):
+    """The script's is their mean, and its clip never binds."""
+    trainer = make_trainer(tmp_path, **FIND)
+    list(trainer.train())
+    rollout = trainer._roll_out(12)
+    mean, log_std = trainer.policy.distribution(rollout.prompt_row)
+    log_std = log_std.expand_as(mean)
+    exact = torch.distributions.Normal(mean.double(), log_std.double().exp()).log_prob(rollout.action.double())
+    torch.testing.assert_close(rollout.log_prob.double(), exact.flatten(1).sum(1), atol=1e-3, rtol=1e-5)
+
+
+def test_ratios_are_against_the_distribution_a_sample_was_drawn_from(make_trainer, tmp_path):
+    """The script's are against N(0, I) for ever."""
+    trainer = make_trainer(tmp_path, **(FIND | {"replay": 2, "num_iterations": 8}))
+    drawn = []
+    for _ in trainer.train():
+        drawn.append({name: value.clone() for name, value in trainer._replay.state().items()})
+    samples, is_filled = trainer._replay.of(torch.arange(4))
+    assert is_filled.all()
+    # Half of the ring is of the iteration before: its log-probs have not been refreshed.
+    kept = (samples["log_prob"] == drawn[-2]["log_prob"]).float().mean()
+    assert kept == 0.5
+    prior = gaussian_log_prob(samples["action"].flatten(0, 1), torch.zeros(128, 2, 8, 8), torch.zeros(()))
+    assert ((samples["log_prob"].flatten() - prior).abs() > 0.05).float().mean() > 0.9
+
+
+def test_samples_keep_their_own_rewards(make_trainer, tmp_path):
+    """The script pairs the newest noise with the oldest reward of its buffer."""
+    trainer = make_trainer(tmp_path, **FIND)
+    list(trainer.train())
+    samples, _ = trainer._replay.of(torch.arange(4))
+    prompts = [prompt for prompt in trainer.task.train_prompts for _ in range(samples["reward"].shape[1])]
+    embeds = trainer.task.frozen.encode(prompts)
+    images = trainer.task.frozen.generate(
+        samples["action"].flatten(0, 1), embeds, num_inference_steps=2, guidance_scale=1.5
+    )
+    torch.testing.assert_close(trainer.task.reward(images, prompts), samples["reward"].flatten())
+
+
+def test_the_clip_is_pessimistic_and_binds(make_trainer, tmp_path):
+    """A bad sample whose ratio has grown still pushes back, a good one does not; the script's clip has no min."""
+    trainer = make_trainer(tmp_path, **(FIND | {"replay": 1, "num_updates": 4, "learning_rate": 0.03}))
+    assert max(metrics["clip_fraction"] for metrics in trainer.train()) > 0.05
+    mean = torch.zeros(2, 4, requires_grad=True)
+    action = torch.ones(2, 4)
+    log_prob = gaussian_log_prob(action, mean.detach(), torch.zeros(()))
+    loss, _ = ppo_clip_loss(
+        action, mean, torch.zeros(()), log_prob - 1, torch.tensor([1.0, -1.0]), clip_range=0.2
+    )  # ratio e
+    loss.backward()
+    assert not mean.grad[0].any() and (mean.grad[1] > 0).all()
+
+
+def test_samples_outside_the_trust_region_are_dropped(make_trainer, tmp_path):
+    settings = FIND | {"replay": 4, "num_updates": 1}
+    near = make_trainer(tmp_path / "near", **settings, max_log_ratio=1e-3)
+    far = make_trainer(tmp_path / "far", **settings, max_log_ratio=1e6)
+    used = [list(trainer.train())[-1]["used_fraction"] for trainer in (near, far)]
+    assert used[0] <= 0.3 and used[1] == 1.0
+
+
+def test_replay_is_a_ring():
+    replay = Replay(2, 3, (1,), torch.device("cpu"))
+
+    def add(prompt, *values):
+        column = torch.tensor([values])
+        replay.append(
+            torch.tensor([prompt]), action=column[..., None].float(), log_prob=column.float(), reward=column.float(),
+            step_index=column,
+        )  # fmt: skip
+
+    add(1, 1, 2)
+    samples, is_filled = replay.of(torch.tensor([0, 1]))
+    assert is_filled.tolist() == [[False] * 3, [True, True, False]]
+    add(1, 3, 4)
+    samples, is_filled = replay.of(torch.tensor([1]))
+    assert samples["reward"].tolist() == [[4.0, 2.0, 3.0]] and is_filled.all()
