@@ -51,6 +51,8 @@ class World:
     """Of the held-out captions."""
     base: dict[int, Results]
     """By denoising steps."""
+    curve_base: Results | None = None
+    """At the trained step count, from the noise of the measurements on the way."""
 
     def prompts(self, method: Method) -> list[str]:
         """That the method is measured on."""
@@ -73,6 +75,7 @@ def make_world(task: Task, scale: Scale) -> World:
     world = World(task, scale, task.frozen.encode(prompts), {})
     for steps in scale.step_counts:
         world.base[steps] = world.measure(None, task.frozen, prompts, steps, scale.group_size)
+    world.curve_base = world.measure(None, task.frozen, prompts, NUM_INFERENCE_STEPS, scale.curve_group_size)
     return world
 
 
@@ -92,34 +95,50 @@ def run_job(method: Method, seed: int, world: World, folder: Path, config: Train
     Args:
         folder: of all jobs.
         config: settings of all methods: model and engine.
+
+    Raises:
+        ValueError: if it was made with other settings, or started from a method that has not run.
     """
-    path = folder / f"{method.name}-seed{seed}.json"
+    settings = json.loads(json.dumps({
+        "method": dataclasses.asdict(method), "scale": dataclasses.asdict(world.scale),
+        "denoiser": config.denoiser, "denoiser_dtype": config.denoiser_dtype,
+    }))  # fmt: skip
+    run_folder = folder / f"{method.name}-seed{seed}"
+    path, settings_path = folder / f"{method.name}-seed{seed}.json", run_folder / "settings.json"
+    if settings_path.exists() and json.loads(settings_path.read_text("utf-8")) != settings:
+        raise ValueError(f"{run_folder} was made with other settings; remove it, or give another --output")
     if path.exists():
         return json.loads(path.read_text("utf-8"))
-    run_folder = folder / f"{method.name}-seed{seed}"
     run_folder.mkdir(parents=True, exist_ok=True)
+    write_json(settings_path, settings)
     runners: dict[str, Callable[..., Iterator[_Point]]] = {
         "policy": _train, "find": _train, "ddpo": _train_ddpo, "cross_entropy": _search, "random_search": _search,
     }  # fmt: skip
     curve_path = run_folder / "curve.json"
     curve = json.loads(curve_path.read_text("utf-8")) if curve_path.exists() else []
+    measured = curve[-1]["images"] if curve else 0
     prompts, last = world.prompts(method), None
-    for point in runners[method.kind](method, seed, world, run_folder, config):
+    base_reward = world.curve_base.values("reward")[: len(prompts)].mean().item()
+    for point in runners[method.kind](method, seed, world, run_folder, config, measured):
         last = point
-        if any(row["images"] == point.images for row in curve):
+        if point.images <= measured:
             continue
         policy, frozen = point.make()
         results = world.measure(policy, frozen, prompts, NUM_INFERENCE_STEPS, world.scale.curve_group_size)
-        row = {"images": point.images, "seconds": point.seconds, **results.summary()}
+        row = {
+            "images": point.images, "seconds": point.seconds, "base_reward": base_reward, **results.summary(),
+        }  # fmt: skip
         curve.append(row)
         write_json(curve_path, curve)
         print(f"{method.name:16s} seed {seed}  {point.images:6d} images  reward {row['reward']:.3f}", flush=True)
     policy, frozen = last.make()
+    is_gaussian = policy is not None and method.kind != "random_search"
     result = {
         "method": method.name, "seed": seed, "images": last.images, "seconds": last.seconds, "curve": curve,
         "sweep": _sweep(policy, frozen, world, prompts),
-        "kl_to_prior": None if policy is None else _kl(policy, world.embeds[: len(prompts)]),
-        "ms_per_image": _time(policy, frozen, world),
+        "kl_to_prior": _kl(policy, world.embeds[: len(prompts)]) if is_gaussian else None,
+        # A tuned model is as fast as the base model on the same engine.
+        "ms_per_image": _time(policy, world.task.frozen, world),
     }  # fmt: skip
     write_json(path, result)
     return result
@@ -131,7 +150,7 @@ class _Point:
 
     images: int
     seconds: float
-    """Of training, without measuring."""
+    """Of training, without measuring; of a search, for each caption."""
     make: Callable[[], tuple[NoisePolicy | None, FrozenModel]]
     """What makes its images: a policy, or the prior's noise; and the model."""
 
@@ -140,12 +159,14 @@ def _due(curve: tuple[int, ...], before: int, now: int, end: int) -> bool:
     return any(before < point <= now for point in curve) or (before < end <= now)
 
 
-def _train(method: Method, seed: int, world: World, folder: Path, config: TrainConfig) -> Iterator[_Point]:
+def _train(method: Method, seed: int, world: World, folder: Path, config: TrainConfig,
+    measured: int,
+) -> Iterator[_Point]:  # fmt: skip
     settings = dict(method.settings, seed=seed)
     if method.kind == "find":
         settings |= {"algorithm": "find", "output_dir": folder}
         if method.starts_from is not None:
-            settings["init_policy"] = folder.parent / f"{method.starts_from}-seed{seed}" / "policy"
+            settings["init_policy"] = folder.parent / f"{method.starts_from}-seed{seed}"
     config = dataclasses.replace(config, **settings)
     prompts = world.prompts(method)
     task = world.task if method.kind == "policy" else Task(world.task.frozen, world.task.reward, [], prompts, prompts)
@@ -161,17 +182,25 @@ def _train(method: Method, seed: int, world: World, folder: Path, config: TrainC
     if not is_new:
         trainer.resume()
     curve = SEARCH_CURVE if method.is_per_prompt else CURVE
-    end, before = trainer.config.num_iterations * config.batch_size // per_prompt, 0
-    if trainer.iteration == trainer.config.num_iterations:
-        yield _Point(end, trainer.train_seconds, lambda: (trainer.kept_policy(), task.frozen))
+    end, before = trainer.config.num_iterations * config.batch_size // per_prompt, measured
+
+    def point() -> _Point:
+        return _Point(
+            trainer.images_trained // per_prompt, trainer.train_seconds / per_prompt,
+            lambda: (trainer.kept_policy(), task.frozen),
+        )  # fmt: skip
+
+    if _due(curve, before, point().images, end) or trainer.iteration == trainer.config.num_iterations:
+        yield point()
     for _ in trainer.train():
-        now = trainer.images_trained // per_prompt
-        if _due(curve, before, now, end):
-            yield _Point(now, trainer.train_seconds, lambda: (trainer.kept_policy(), task.frozen))
-        before = now
+        if _due(curve, before, point().images, end):
+            before = point().images
+            yield point()
 
 
-def _train_ddpo(method: Method, seed: int, world: World, folder: Path, config: TrainConfig) -> Iterator[_Point]:
+def _train_ddpo(method: Method, seed: int, world: World, folder: Path, config: TrainConfig,
+    measured: int,
+) -> Iterator[_Point]:  # fmt: skip
     from noisepolicy.benchmarks.baselines.ddpo import Ddpo
 
     ddpo = Ddpo(model_folder(), world.task.reward, world.task.train_prompts, seed=seed)
@@ -181,21 +210,23 @@ def _train_ddpo(method: Method, seed: int, world: World, folder: Path, config: T
         ddpo.load(checkpoint)
         seconds = json.loads(times.read_text("utf-8"))
     total = max(round(method.images * world.scale.share), 960)
+    before = measured
     while True:
-        before = ddpo.images
-        if before < total:
-            start = time.perf_counter()
-            ddpo.iterate()
-            seconds += time.perf_counter() - start
-        if before >= total or _due(CURVE, before, ddpo.images, total):
+        if _due(CURVE, before, ddpo.images, total) or ddpo.images >= total:
             write_json(times, seconds)
             ddpo.save(checkpoint)
+            before = ddpo.images
             yield _Point(ddpo.images, seconds, lambda: (None, ddpo.frozen()))
         if ddpo.images >= total:
             return
+        start = time.perf_counter()
+        ddpo.iterate()
+        seconds += time.perf_counter() - start
 
 
-def _search(method: Method, seed: int, world: World, folder: Path, config: TrainConfig) -> Iterator[_Point]:
+def _search(method: Method, seed: int, world: World, folder: Path, config: TrainConfig,
+    measured: int,
+) -> Iterator[_Point]:  # fmt: skip
     from noisepolicy.benchmarks.baselines import cross_entropy, random_search
 
     prompts, frozen = world.prompts(method), world.task.frozen
@@ -212,7 +243,7 @@ def _search(method: Method, seed: int, world: World, folder: Path, config: Train
         seconds += time.perf_counter() - start
         # Log-probs of a single point are none, but it can be drawn from.
         table.set_distribution(state.mean, state.log_std.clamp(min=-20.0))
-        yield _Point(state.num_images, seconds, lambda: (table, frozen))
+        yield _Point(state.num_images, seconds / len(prompts), lambda: (table, frozen))
         start = time.perf_counter()
 
 

@@ -15,7 +15,7 @@ from noisepolicy.storage import write_text
 
 _COLORS = {
     "default": "#2563eb", "spectral_ppo": "#0891b2", "dense_critic": "#7c3aed", "noise_ppo": "#d97706",
-    "ddpo": "#dc2626", "find": "#16a34a", "find_low": "#84cc16", "find_amortised": "#2563eb",
+    "ddpo": "#dc2626", "find": "#16a34a", "find_low": "#84cc16", "find_amortised": "#0f766e",
     "cross_entropy": "#db2777", "random_search": "#78716c", "video_default": "#2563eb", "video_find": "#16a34a",
 }  # fmt: skip
 _BASE = "#6b7280"

@@ -1,4 +1,4 @@
-"""`noisepolicy-bench algorithms`: ways to better pictures, side by side at equal cost, on the embedded models.
+"""`noisepolicy-bench algorithms`: ways to better pictures on the embedded models, by images and by seconds.
 
 Every method has the same frozen model, reward, captions, denoising steps and guidance. What is finished in the output
 folder is not made again, so the command can be stopped and repeated.
@@ -6,13 +6,13 @@ folder is not made again, so the command can be stopped and repeated.
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
 
 from noisepolicy.benchmarks.algorithms_jobs import World, describe_base, make_world, run_job
 from noisepolicy.benchmarks.algorithms_methods import FULL, METHODS, NUM_INFERENCE_STEPS, QUICK, Method
-from noisepolicy.storage import write_json
 from noisepolicy.training.config import TrainConfig
 from noisepolicy.training.task import load_task
 
@@ -38,19 +38,24 @@ def run(
     chosen = _choose(methods)
     scale = QUICK if is_quick else FULL
     jobs = output / ("jobs-quick" if is_quick else "jobs")
-    worlds: dict[str, World] = {}
-    result: dict[str, Any] = {"quick": is_quick, "seeds": list(seeds), "base": {}, "methods": []}
+    worlds: dict[str, tuple[TrainConfig, World]] = {}
     for model in dict.fromkeys(method.model for method in chosen):
         config = TrainConfig(model=model, eval_num_prompts=0)
         if model == "shapes":
             config.denoiser, config.denoiser_dtype = denoiser, denoiser_dtype
-        worlds[model] = make_world(load_task(config, torch.device("cpu")), scale)
-        result["base"][model] = describe_base(worlds[model])
-        for method in chosen:
-            if method.model == model:
-                runs = [run_job(method, seed, worlds[model], jobs, config) for seed in seeds]
-                result["methods"].append(_summarise(method, runs))
-                write_json(output / "partial.json", result)
+        worlds[model] = config, make_world(load_task(config, torch.device("cpu")), scale)
+    for method in chosen:
+        for seed in seeds:
+            needed = jobs / f"{method.starts_from}-seed{seed}.json"
+            if method.starts_from and method.starts_from not in [m.name for m in chosen] and not needed.exists():
+                raise ValueError(f"{method.name} starts from {method.starts_from}, which has not run; name it too")
+    result: dict[str, Any] = {
+        "quick": is_quick, "seeds": list(seeds), "denoiser": denoiser, "denoiser_dtype": denoiser_dtype,
+        "base": {model: describe_base(world) for model, (_, world) in worlds.items()}, "methods": [],
+    }  # fmt: skip
+    for method in chosen:
+        config, world = worlds[method.model]
+        result["methods"].append(_summarise(method, [run_job(method, seed, world, jobs, config) for seed in seeds]))
     _print(result)
     return result
 
@@ -62,14 +67,19 @@ def _choose(names: Sequence[str] | None) -> list[Method]:
     return [method for method in METHODS if names is None or method.name in names]
 
 
-def images_to_gain(curve: Sequence[dict[str, Any]], base_reward: float, gain: float = GAIN) -> float | None:
-    """Images until the measured reward is `gain` over the base model's, between two points by a straight line."""
-    images, reward = 0, base_reward
+def images_to_gain(curve: Sequence[dict[str, Any]], gain: float = GAIN) -> float | None:
+    """Images until the measured reward is `gain` over the base model's from the same noise.
+
+    Between two points by a straight line; before the first nothing is known.
+    """
+    last = None
     for row in curve:
-        if row["reward"] >= base_reward + gain:
-            share = (base_reward + gain - reward) / (row["reward"] - reward)
-            return images + share * (row["images"] - images)
-        images, reward = row["images"], row["reward"]
+        if (missing := row["base_reward"] + gain - row["reward"]) <= 0:
+            if last is None:
+                return row["images"]
+            share = -missing / (row["reward"] - last["reward"])
+            return row["images"] - share * (row["images"] - last["images"])
+        last = row
     return None
 
 
@@ -78,7 +88,7 @@ def _summarise(method: Method, runs: Sequence[dict[str, Any]]) -> dict[str, Any]
     trained = next(column for column in columns if column[0]["num_inference_steps"] == NUM_INFERENCE_STEPS)
     for run, row in zip(runs, trained, strict=True):
         run["two"] = {**row, "percent_kept": 100 * row["diversity_kept"]}
-        run["images_to_gain"] = images_to_gain(run["curve"], row["base_reward"])
+        run["images_to_gain"] = images_to_gain(run["curve"])
     return {
         "name": method.name, "title": method.title, "kind": method.kind, "model": method.model,
         "is_per_prompt": method.is_per_prompt, "starts_from": method.starts_from, "runs": list(runs),
@@ -95,15 +105,15 @@ def _print(result: dict[str, Any]) -> None:
         two = next(row for row in base if row["num_inference_steps"] == NUM_INFERENCE_STEPS)
         best = ", ".join(f"best of {n} {value:.3f}" for n, value in two["best_of"].items())
         print(f"\n{model}: base model at {NUM_INFERENCE_STEPS} steps {two['reward']:.3f}, {best}")
-        print(
-            f"{'method':36s}  images seconds  {'reward':18s}{'images to +0.10':19s}{'variety kept':16s}nats   ms/image"
-        )
+        heads = f"{'reward':18s}{'images to +0.10':19s}{'variety kept':16s}{'nats':14s}"
+        print(f"{'method':36s}  images seconds  {heads}ms/image")
         for method in (method for method in result["methods"] if method["model"] == model):
             runs, rows = method["runs"], [run["two"] for run in method["runs"]]
+            nats = each((run["kl_to_prior"] for run in runs), ".0f")
             print(
-                f"{method['title']:36s} {runs[0]['images']:7d} {runs[0]['seconds']:7.0f}"
+                f"{method['title']:36s} {runs[0]['images']:7d} {mean(run['seconds'] for run in runs):7.0f}"
                 f"  {each((row['reward'] for row in rows), '.3f'):18s}"
                 f"{each((run['images_to_gain'] for run in runs), '.0f'):19s}"
                 f"{each((row['diversity_kept'] for row in rows), '.0%'):16s}"
-                f"{each((run['kl_to_prior'] for run in runs[:1]), '.0f'):6s} {runs[0]['ms_per_image']:.1f}"
+                f"{nats:14s}{mean(run['ms_per_image'] for run in runs):.1f}"
             )

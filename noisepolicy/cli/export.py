@@ -64,6 +64,8 @@ def _export(arguments: argparse.Namespace) -> None:
     if (Path(arguments.source) / "config.yaml").exists():
         run, config = RunFolder.open(Path(arguments.source))
         policy = NoisePolicy.from_pretrained(run.checked_policy())
+        if policy.kind == "table":
+            raise ValueError(f"{arguments.source} is a run of FIND: its policy is a table, in policy/, not a network")
     config.denoiser, config.denoiser_dtype = "eager", None
     config.dtype = arguments.dtype or config.dtype
     frozen = load_frozen(config, make_accelerator(arguments.device).device)

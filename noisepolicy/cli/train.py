@@ -57,10 +57,12 @@ class _Session:
         )
         self._eval_prompts = self.task.eval_prompts[: self.config.eval_num_prompts]
         self._board = _make_board(self.config.tensorboard)
-        self.run = arguments.resumed or RunFolder.create(self.config)
+        self.run = arguments.resumed or RunFolder.choose(self.config)
         self._hash_before = self.task.frozen.weights_sha256()
         kind = FindTrainer if self.config.algorithm == "find" else Trainer
         self.trainer = kind(self.config, self.task, self.run, self.accelerator)
+        if arguments.resumed is None:  # now that nothing can be wrong with it
+            self.config.save(self.run.config)
         # Encoded once, and while there are text encoders.
         self._sample_prompts = self.task.eval_prompts[:_NUM_SAMPLES] or self.task.train_prompts[:_NUM_SAMPLES]
         self._sample_embeds = self.task.frozen.encode(self._sample_prompts)
@@ -76,7 +78,10 @@ class _Session:
 
         trainer, config = self.trainer, self.config
         board = self._board(str(self.run.tensorboard)) if self._board and self._is_main else None
-        print(f"training {config.policy} policy on {self.accelerator.device}; run folder {self.run.path}", flush=True)
+        print(
+            f"training a {self.trainer.policy.kind} policy on {self.accelerator.device}; run folder {self.run.path}",
+            flush=True,
+        )
         progress = tqdm(
             total=config.num_iterations, initial=trainer.iteration, unit="it", disable=not self._is_main,
             dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 15.0,

@@ -10,7 +10,7 @@ from noisepolicy.shapes.networks import LATENT_CHANNELS
 LATENT_SIZE = 6
 TEXT_WIDTH = 96
 MAX_TOKENS = 16
-"""Start token, 9 to 11 words, end token, and more end tokens: readers of the whole caption."""
+"""Start token, 11 words, end token, and more end tokens: readers of the whole caption."""
 
 
 def build_unet() -> UNet3DConditionModel:

@@ -87,8 +87,8 @@ class TablePolicy(NoisePolicy):
     def natural_step(self, row: torch.Tensor, learning_rate: float) -> None:
         """One step of some rows against the gradients at hand, each divided by its Fisher information.
 
-        For a mean that is `1 / std^2` and for a log-std 2; a mean counted in its std, as a power-preserving policy's,
-        needs none.
+        For a mean that is `1 / std^2` and for a log-std 2. A mean counted in its std, as a power-preserving policy's,
+        has 1 in every direction but its own, where it has a little less.
         """
         if self.log_std is None:
             self.mean[row] -= learning_rate * self.mean.grad[row]

@@ -1,9 +1,10 @@
 """The settings of a training run. The command line, presets and `config.yaml` are all this dataclass."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 from tyro.constructors import PrimitiveConstructorSpec
@@ -22,21 +23,18 @@ StepCounts = Annotated[
 ]
 """Denoising step counts; on the command line 1,2,4,8."""
 
+_POLICY = {
+    "policy": "spectral", "bands": 8, "std": "power", "num_iterations": 125, "batch_size": 96, "group_size": 2,
+    "learning_rate": 1e-3, "average_decay": 0.95, "num_updates": 8, "clip_range": 0.2, "target_kl": 1.0,
+    "kl_budget": 14.0, "kl_coef": 1e-3,
+}  # fmt: skip
 RECIPES: dict[str, dict[str, Any]] = {
-    "critic": {
-        "policy": "spectral", "bands": 8, "std": "power", "num_iterations": 125, "batch_size": 96, "group_size": 2,
-        "learning_rate": 1e-3, "average_decay": 0.95, "num_updates": 8, "clip_range": 0.2, "target_kl": 1.0,
-        "kl_budget": 14.0, "kl_coef": 1e-3,
-    },
-    "ppo": {
-        "policy": "spectral", "bands": 8, "std": "power", "num_iterations": 125, "batch_size": 96, "group_size": 2,
-        "learning_rate": 1e-3, "average_decay": 0.95, "num_updates": 8, "clip_range": 0.2, "target_kl": 1.0,
-        "kl_budget": 14.0, "kl_coef": 1e-3,
-    },
+    "critic": _POLICY,
+    "ppo": _POLICY,
     "find": {
         "policy": "dense", "bands": 8, "std": "power", "num_iterations": 20, "group_size": 20,
-        "learning_rate": 0.85, "average_decay": 0.0, "num_updates": 1, "clip_range": 0.2, "target_kl": 1.0,
-        "kl_budget": 1000.0, "kl_coef": 0.0,
+        "learning_rate": 0.85, "average_decay": 0.0, "num_updates": 1, "clip_range": 0.2, "target_kl": math.inf,
+        "kl_budget": math.inf, "kl_coef": 0.0,
     },
 }  # fmt: skip
 """What settings left at None become, by algorithm: each algorithm's own best."""
@@ -118,7 +116,7 @@ class TrainConfig:
     policy: Literal["spectral", "dense"] | None = None
     """What the policy chooses: the noise's low frequencies, or every latent."""
     init_policy: Path | None = None
-    """FIND: a policy's folder to start from, with its critic if it has one."""
+    """FIND: a run or a policy's folder to start from, with its action, its std, and its critic if it has one."""
     bands: int | None = None
     """Spectral policy: DCT frequencies per axis, at most the latents' extent."""
     std: Literal["power", "one", "learned"] | None = None
@@ -137,7 +135,7 @@ class TrainConfig:
     max_log_ratio: float = 1.0
     """FIND: historical images whose log-ratio is further from 0 have left the trust region and are dropped."""
     target_kl: float | None = None
-    """Nats: an iteration's updates stop once KL(old policy, new policy) passes this."""
+    """Nats: an iteration's updates stop once KL(old policy, new policy) passes this; looked at before each."""
     kl_budget: float | None = None
     """Nats: how far the policy that is kept may be from N(0, I), on average over prompts and before the critic chooses;
     its shift is scaled down to this. More reward for more, less variety and less use at other step counts."""
@@ -207,6 +205,12 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raises ValueError for values that cannot work together."""
+        for name, hint in get_type_hints(TrainConfig).items():
+            options = [
+                option for part in (hint, *get_args(hint)) if get_origin(part) is Literal for option in get_args(part)
+            ]
+            if options and (value := getattr(self, name)) is not None and value not in options:
+                raise ValueError(f"{_flag(name)} must be one of {', '.join(options)}, got {value!r}")
         positive = (
             "num_iterations", "batch_size", "group_size", "rollout_batch_size", "bands", "learning_rate",
             "num_updates", "clip_range", "target_kl", "kl_budget", "kl_training_budget", "max_grad_norm",
@@ -242,7 +246,7 @@ class TrainConfig:
         if self.init_policy is not None and self.algorithm != "find":
             raise ValueError(f"--init-policy is for --algorithm find, not {self.algorithm}")
         if self.eval_prompts and self.algorithm == "find":
-            raise ValueError("--algorithm find learns its own prompts alone and is measured on them: no --eval-prompts")
+            raise ValueError("FIND is measured on the prompts it was made for; no others can be given")
         if self.critic_size < 2:
             raise ValueError(f"--critic-size must be at least 2 (their spread is used), got {self.critic_size}")
 
@@ -280,6 +284,8 @@ def _typed(name: str, value: Any, path: Path) -> Any:
     default = getattr(TrainConfig(), name)
     try:
         if isinstance(default, tuple):
+            if value is None:
+                return default
             kind = int if name.endswith("_steps") else str
             return tuple(kind(item) for item in (value if isinstance(value, list) else [value]))
         if isinstance(default, bool):

@@ -12,18 +12,18 @@ of each noise, and its own gradient is followed beside the clipped term.
 import copy
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 from torch.nn import functional as F
 
 from noisepolicy.ops import gaussian_kl, gaussian_log_prob, ppo_clip_loss
 from noisepolicy.policies import NoisePolicy, TablePolicy
 from noisepolicy.policies.critic import RewardCritic
-from noisepolicy.policies.prompt_reader import PromptReader
 from noisepolicy.storage import load_optimizer_tensors, optimizer_tensors
+from noisepolicy.training.calibrator import RewardCalibrator
 from noisepolicy.training.checkpoint import with_prefix, without_prefix
 from noisepolicy.training.config import TrainConfig
 from noisepolicy.training.loop import TrainingLoop
@@ -33,32 +33,12 @@ from noisepolicy.training.run_folder import RunFolder
 from noisepolicy.training.seeding import stream_generator, stream_seed
 from noisepolicy.training.task import Task
 
-_CALIBRATOR_UPDATES = 20
-_CALIBRATOR_LEARNING_RATE = 3e-3
+_MAX_CALIBRATOR_UPDATES = 100
+_CALIBRATOR_LEARNING_RATE = 5e-3
+_CALIBRATOR_ERROR = 1e-4  # mean square, in units of the first rewards' variance, at which it is taught enough
 _CRITIC_SAMPLES = 8  # of a row, for the critic's gradient
-
-
-class RewardCalibrator(nn.Module):
-    """FIND's dynamic reward calibration: the expected reward of a distribution over the noise, and a prompt."""
-
-    def __init__(self, prompt_shape: tuple[int, int], action_size: int, hidden_width: int = 64) -> None:
-        super().__init__()
-        self.prompt = PromptReader(prompt_shape, token_width=16, hidden_width=hidden_width)
-        self.distribution = nn.Linear(2 * action_size, hidden_width)
-        self.out = nn.Linear(2 * hidden_width, 1)
-        self.register_buffer("center", torch.zeros(()))
-        self.register_buffer("spread", torch.ones(()))
-
-    def measure(self, reward: torch.Tensor) -> None:
-        """Takes the scale of the rewards from the first of them."""
-        self.center.copy_(reward.mean())
-        self.spread.copy_(reward.std().clamp(min=1e-6))
-
-    def forward(self, prompt_embeds: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
-        """`(batch,)` from `(batch, tokens, width)` and two of `(batch, *action_shape)`."""
-        place = torch.cat([mean, log_std.expand_as(mean)], 1).flatten(1)
-        value = self.out(torch.cat([self.prompt(prompt_embeds), F.silu(self.distribution(place))], 1))[:, 0]
-        return self.center + self.spread * value
+_MIN_SPREAD = 0.1  # of the first rewards' spread: a prompt that is solved has none of its own
+_MAX_NUMBERS = 2**26  # of the actions that are updated at a time
 
 
 class FindTrainer(TrainingLoop):
@@ -86,7 +66,9 @@ class FindTrainer(TrainingLoop):
         self._replay = Replay(num_prompts, config.replay * config.group_size, self.policy.action_shape, device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed(config.seed, "calibrator weights"))
-            self._calibrator = RewardCalibrator(self.prompt_shape, math.prod(self.policy.action_shape)).to(device)
+            self._calibrator = RewardCalibrator(
+                self.prompt_shape, self.policy.action_shape, len(config.num_inference_steps)
+            ).to(device)
         self._calibrator_optimizer = torch.optim.AdamW(
             self._calibrator.parameters(), lr=_CALIBRATOR_LEARNING_RATE, fused=True
         )
@@ -103,23 +85,39 @@ class FindTrainer(TrainingLoop):
         config, start = self.config, None
         bands, std = (config.bands if config.policy == "spectral" else None), config.std
         if config.init_policy is not None:
-            start = NoisePolicy.from_pretrained(config.init_policy).to(embeds.device)
-            if (start.latent_shape, start.prompt_shape) != (self.task.frozen.latent_shape, self.prompt_shape):
-                raise ValueError(
-                    f"--init-policy {config.init_policy} is for latents {start.latent_shape} and prompt embeddings "
-                    f"{start.prompt_shape}; this model has {self.task.frozen.latent_shape} and {self.prompt_shape}"
-                )
+            start = self._load_start(config.init_policy).to(embeds.device)
             bands, std, self._critic = start.config.get("bands"), start.config["std"], start.critic
         policy = TablePolicy(
             latent_shape=self.task.frozen.latent_shape, prompt_shape=self.prompt_shape,
             prompts=self.task.train_prompts, bands=bands, std=std,
         ).to(embeds.device)  # fmt: skip
         policy.learn_keys(embeds)
+        row = policy.row_of(embeds)
+        if (same := (row != torch.arange(len(row), device=row.device)).nonzero()).numel():
+            first, other = (policy.prompts[index] for index in (int(row[same[0]]), int(same[0])))
+            raise ValueError(f"the text encoder takes {first!r} and {other!r} for the same prompt; leave one out")
         if start is not None:
             with torch.no_grad():
-                mean, log_std = start(embeds)
-                policy.set_distribution(mean, log_std)
+                policy.set_distribution(*start(embeds))
         return policy
+
+    def _load_start(self, source: Path) -> NoisePolicy:
+        """The policy to start from: the run's own copy, which is made now if there is none."""
+        copied = self.run.path / "init_policy"
+        if (copied / "config.json").is_file():
+            return NoisePolicy.from_pretrained(copied)
+        folder = source / "policy" if (source / "policy" / "config.json").is_file() else source
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"--init-policy {source} holds no policy; give a run's folder or a policy's")
+        start = NoisePolicy.from_pretrained(folder)
+        if (start.latent_shape, start.prompt_shape) != (self.task.frozen.latent_shape, self.prompt_shape):
+            raise ValueError(
+                f"--init-policy {source} is for latents {start.latent_shape} and prompt embeddings "
+                f"{start.prompt_shape}; this model has {self.task.frozen.latent_shape} and {self.prompt_shape}"
+            )
+        if self.accelerator.is_main_process:
+            start.save_pretrained(copied)
+        return start
 
     def _draw_prompts(self, number: int) -> list[int]:
         """The next of the prompts, round and round."""
@@ -144,30 +142,42 @@ class FindTrainer(TrainingLoop):
                 "images": (number + 1) * config.batch_size,
                 "reward": rollout.reward.mean().item(),
                 "reward_std": rollout.reward.std().item(),
-                "calibration_error": self._calibrate(prompt, rollout),
             }
+            if number == 0:
+                self._calibrator.measure(rollout.reward)
+            if self._critic is None:
+                metrics["calibration_error"] = self._calibrate(prompt, rollout)
             metrics |= self._update(prompt, stream_generator(config.seed, "policy update", number))
             self._average_weights()
         return metrics
 
     def _calibrate(self, prompt: torch.Tensor, rollout: Rollout) -> float:
         """Teaches the calibrator what the current distributions are worth; returns its relative error before."""
-        reward = rollout.reward.unflatten(0, (-1, self.config.group_size))
-        if self.iteration == 0:
-            self._calibrator.measure(reward)
+        reward = rollout.reward.unflatten(0, (-1, self.config.group_size)).mean(1)
+        step_index = rollout.step_index[:: self.config.group_size, None]
         embeds = self.prompts[prompt].prompt_embeds.float()
         with torch.no_grad():
             mean, log_std = self.policy.distribution(prompt)
-        error = None
-        for _ in range(_CALIBRATOR_UPDATES):
-            loss = F.mse_loss(self._calibrator(embeds, mean, log_std), reward.mean(1)) / self._calibrator.spread**2
-            error = loss.item() if error is None else error
+        errors = []
+        while len(errors) < _MAX_CALIBRATOR_UPDATES and (not errors or errors[-1] > _CALIBRATOR_ERROR):
+            foreseen = self._calibrator(embeds, mean, log_std).gather(1, step_index)[:, 0]
+            loss = F.mse_loss(foreseen, reward) / self._calibrator.spread**2
+            errors.append(loss.item())
             self._calibrator_optimizer.zero_grad()
             loss.backward()
             self._calibrator_optimizer.step()
-        return error
+        return errors[0]
 
     def _update(self, prompt: torch.Tensor, generator: torch.Generator) -> dict[str, float]:
+        """`_update_rows` of as many rows at a time as memory allows; metrics are means over the prompts."""
+        row_size = self.config.replay * self.config.group_size * math.prod(self.policy.action_shape)
+        total: dict[str, float] = {}
+        for rows in prompt.split(max(1, _MAX_NUMBERS // row_size)):
+            for name, value in self._update_rows(rows, generator).items():
+                total[name] = total.get(name, 0.0) + value * len(rows) / len(prompt)
+        return total
+
+    def _update_rows(self, prompt: torch.Tensor, generator: torch.Generator) -> dict[str, float]:
         """A few natural-gradient steps on the prompts' rows; a row whose KL from where it was passes its target rests.
 
         The loss of a row, with a critic between brackets, in units of the spread of its rewards:
@@ -180,8 +190,11 @@ class FindTrainer(TrainingLoop):
         capacity = is_filled.shape[1]
         with torch.no_grad():
             old_mean, old_log_std = self.policy.distribution(prompt)
-            spread = _spread(samples["reward"], is_filled)
-            advantages = (samples["reward"] - self._foreseen(embeds, samples, old_mean, old_log_std)) / spread
+            surprise = samples["reward"] - self._foreseen(embeds, samples, old_mean, old_log_std)
+            # What the critic foresaw is part of the rewards' spread, what the step count explains is not.
+            varied = surprise if self._critic is None else samples["reward"]
+            spread = _spread(varied, is_filled).clamp(min=_MIN_SPREAD * self._calibrator.spread)
+            advantages = surprise / spread
         action, old_log_prob = samples["action"].flatten(0, 1), samples["log_prob"].flatten()
         for _ in range(config.num_updates):
             mean, log_std = self.policy.distribution(prompt)
@@ -191,10 +204,11 @@ class FindTrainer(TrainingLoop):
                 break
             means, log_stds = (_repeat(value, capacity) for value in (mean, log_std))
             with torch.no_grad():
-                log_ratio = gaussian_log_prob(action, means, log_stds) - old_log_prob
-                is_used = is_filled & (log_ratio.abs() <= config.max_log_ratio).view_as(is_filled)
+                log_ratio = (gaussian_log_prob(action, means, log_stds) - old_log_prob).view_as(is_filled)
+                is_used = is_filled & (log_ratio.abs() <= config.max_log_ratio)
                 weight = is_used * (capacity / is_used.sum(1, keepdim=True).clamp(min=1))
-            loss, stats = ppo_clip_loss(
+                is_clipped = is_used & ((log_ratio.exp() - 1).abs() > config.clip_range)
+            loss, _ = ppo_clip_loss(
                 action, means, log_stds, old_log_prob, (advantages * weight).flatten(), clip_range=config.clip_range
             )
             # A mean over prompts: times their number it is each row's own.
@@ -209,7 +223,7 @@ class FindTrainer(TrainingLoop):
             return {
                 "kl_to_prior": gaussian_kl(mean, log_std).mean().item(),
                 "step_kl": gaussian_kl(old_mean, old_log_std, mean, log_std).mean().item(),
-                "clip_fraction": stats.clip_fraction.item(),
+                "clip_fraction": (is_clipped.sum() / is_used.sum().clamp(min=1)).item(),
                 "used_fraction": (is_used.sum() / is_filled.sum()).item(),
             }
 
@@ -218,12 +232,18 @@ class FindTrainer(TrainingLoop):
     ) -> torch.Tensor:
         """The reward to expect: of each sample's own noise by the critic, or of the distribution by the calibrator."""
         if self._critic is None:
-            return self._calibrator(embeds, mean, log_std)[:, None]
+            return self._calibrator(embeds, mean, log_std).gather(1, samples["step_index"])
         count = samples["reward"].shape[1]
         values = self._critic(
-            embeds.repeat_interleave(count, 0), samples["action"].flatten(0, 1), samples["step_index"].flatten()
-        )
+            embeds.repeat_interleave(count, 0), samples["action"].flatten(0, 1),
+            self._critic_steps(samples["step_index"].flatten()),
+        )  # fmt: skip
         return values.mean(0).unflatten(0, (-1, count))
+
+    def _critic_steps(self, step_index: torch.Tensor) -> torch.Tensor:
+        """This run's step counts as the critic's, which was trained at its own."""
+        nearest = [self._critic.shape.nearest_step_index(steps) for steps in self.config.num_inference_steps]
+        return torch.tensor(nearest, device=step_index.device)[step_index]
 
     def _promise(
         self, embeds: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor, generator: torch.Generator
@@ -234,7 +254,7 @@ class FindTrainer(TrainingLoop):
         count = len(self.config.num_inference_steps)
         step_index = (torch.arange(len(means)) % count).to(means.device)
         values, _ = self._critic.lower_bound(
-            embeds.repeat_interleave(_CRITIC_SAMPLES, 0), means + log_stds.exp() * noise, step_index
+            embeds.repeat_interleave(_CRITIC_SAMPLES, 0), means + log_stds.exp() * noise, self._critic_steps(step_index)
         )
         return values.unflatten(0, (-1, _CRITIC_SAMPLES)).mean(1)
 
@@ -256,8 +276,8 @@ def _repeat(value: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def _spread(reward: torch.Tensor, is_filled: torch.Tensor) -> torch.Tensor:
-    """Standard deviation of each row's filled places, `(prompts, 1)`, not zero."""
+    """Standard deviation of each row's filled places, `(prompts, 1)`."""
     count = is_filled.sum(1, keepdim=True)
     center = (reward * is_filled).sum(1, keepdim=True) / count
     variance = (((reward - center) ** 2) * is_filled).sum(1, keepdim=True) / count
-    return variance.sqrt().clamp(min=1e-6)
+    return variance.sqrt()

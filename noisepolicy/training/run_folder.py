@@ -25,15 +25,20 @@ class RunFolder:
 
     @classmethod
     def create(cls, config: TrainConfig) -> "RunFolder":
-        """A new run's folder, with its `config.yaml`; in runs/, named by the time, unless `config` says where.
+        """A new run's folder, with its `config.yaml`; see `choose`."""
+        run = cls.choose(config)
+        config.save(run.config)
+        return run
+
+    @classmethod
+    def choose(cls, config: TrainConfig) -> "RunFolder":
+        """Where a new run is to be: in runs/, named by the time, unless `config` says where. Writes nothing.
 
         Raises:
             ValueError: as `check_free`.
         """
         check_free(config.output_dir)
-        run = cls(config.output_dir or Path("runs") / time.strftime("%Y%m%d-%H%M%S"))
-        config.save(run.config)
-        return run
+        return cls(config.output_dir or Path("runs") / time.strftime("%Y%m%d-%H%M%S"))
 
     @classmethod
     def open(cls, path: Path) -> tuple["RunFolder", TrainConfig]:

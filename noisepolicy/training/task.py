@@ -37,8 +37,11 @@ def load_task(config: TrainConfig, device: torch.device) -> Task:
         raise ValueError(f"--model {config.model} needs --prompts: a file, one prompt a line, or prompts")
     if world is None and config.reward is None:
         raise ValueError(f"--model {config.model} needs --reward, e.g. pickscore")
+    if config.algorithm == "find" and not config.prompts:
+        raise ValueError("--algorithm find needs --prompts: it learns each on its own")
     train = read_prompts(config.prompts) if config.prompts else [scene.caption for scene in world.train_scenes()]
     if config.algorithm == "find":
+        train = list(dict.fromkeys(train))
         held_out = train
     elif config.eval_prompts:
         held_out = read_prompts(config.eval_prompts)
@@ -48,6 +51,9 @@ def load_task(config: TrainConfig, device: torch.device) -> Task:
         train, held_out = _hold_out(train)
     else:
         held_out = []
+    if world is not None and config.reward in (None, config.model):
+        for prompt in (*train, *held_out):
+            world.parse_caption(prompt)
     reward = load_reward(config.reward or config.model, device=device)
     eval_rewards = [load_reward(spec, device=device) for spec in config.eval_rewards]
     frozen = load_frozen(config, device)
@@ -102,13 +108,20 @@ def read_prompts(sources: Sequence[str]) -> list[str]:
     """
     prompts = []
     for source in sources:
-        if Path(source).is_file() or source.endswith(_PROMPT_FILES) or "/" in source.split(" ")[0]:
+        if _is_file(source) or source.endswith(_PROMPT_FILES) or ("/" in source and " " not in source):
             prompts += _read_file(Path(source))
         elif source.strip():
             prompts.append(source.strip())
         else:
             raise ValueError("a prompt is empty; give a text, or a file of one prompt a line")
     return prompts
+
+
+def _is_file(source: str) -> bool:
+    try:
+        return Path(source).is_file()
+    except OSError:  # a long prompt is no name of a file
+        return False
 
 
 def _read_file(path: Path) -> list[str]:

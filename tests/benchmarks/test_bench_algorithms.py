@@ -12,10 +12,11 @@ from noisepolicy.cli import bench
 
 
 def test_images_to_a_gain():
-    curve = [{"images": 100, "reward": 0.52}, {"images": 200, "reward": 0.58}, {"images": 400, "reward": 0.70}]
-    assert bench_algorithms.images_to_gain(curve, 0.5, 0.04) == pytest.approx(100 + 100 / 3)
-    assert bench_algorithms.images_to_gain(curve, 0.5, 0.01) == pytest.approx(50)
-    assert bench_algorithms.images_to_gain(curve, 0.5, 0.3) is None
+    points = ((100, 0.52), (200, 0.58), (400, 0.70))
+    curve = [{"images": images, "reward": reward, "base_reward": 0.5} for images, reward in points]
+    assert bench_algorithms.images_to_gain(curve, 0.04) == pytest.approx(100 + 100 / 3)
+    assert bench_algorithms.images_to_gain(curve, 0.01) == 100
+    assert bench_algorithms.images_to_gain(curve, 0.3) is None
 
 
 def test_methods_are_known_by_name():
@@ -49,6 +50,10 @@ def test_every_kind_of_job_and_the_report(tmp_path, monkeypatch, capsys):
     searched = next(method for method in result["methods"] if method["name"] == "random_search")
     assert searched["runs"][0]["two"]["diversity_kept"] == pytest.approx(0, abs=1e-3)
     assert story_figure(result) is not None
+
+    # Made with other settings, a job is not taken for this one's.
+    assert bench.main([*command, "--denoiser-dtype", "float32"]) == 2
+    assert "was made with other settings" in capsys.readouterr().err
 
     # Again: every job is read, none is run.
     monkeypatch.setattr(algorithms_jobs, "_train", None)

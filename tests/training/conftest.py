@@ -40,18 +40,24 @@ PROMPTS = ["a", "bb", "ccc", "dddd"]
 
 
 @pytest.fixture
+def blob():
+    """The frozen model's class and its reward."""
+    return BlobModel, left_or_right
+
+
+@pytest.fixture
 def make_trainer():
     return _make_trainer
 
 
-def _make_trainer(folder, **settings):
+def _make_trainer(folder, *, reward=left_or_right, prompts=PROMPTS, **settings):
     defaults = {
         "batch_size": 32, "group_size": 4, "num_iterations": 20, "checkpoint_every": 5, "critic_warmup": 64,
         "critic_batch_size": 64, "bands": 4, "output_dir": folder, "critic_updates": 10,
     }  # fmt: skip
     config = TrainConfig(**(defaults | settings))
     config.check()
-    task = Task(BlobModel(), Reward("left_or_right", left_or_right), [], list(PROMPTS), [])
+    task = Task(BlobModel(), Reward("reward", reward), [], list(prompts), [])
     run = RunFolder(folder)
     config.save(run.config)
     kind = FindTrainer if config.algorithm == "find" else Trainer

@@ -1,10 +1,12 @@
 """FIND: that it learns, resumes, and has none of the faults of the method's released script."""
 
+import shutil
+
 import pytest
 import torch
 
 from noisepolicy.ops import gaussian_kl, gaussian_log_prob, ppo_clip_loss
-from noisepolicy.policies import NoisePolicy
+from noisepolicy.policies import NoisePolicy, SpectralPolicy
 from noisepolicy.training.replay import Replay
 
 FIND = {"algorithm": "find", "group_size": 16, "batch_size": None, "num_iterations": 12}
@@ -73,24 +75,78 @@ def test_a_batch_of_some_prompts_goes_round(make_trainer, tmp_path):
         make_trainer(tmp_path / "large", **(FIND | {"batch_size": 80}))
 
 
-def test_it_starts_from_a_policy_and_its_critic(make_trainer, tmp_path):
-    amortised = make_trainer(tmp_path / "amortised", num_iterations=30)
-    list(amortised.train())
-    trainer = make_trainer(tmp_path / "find", **FIND, init_policy=tmp_path / "amortised" / "policy")
+def test_it_starts_from_a_policy_and_follows_its_critic(make_trainer, tmp_path):
+    """The run keeps what it started from; and with no sample in use, the critic alone improves the policy."""
+    list(make_trainer(tmp_path / "amortised", num_iterations=30).train())
     start = NoisePolicy.from_pretrained(tmp_path / "amortised" / "policy")
+    settings = FIND | {"init_policy": tmp_path / "amortised", "max_log_ratio": 1e-12, "num_updates": 3}
+    trainer = make_trainer(tmp_path / "find", **settings)
     for ours, theirs in zip(trainer.policy(embeds_of(trainer)), start(embeds_of(trainer)), strict=True):
         torch.testing.assert_close(ours, theirs)
-    list(trainer.train())
+    metrics = list(trainer.train())
+    assert metrics[-1]["reward"] > metrics[0]["reward"] + 0.02
     assert trainer.kept_policy().critic is not None
+
+    shutil.rmtree(tmp_path / "amortised")
+    resumed = make_trainer(tmp_path / "find", **settings)
+    resumed.resume()
+    assert torch.equal(resumed.policy.mean, trainer.policy.mean)
+
+
+def test_a_critic_is_asked_about_the_nearest_of_its_step_counts(make_trainer, tmp_path):
+    list(make_trainer(tmp_path / "amortised", num_iterations=4, num_inference_steps=(1, 8)).train())
+    settings = FIND | {"init_policy": tmp_path / "amortised", "num_inference_steps": (1, 2, 4, 16), "num_iterations": 2}
+    trainer = make_trainer(tmp_path / "find", **settings)
+    assert trainer._critic_steps(torch.arange(4)).tolist() == [0, 0, 1, 1]
+    assert len(list(trainer.train())) == 2
 
 
 def test_a_policy_of_another_model_is_refused(make_trainer, tmp_path):
-    other = make_trainer(tmp_path / "other", num_iterations=1)
-    other.policy.latent_shape = (3, 8, 8)
-    other.policy.config["latent_shape"] = [3, 8, 8]
-    other.policy.save_pretrained(tmp_path / "policy")
-    with pytest.raises(ValueError, match=r"does not hold a noise policy|is for latents"):
+    other = SpectralPolicy(latent_shape=(3, 8, 8), prompt_shape=(3, 3))
+    other.save_pretrained(tmp_path / "policy")
+    with pytest.raises(ValueError, match=r"is for latents \(3, 8, 8\)"):
         make_trainer(tmp_path / "find", **FIND, init_policy=tmp_path / "policy")
+    with pytest.raises(ValueError, match="holds no policy"):
+        make_trainer(tmp_path / "find", **FIND, init_policy=tmp_path / "nothing")
+
+
+def test_prompts_that_the_text_encoder_takes_for_one_are_refused(make_trainer, tmp_path):
+    with pytest.raises(ValueError, match="takes 'bb' and 'zz' for the same prompt"):
+        make_trainer(tmp_path, **FIND, prompts=["a", "bb", "zz"])
+
+
+def test_a_solved_prompt_stays_where_it_is(make_trainer, tmp_path):
+    """Its rewards do not vary: what is left of the calibrator's error must not be taken for an advantage."""
+
+    def solved_or_not(images, prompts):
+        brightness = images.mean((1, 2, 3))
+        return torch.where(torch.tensor([prompt == "a" for prompt in prompts]), 1.0, brightness)
+
+    trainer = make_trainer(tmp_path, **FIND, reward=solved_or_not)
+    list(trainer.train())
+    kl = gaussian_kl(*trainer.policy.distribution(torch.arange(4)))
+    assert kl[0] < kl[1:].min()
+
+
+def test_what_the_step_count_explains_is_no_advantage(make_trainer, blob, tmp_path, monkeypatch):
+    """A reward that grows with the step count by more than it varies: the runs with and without it learn alike."""
+    model, left_or_right = blob
+    step, plain = [0], model.generate
+
+    def remember(self, *arguments, num_inference_steps, **options):
+        step[0] = num_inference_steps
+        return plain(self, *arguments, num_inference_steps=num_inference_steps, **options)
+
+    monkeypatch.setattr(model, "generate", remember)
+    ends = []
+    for offset in (0.0, 0.1):
+        trainer = make_trainer(
+            tmp_path / str(offset), **FIND, num_inference_steps=(1, 8),
+            reward=lambda images, prompts, offset=offset: left_or_right(images, prompts) + offset * (step[0] == 8),
+        )  # fmt: skip
+        metrics = list(trainer.train())
+        ends.append(metrics[-1]["reward"] - metrics[0]["reward"])
+    assert ends[1] > 0.8 * ends[0] > 0.03
 
 
 def test_the_log_prob_is_a_sum_over_dimensions(make_trainer, tmp_path):
