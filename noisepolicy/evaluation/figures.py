@@ -61,8 +61,8 @@ def sweep_plot(rows: Sequence[dict[str, Any]], train_steps: Sequence[int]) -> st
         steps = [row["num_inference_steps"] for row in rows]
         gains = [row["gain"] for row in rows]
         errors = [
-            [row["gain"] - row["gain_ci95"][0] for row in rows],
-            [row["gain_ci95"][1] - row["gain"] for row in rows],
+            [max(row["gain"] - row["gain_ci95"][0], 0.0) for row in rows],  # differences of rounded numbers
+            [max(row["gain_ci95"][1] - row["gain"], 0.0) for row in rows],
         ]
         gain_axes.axhline(0, color=_BASE, linewidth=1)
         gain_axes.errorbar(steps, gains, yerr=errors, color=_POLICY, marker="o", capsize=4, linewidth=2)

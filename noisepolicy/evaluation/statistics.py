@@ -8,12 +8,13 @@ import torch
 def bootstrap_mean_ci95(values: torch.Tensor, *, num_resamples: int = 2000) -> tuple[float, float]:
     """The 95% percentile interval of the mean of paired differences.
 
-    Prompts are resampled, not images: images of one prompt are not independent. Deterministic.
+    Prompts are resampled, not images: images of one prompt are not independent. Of a single prompt, whose images are
+    all there is to say, the images are. Deterministic.
 
     Args:
         values: differences, `(prompts, images)`.
     """
-    per_prompt = values.double().mean(1)
+    per_prompt = values.double().mean(1) if len(values) > 1 else values.double()[0]
     generator = torch.Generator().manual_seed(0)
     index = torch.randint(len(per_prompt), (num_resamples, len(per_prompt)), generator=generator)
     low, high = per_prompt[index].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()

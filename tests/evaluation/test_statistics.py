@@ -34,3 +34,11 @@ def test_pairwise_distance():
     images[0, 2] = 1.0
     assert mean_pairwise_distance(images) == pytest.approx(2 / 3)
     assert mean_pairwise_distance(images[:, :1]) == 0
+
+
+def test_interval_of_a_single_prompt_is_over_its_images():
+    values = torch.randn(1, 200, generator=torch.Generator().manual_seed(1))
+    low, high = bootstrap_mean_ci95(values)
+    error = values.std().item() / 200**0.5
+    assert high - low == pytest.approx(2 * 1.96 * error, rel=0.1)
+    assert low < values.mean() < high
