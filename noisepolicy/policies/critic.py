@@ -90,23 +90,24 @@ class RewardCritic(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """The training loss, and the mean squared error of the reward predicted from the action.
 
-        The readers see real pictures and sketches; their errors do not reach the sketch, which would learn rewards by
-        heart if they did.
+        The readers see real pictures in the first half of the batch and sketches in the second; their errors do not
+        reach the sketch, which would learn rewards by heart if they did.
 
         Args:
             picture: from `shrink_pictures`.
-            reward: `(batch,)`
+            reward: `(batch,)`, of at least two.
         """
         sketch = self.sketch(prompt_embeds, action, step_index)
         loss = F.mse_loss(sketch, picture) / picture.var(0).mean().clamp(min=1e-6)
-        sketch = sketch.detach()
+        half = len(picture) // 2
+        seen = torch.cat([picture[:half], sketch[half:].detach()])
         scale = reward.var().clamp(min=1e-6)
         error = torch.zeros_like(scale)
         for reader in self.readers:
-            from_picture, from_sketch = reader(prompt_embeds, torch.cat([picture, sketch])).chunk(2)
-            error = error + F.mse_loss(from_sketch, reward) / len(self.readers)
-            loss = loss + (F.mse_loss(from_picture, reward) + F.mse_loss(from_sketch, reward)) / scale
-        return loss, error.detach()
+            surprise = (reader(prompt_embeds, seen) - reward) ** 2
+            error = error + surprise[half:].detach().mean() / len(self.readers)
+            loss = loss + 2 * surprise.mean() / scale
+        return loss, error
 
 
 def shrink_pictures(images: torch.Tensor, shape: CriticShape) -> torch.Tensor:
@@ -171,7 +172,7 @@ class _Reader(nn.Module):
 
     _NUM_HEADS = 4
 
-    def __init__(self, shape: CriticShape, hidden_width: int, width: int = 48) -> None:
+    def __init__(self, shape: CriticShape, hidden_width: int, width: int = 32) -> None:
         super().__init__()
         channels, height, picture_width = shape.sketch_shape
         num_tokens, token_width = shape.prompt_shape
@@ -194,10 +195,7 @@ class _Reader(nn.Module):
         )
 
     def forward(self, prompt_embeds: torch.Tensor, picture: torch.Tensor) -> torch.Tensor:
-        """Of one picture a prompt or of several, one batch of prompts after the other."""
-        repeats = len(picture) // len(prompt_embeds)
-        prompt = self.prompt(prompt_embeds).repeat(repeats, 1)
-        query = self.query(prompt_embeds.float()).repeat(repeats, 1, 1)
+        prompt, query = self.prompt(prompt_embeds), self.query(prompt_embeds.float())
         field = F.silu(self.mix(F.silu(self.patches(picture)))) + self.places
         field = self.norm(field.flatten(2).transpose(1, 2))
         seen = F.scaled_dot_product_attention(
