@@ -31,8 +31,7 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = arguments.work_folder
     torch.manual_seed(arguments.seed)
-    words = ["a", "and", *COLORS, *SHAPES, *(word for text in DIRECTIONS for word in text.split())]
-    tokenizer = build_tokenizer(folder / "tokenizer", words)
+    tokenizer = build_tokenizer(folder / "tokenizer")
     vae, text_encoder, unet = build_vae(), build_text_encoder(tokenizer), build_unet()
 
     num_classes = [len(COLORS)] * NUM_OBJECTS + [len(SHAPES)] * NUM_OBJECTS + [len(DIRECTIONS)]

@@ -10,19 +10,21 @@ from pathlib import Path
 
 from transformers import CLIPTokenizer
 
+from noisepolicy.shapes.captions import COLORS, DIRECTIONS, SHAPES
 from noisepolicy.storage import write_json, write_text
 
+WORDS = ("a", "and", *COLORS, *SHAPES, *(word for text in DIRECTIONS for word in text.split()))
 MAX_TOKENS = 20
 """Start token, 15 words and commas, end token, and three more end tokens: readers of the whole caption."""
 
 _START, _END, _WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 
 
-def build_tokenizer(folder: Path, words: Iterable[str], *, max_tokens: int = MAX_TOKENS) -> CLIPTokenizer:
+def build_tokenizer(folder: Path, words: Iterable[str] = WORDS, *, max_tokens: int = MAX_TOKENS) -> CLIPTokenizer:
     """Writes `vocab.json` and `merges.txt` to `folder` and loads them as a `CLIPTokenizer`.
 
     Args:
-        words: that are to be one token each.
+        words: that are to be one token each; the image world's.
         max_tokens: of a prompt.
     """
     merges = _learn_merges([[*word[:-1], word[-1] + _WORD_END] for word in dict.fromkeys(words)])
