@@ -4,13 +4,12 @@ A scene is two different colours, two shapes and two ways: 12 x 9 x 16 = 1,728 c
 256 are held out; the frozen model and the policy never see a held-out combination in training.
 """
 
-import hashlib
 import itertools
 import re
 from dataclasses import dataclass
 from functools import cache
 
-from noisepolicy.shapes.captions import COLORS, SHAPES
+from noisepolicy.shapes.captions import COLORS, SHAPES, split_by_caption
 
 WAYS = ("left", "right", "up", "down")
 NUM_OBJECTS = 2
@@ -63,15 +62,13 @@ def parse_caption(caption: str) -> MovingScene:
 
 @cache
 def _split() -> tuple[tuple[MovingScene, ...], tuple[MovingScene, ...]]:
-    scenes = [
+    scenes = (
         MovingScene(colors, shapes, ways)
         for colors in itertools.permutations(range(len(COLORS)), NUM_OBJECTS)
         for shapes in itertools.product(range(len(SHAPES)), repeat=NUM_OBJECTS)
         for ways in itertools.product(range(len(WAYS)), repeat=NUM_OBJECTS)
-    ]
-    # Ordered by a hash of the caption: a split that depends on no random generator and never changes.
-    scenes.sort(key=lambda scene: hashlib.sha256(scene.caption.encode()).digest())
-    return tuple(scenes[NUM_HELD_OUT:]), tuple(scenes[:NUM_HELD_OUT])
+    )
+    return split_by_caption(scenes, NUM_HELD_OUT)
 
 
 def train_scenes() -> tuple[MovingScene, ...]:

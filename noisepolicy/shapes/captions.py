@@ -7,8 +7,10 @@ training and 256 are held out; the frozen model and the policy never see a held-
 import hashlib
 import itertools
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
+from typing import TypeVar
 
 COLORS = ("red", "green", "blue", "yellow")
 SHAPES = ("circle", "square", "triangle")
@@ -18,6 +20,8 @@ NUM_HELD_OUT = 256
 
 _OBJECT = rf"a ({'|'.join(COLORS)}) ({'|'.join(SHAPES)})"
 _CAPTION = re.compile(rf"{_OBJECT}, {_OBJECT} and {_OBJECT} ({'|'.join(DIRECTIONS)})")
+
+SceneT = TypeVar("SceneT")
 
 
 @dataclass(frozen=True)
@@ -59,15 +63,19 @@ def parse_caption(caption: str) -> Scene:
 
 @cache
 def _split() -> tuple[tuple[Scene, ...], tuple[Scene, ...]]:
-    scenes = [
+    scenes = (
         Scene(colors, shapes, direction)
         for colors in itertools.permutations(range(len(COLORS)), NUM_OBJECTS)
         for shapes in itertools.product(range(len(SHAPES)), repeat=NUM_OBJECTS)
         for direction in range(len(DIRECTIONS))
-    ]
-    # Ordered by a hash of the caption: a split that depends on no random generator and never changes.
-    scenes.sort(key=lambda scene: hashlib.sha256(scene.caption.encode()).digest())
-    return tuple(scenes[NUM_HELD_OUT:]), tuple(scenes[:NUM_HELD_OUT])
+    )
+    return split_by_caption(scenes, NUM_HELD_OUT)
+
+
+def split_by_caption(scenes: Iterable[SceneT], num_held_out: int) -> tuple[tuple[SceneT, ...], tuple[SceneT, ...]]:
+    """For training and held out, by a hash of the caption: it depends on no random generator and never changes."""
+    ordered = sorted(scenes, key=lambda scene: hashlib.sha256(scene.caption.encode()).digest())
+    return tuple(ordered[num_held_out:]), tuple(ordered[:num_held_out])
 
 
 def train_scenes() -> tuple[Scene, ...]:
