@@ -172,7 +172,9 @@ def _train(method: Method, seed: int, world: World, folder: Path, config: TrainC
     task = world.task if method.kind == "policy" else Task(world.task.frozen, world.task.reward, [], prompts, prompts)
     config = config.resolved(len(task.train_prompts))
     per_prompt = len(prompts) if method.is_per_prompt else 1
-    total = max(round(method.images * world.scale.share), 4 * config.group_size if method.is_per_prompt else 960)
+    total = max(
+        round(method.images * world.scale.share), 2 * config.group_size if method.is_per_prompt else world.scale.least
+    )
     config.num_iterations = max(total * per_prompt // config.batch_size, 1)
     config.check()
     run, is_new = RunFolder(folder), not (folder / "config.yaml").exists()
@@ -209,7 +211,7 @@ def _train_ddpo(method: Method, seed: int, world: World, folder: Path, config: T
     if checkpoint.exists():
         ddpo.load(checkpoint)
         seconds = json.loads(times.read_text("utf-8"))
-    total = max(round(method.images * world.scale.share), 960)
+    total = max(round(method.images * world.scale.share), world.scale.least)
     before = measured
     while True:
         if _due(CURVE, before, ddpo.images, total) or ddpo.images >= total:

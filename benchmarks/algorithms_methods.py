@@ -48,6 +48,8 @@ class Scale:
 
     share: float
     """Of each method's images."""
+    least: int
+    """Images of a method that learns from training captions, whatever its share."""
     num_prompts: int
     """Held-out captions that policies are measured on."""
     group_size: int
@@ -62,8 +64,8 @@ class Scale:
     """Of the final sweep."""
 
 
-FULL = Scale(1.0, 48, 8, 4, 32, 8, (1, 2, 4, 8, 16))
-QUICK = Scale(0.05, 12, 4, 4, 4, 2, (1, 2, 4))
+FULL = Scale(1.0, 960, 48, 8, 4, 32, 8, (1, 2, 4, 8, 16))
+QUICK = Scale(0.05, 960, 12, 4, 4, 4, 2, (1, 2, 4))
 
 CURVE = (480, 960, 1440, 1920, 2880, 3840, 4800, 6000, 8000, 10_000, 12_000, 16_000, 20_000, 25_000, 30_000, 40_000,
          50_000, 60_000)  # fmt: skip

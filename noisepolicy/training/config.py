@@ -187,7 +187,8 @@ class TrainConfig:
         self.num_inference_steps = tuple(self.num_inference_steps)
         self.eval_steps = tuple(self.eval_steps)
         for name in ("eval_rewards", "prompts", "eval_prompts"):
-            setattr(self, name, tuple(getattr(self, name)))
+            value = getattr(self, name)
+            setattr(self, name, (str(value),) if isinstance(value, str | Path) else tuple(value))
 
     def resolved(self, num_prompts: int) -> "TrainConfig":
         """A copy with the algorithm's own values in place of None.
