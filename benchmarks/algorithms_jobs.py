@@ -193,6 +193,7 @@ def _train(method: Method, seed: int, world: World, folder: Path, config: TrainC
         )  # fmt: skip
 
     if _due(curve, before, point().images, end) or trainer.iteration == trainer.config.num_iterations:
+        before = point().images
         yield point()
     for _ in trainer.train():
         if _due(curve, before, point().images, end):
