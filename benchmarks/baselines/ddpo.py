@@ -56,13 +56,13 @@ class DdpoConfig:
     """In sampling and in training: the density is that of the guided step."""
     eta: float = 1.0
     """DDIM's noise, in [0, 1]; 1 is DDPM's."""
-    min_std: float = 0.2
+    min_std: float = 0.3
     """Least standard deviation of a step."""
     clip_range: float = 0.2
     max_advantage: float = 5.0
     lora_rank: int = 8
     """Of the attention projections; the scale of the update is 1."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     max_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
