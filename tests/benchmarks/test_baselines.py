@@ -132,9 +132,10 @@ def test_a_resumed_run_is_bit_identical(make_ddpo, tmp_path):
 
 @pytest.mark.slow
 def test_ddpo_learns(make_ddpo):
-    ddpo = make_ddpo(reward="brightness", batch_size=32, minibatch_size=32)
-    rewards = [ddpo.iterate()["reward"] for _ in range(8)]
-    assert sum(rewards[-2:]) / 2 > rewards[0] + 0.05
+    """Brightness varies by 0.017 between pictures, so by 0.0012 between means of three batches."""
+    ddpo = make_ddpo(reward="brightness", batch_size=64, minibatch_size=32)
+    rewards = [ddpo.iterate()["reward"] for _ in range(12)]
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.008
 
 
 @pytest.mark.parametrize(
