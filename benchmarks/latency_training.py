@@ -31,6 +31,7 @@ def time_training(engines: Sequence[Engine], spec: ModelSpec) -> list[dict[str, 
     train, held_out = ([scene.caption for scene in scenes] for scenes in (train_scenes(), held_out_scenes()))
     # One more than is run, since the last one of a run saves it; and no iterations without a policy's update.
     config = TrainConfig(num_iterations=NUM_ITERATIONS + 2, critic_warmup=0, checkpoint_every=10**6)
+    config = config.resolved(len(train))
     accelerator = Accelerator(cpu=spec.device.type == "cpu")
     trainers, iterations, spent = {}, {}, {}
     with tempfile.TemporaryDirectory() as folder:
