@@ -51,22 +51,17 @@ class World:
     """Of the held-out captions."""
     base: dict[int, Results]
     """By denoising steps."""
-    curve_base: Results | None = None
-    """At the trained step count, from the noise of the measurements on the way."""
 
     def prompts(self, method: Method) -> list[str]:
         """That the method is measured on."""
         if not method.is_per_prompt:
             return self.task.eval_prompts[: self.scale.num_prompts]
-        is_video = method.model == "moving_shapes"
-        return self.task.eval_prompts[: self.scale.num_searched_clips if is_video else self.scale.num_searched]
+        return self.task.eval_prompts[: self.scale.num_searched]
 
-    def measure(
-        self, policy: NoisePolicy | None, frozen: FrozenModel, prompts: list[str], steps: int, group_size: int
-    ) -> Results:
+    def measure(self, policy: NoisePolicy | None, frozen: FrozenModel, prompts: list[str], steps: int) -> Results:
         return measure(
             policy, frozen, self.task.reward, prompts, self.embeds[: len(prompts)], num_inference_steps=steps,
-            group_size=group_size, guidance_scale=GUIDANCE_SCALE, seed=stream_seed(0, "evaluation"),
+            group_size=self.scale.group_size, guidance_scale=GUIDANCE_SCALE, seed=stream_seed(0, "evaluation"),
         )  # fmt: skip
 
 
@@ -74,8 +69,7 @@ def make_world(task: Task, scale: Scale) -> World:
     prompts = task.eval_prompts[: scale.num_prompts]
     world = World(task, scale, task.frozen.encode(prompts), {})
     for steps in scale.step_counts:
-        world.base[steps] = world.measure(None, task.frozen, prompts, steps, scale.group_size)
-    world.curve_base = world.measure(None, task.frozen, prompts, NUM_INFERENCE_STEPS, scale.curve_group_size)
+        world.base[steps] = world.measure(None, task.frozen, prompts, steps)
     return world
 
 
@@ -85,7 +79,10 @@ def describe_base(world: World) -> list[dict[str, Any]]:
     for steps, results in world.base.items():
         rewards = results.values("reward")
         best_of = {n: expected_best_of(rewards, n) for n in _BEST_OF if n <= rewards.shape[1]}
-        rows.append({"num_inference_steps": steps, **results.summary(), "best_of": best_of})
+        rows.append({
+            "num_inference_steps": steps, **results.summary(), "best_of": best_of,
+            "ms_per_image": _time(None, world, steps),
+        })  # fmt: skip
     return rows
 
 
@@ -118,13 +115,13 @@ def run_job(method: Method, seed: int, world: World, folder: Path, config: Train
     curve = json.loads(curve_path.read_text("utf-8")) if curve_path.exists() else []
     measured = curve[-1]["images"] if curve else 0
     prompts, last = world.prompts(method), None
-    base_reward = world.curve_base.values("reward")[: len(prompts)].mean().item()
+    base_reward = world.base[NUM_INFERENCE_STEPS].values("reward")[: len(prompts)].mean().item()
     for point in runners[method.kind](method, seed, world, run_folder, config, measured):
         last = point
         if point.images <= measured:
             continue
         policy, frozen = point.make()
-        results = world.measure(policy, frozen, prompts, NUM_INFERENCE_STEPS, world.scale.curve_group_size)
+        results = world.measure(policy, frozen, prompts, NUM_INFERENCE_STEPS)
         row = {
             "images": point.images, "seconds": point.seconds, "base_reward": base_reward, **results.summary(),
         }  # fmt: skip
@@ -138,7 +135,7 @@ def run_job(method: Method, seed: int, world: World, folder: Path, config: Train
         "sweep": _sweep(policy, frozen, world, prompts),
         "kl_to_prior": _kl(policy, world.embeds[: len(prompts)]) if is_gaussian else None,
         # A tuned model is as fast as the base model on the same engine.
-        "ms_per_image": _time(policy, world.task.frozen, world),
+        "ms_per_image": _time(policy, world, NUM_INFERENCE_STEPS),
     }  # fmt: skip
     write_json(path, result)
     return result
@@ -253,7 +250,7 @@ def _search(method: Method, seed: int, world: World, folder: Path, config: Train
 def _sweep(policy: NoisePolicy | None, frozen: FrozenModel, world: World, prompts: list[str]) -> list[dict[str, Any]]:
     rows = []
     for steps in world.scale.step_counts:
-        ours = world.measure(policy, frozen, prompts, steps, world.scale.group_size)
+        ours = world.measure(policy, frozen, prompts, steps)
         base = world.base[steps].values("reward")[: len(prompts)]
         gain = ours.values("reward") - base
         rows.append({
@@ -273,8 +270,9 @@ def _kl(policy: NoisePolicy, embeds: PromptEmbeds) -> float:
 
 
 @torch.no_grad()
-def _time(policy: NoisePolicy | None, frozen: FrozenModel, world: World) -> float:
+def _time(policy: NoisePolicy | None, world: World, steps: int) -> float:
     """Milliseconds an image at inference, in batches of 32; median of 5."""
+    frozen = world.task.frozen
     embeds = world.embeds[torch.arange(2).repeat_interleave(16)]
     prior = torch.randn(len(embeds), *frozen.latent_shape, generator=torch.Generator().manual_seed(0))
     seconds = []
@@ -282,7 +280,7 @@ def _time(policy: NoisePolicy | None, frozen: FrozenModel, world: World) -> floa
         start = time.perf_counter()
         latents = prior
         if policy is not None:
-            latents = policy.choose(embeds.prompt_embeds, seed=number, num_inference_steps=NUM_INFERENCE_STEPS)
-        frozen.generate(latents, embeds, num_inference_steps=NUM_INFERENCE_STEPS, guidance_scale=GUIDANCE_SCALE)
+            latents = policy.choose(embeds.prompt_embeds, seed=number, num_inference_steps=steps)
+        frozen.generate(latents, embeds, num_inference_steps=steps, guidance_scale=GUIDANCE_SCALE)
         seconds.append(time.perf_counter() - start)
     return 1000 * sorted(seconds[1:])[2] / len(embeds)

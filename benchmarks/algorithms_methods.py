@@ -30,14 +30,14 @@ METHODS = (
     Method("default", "spectral, with critic (the default)", "policy", 30_000),
     Method("spectral_ppo", "spectral, no critic", "policy", 30_000, {"algorithm": "ppo"}),
     Method("dense_critic", "dense, with critic", "policy", 12_000, {"policy": "dense"}),
-    Method("noise_ppo", "dense, no critic (Noise PPO)", "policy", 60_000, {"algorithm": "ppo", "policy": "dense"}),
-    Method("ddpo", "DDPO (changes the model)", "ddpo", 30_000),
+    Method("noise_ppo", "dense, no critic (Noise PPO)", "policy", 30_000, {"algorithm": "ppo", "policy": "dense"}),
+    Method("ddpo", "DDPO (changes the model)", "ddpo", 8_000),
     Method("find", "FIND", "find", 400),
     Method("find_low", "FIND, low frequencies", "find", 400, {"policy": "spectral", "bands": 4}),
     Method("find_amortised", "FIND from the default's policy", "find", 100, starts_from="default"),
     Method("cross_entropy", "cross-entropy method", "cross_entropy", 400),
     Method("random_search", "random search", "random_search", 400),
-    Method("video_default", "video, the default", "policy", 6_000, model="moving_shapes"),
+    Method("video_default", "video, the default", "policy", 4_000, model="moving_shapes"),
     Method("video_find", "video, FIND", "find", 400, model="moving_shapes"),
 )
 
@@ -54,21 +54,22 @@ class Scale:
     """Held-out captions that policies are measured on."""
     group_size: int
     """Images of each, and of each caption of a search."""
-    curve_group_size: int
-    """The same along the way."""
     num_searched: int
     """Held-out captions that are searched for."""
-    num_searched_clips: int
-    """The same of video."""
     step_counts: tuple[int, ...]
     """Of the final sweep."""
 
 
-FULL = Scale(1.0, 960, 48, 8, 4, 32, 8, (1, 2, 4, 8, 16))
-QUICK = Scale(0.05, 960, 12, 4, 4, 4, 2, (1, 2, 4))
+FULL = {
+    "shapes": Scale(1.0, 960, 48, 8, 32, (1, 2, 4, 8, 16)),
+    "moving_shapes": Scale(1.0, 960, 24, 8, 12, (1, 2, 4, 8)),
+}
+QUICK = {
+    "shapes": Scale(0.05, 960, 12, 4, 4, (1, 2, 4)),
+    "moving_shapes": Scale(0.05, 960, 12, 4, 2, (1, 2, 4)),
+}
 
-CURVE = (480, 960, 1440, 1920, 2880, 3840, 4800, 6000, 8000, 10_000, 12_000, 16_000, 20_000, 25_000, 30_000, 40_000,
-         50_000, 60_000)  # fmt: skip
+CURVE = (480, 960, 1440, 1920, 2880, 3840, 4800, 6000, 8000, 10_000, 12_000, 16_000, 20_000, 25_000, 30_000)
 """Images generated at which a policy is measured."""
 SEARCH_CURVE = (20, 40, 60, 80, 100, 150, 200, 300, 400)
 """The same of a search, for each caption."""

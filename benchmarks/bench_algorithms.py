@@ -36,14 +36,14 @@ def run(
         ValueError: for an unknown method, or one that starts from another which is left out and has not run.
     """
     chosen = _choose(methods)
-    scale = QUICK if is_quick else FULL
+    scales = QUICK if is_quick else FULL
     jobs = output / ("jobs-quick" if is_quick else "jobs")
     worlds: dict[str, tuple[TrainConfig, World]] = {}
     for model in dict.fromkeys(method.model for method in chosen):
         config = TrainConfig(model=model, eval_num_prompts=0)
         if model == "shapes":
             config.denoiser, config.denoiser_dtype = denoiser, denoiser_dtype
-        worlds[model] = config, make_world(load_task(config, torch.device("cpu")), scale)
+        worlds[model] = config, make_world(load_task(config, torch.device("cpu")), scales[model])
     for method in chosen:
         for seed in seeds:
             needed = jobs / f"{method.starts_from}-seed{seed}.json"
@@ -104,7 +104,11 @@ def _print(result: dict[str, Any]) -> None:
     for model, base in result["base"].items():
         two = next(row for row in base if row["num_inference_steps"] == NUM_INFERENCE_STEPS)
         best = ", ".join(f"best of {n} {value:.3f}" for n, value in two["best_of"].items())
-        print(f"\n{model}: base model at {NUM_INFERENCE_STEPS} steps {two['reward']:.3f}, {best}")
+        steps = ", ".join(f"{row['reward']:.3f} in {row['ms_per_image']:.1f} ms" for row in base)
+        print(
+            f"\n{model}: base model at {', '.join(str(row['num_inference_steps']) for row in base)} steps: {steps}; "
+            f"at {NUM_INFERENCE_STEPS}: {best}"
+        )
         heads = f"{'reward':18s}{'images to +0.10':19s}{'variety kept':16s}{'nats':14s}"
         print(f"{'method':36s}  images seconds  {heads}ms/image")
         for method in (method for method in result["methods"] if method["model"] == model):

@@ -23,18 +23,21 @@ StepCounts = Annotated[
 ]
 """Denoising step counts; on the command line 1,2,4,8."""
 
-_POLICY = {
-    "policy": "spectral", "bands": 8, "std": "power", "num_iterations": 125, "batch_size": 96, "group_size": 2,
-    "learning_rate": 1e-3, "average_decay": 0.95, "num_updates": 8, "clip_range": 0.2, "target_kl": 1.0,
-    "kl_budget": 14.0, "kl_coef": 1e-3,
-}  # fmt: skip
 RECIPES: dict[str, dict[str, Any]] = {
-    "critic": _POLICY,
-    "ppo": _POLICY,
+    "critic": {
+        "policy": "spectral", "bands": 8, "std": "power", "num_iterations": 125, "batch_size": 96, "group_size": 2,
+        "learning_rate": 1e-3, "average_decay": 0.95, "num_updates": 8, "clip_range": 0.2, "target_kl": 1.0,
+        "kl_budget": 14.0, "kl_training_budget": 30.0, "kl_coef": 1e-3,
+    },
+    "ppo": {
+        "policy": "spectral", "bands": 8, "std": "power", "num_iterations": 300, "batch_size": 96, "group_size": 8,
+        "learning_rate": 2e-3, "average_decay": 0.98, "num_updates": 8, "clip_range": 0.2, "target_kl": 0.3,
+        "kl_budget": 30.0, "kl_training_budget": 120.0, "kl_coef": 1e-3,
+    },
     "find": {
         "policy": "dense", "bands": 8, "std": "power", "num_iterations": 20, "group_size": 20,
-        "learning_rate": 0.85, "average_decay": 0.0, "num_updates": 1, "clip_range": 0.2, "target_kl": math.inf,
-        "kl_budget": math.inf, "kl_coef": 0.0,
+        "learning_rate": 0.9, "average_decay": 0.0, "num_updates": 1, "clip_range": 0.2, "target_kl": math.inf,
+        "kl_budget": math.inf, "kl_training_budget": math.inf, "kl_coef": 0.0,
     },
 }  # fmt: skip
 """What settings left at None become, by algorithm: each algorithm's own best."""
@@ -139,7 +142,7 @@ class TrainConfig:
     kl_budget: float | None = None
     """Nats: how far the policy that is kept may be from N(0, I), on average over prompts and before the critic chooses;
     its shift is scaled down to this. More reward for more, less variety and less use at other step counts."""
-    kl_training_budget: float = 30.0
+    kl_training_budget: float | None = None
     """Nats: how far the policy may go in training, where its scale is free; the penalty adapts to it."""
     kl_coef: float | None = None
     """The penalty per nat of KL to the prior to start from, in units of reward."""
@@ -162,7 +165,7 @@ class TrainConfig:
     """Of the critic (AdamW)."""
     critic_weight_decay: float = 1e-2
     """Of the critic (AdamW)."""
-    critic_warmup: int = 960
+    critic_warmup: int = 192
     """Images generated before the policy first moves."""
     num_candidates: int = 8
     """With a critic: noises that the finished policy draws for an image, of which the critic chooses one; only that one

@@ -146,8 +146,10 @@ class TrainingLoop:
 
     @torch.no_grad()
     def _average_weights(self) -> None:
+        # Shorter at the start, where the weights of ten iterations ago are of no use yet.
+        decay = min(self.config.average_decay, (1 + self.iteration) / (10 + self.iteration))
         for mean, current in zip(self.average.parameters(), self.policy.parameters(), strict=True):
-            mean.lerp_(current, 1 - self.config.average_decay)
+            mean.lerp_(current, 1 - decay)
 
     def _save(self) -> None:
         tensors, progress = self._state()

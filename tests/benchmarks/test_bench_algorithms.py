@@ -33,9 +33,9 @@ def test_an_unknown_method_is_one_line(capsys):
 @pytest.mark.slow
 def test_every_kind_of_job_and_the_report(tmp_path, monkeypatch, capsys):
     tiny = dataclasses.replace(
-        QUICK, share=0.0, least=192, num_prompts=4, group_size=2, curve_group_size=2, num_searched=2, step_counts=(1, 2)
+        QUICK["shapes"], share=0.0, least=192, num_prompts=4, group_size=2, num_searched=2, step_counts=(1, 2)
     )
-    monkeypatch.setattr(bench_algorithms, "QUICK", tiny)
+    monkeypatch.setattr(bench_algorithms, "QUICK", {"shapes": tiny})
     names = ["default", "ddpo", "find", "find_amortised", "cross_entropy", "random_search"]
     command = ["algorithms", "--quick", "--output", str(tmp_path), "--methods", *names]
     assert bench.main(command) == 0
@@ -53,10 +53,10 @@ def test_every_kind_of_job_and_the_report(tmp_path, monkeypatch, capsys):
     assert story_figure(result) is not None
 
     # Made with other settings, a job is not taken for this one's.
-    monkeypatch.setattr(bench_algorithms, "QUICK", dataclasses.replace(tiny, group_size=3))
+    monkeypatch.setattr(bench_algorithms, "QUICK", {"shapes": dataclasses.replace(tiny, group_size=3)})
     assert bench.main(command) == 2
     assert "was made with other settings" in capsys.readouterr().err
-    monkeypatch.setattr(bench_algorithms, "QUICK", tiny)
+    monkeypatch.setattr(bench_algorithms, "QUICK", {"shapes": tiny})
 
     # Again: every job is read, none is run.
     monkeypatch.setattr(algorithms_jobs, "_train", None)
@@ -68,10 +68,8 @@ def test_every_kind_of_job_and_the_report(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_killed_training_job_goes_on(tmp_path, monkeypatch):
-    tiny = dataclasses.replace(
-        QUICK, share=0.0, least=1440, num_prompts=2, group_size=2, curve_group_size=1, step_counts=(2,)
-    )
-    monkeypatch.setattr(bench_algorithms, "QUICK", tiny)
+    tiny = dataclasses.replace(QUICK["shapes"], share=0.0, least=1440, num_prompts=2, group_size=2, step_counts=(2,))
+    monkeypatch.setattr(bench_algorithms, "QUICK", {"shapes": tiny})
     options = {"seeds": [0], "methods": ["spectral_ppo"], "is_quick": True, "denoiser": "eager", "denoiser_dtype": None}
     whole = bench_algorithms.run(tmp_path / "whole", **options)
 
