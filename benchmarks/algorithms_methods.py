@@ -41,6 +41,22 @@ METHODS = (
     Method("video_find", "video, FIND", "find", 400, model="moving_shapes"),
 )
 
+ABLATIONS = (
+    Method("recipe", "the default recipe", "policy", 12_000),
+    Method("no_choice", "every draw as it comes", "policy", 12_000, {"num_candidates": 1}),
+    Method("no_price", "no price on variety", "policy", 12_000, {"diversity_coef": 0.0}),
+    Method("no_budget", "not scaled back to a KL budget", "policy", 12_000, {"kl_budget": 1000.0}),
+    Method("no_average", "the last weights, not their average", "policy", 12_000, {"average_decay": 0.0}),
+    Method("std_one", "std 1: noise louder than noise", "policy", 12_000, {"std": "one"}),
+    Method("std_learned", "std learned", "policy", 12_000, {"std": "learned"}),
+    Method("bands_4", "4 frequencies an axis", "policy", 12_000, {"bands": 4}),
+    Method("groups_of_8", "groups of 8", "policy", 12_000, {"group_size": 8}),
+    Method("batches_of_192", "batches of 192", "policy", 12_000, {"batch_size": 192}),
+    Method("fewer_updates", "half the critic's updates", "policy", 12_000, {"critic_updates": 11}),
+    Method("late_start", "the critic trusted after 960 images", "policy", 12_000, {"critic_warmup": 960}),
+)
+"""The default recipe with one thing changed. Twelve, like the methods: a report has as many colours."""
+
 
 @dataclass(frozen=True)
 class Scale:

@@ -1,5 +1,6 @@
 """The self-contained HTML report of `noisepolicy-bench algorithms`, and its figure."""
 
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,14 @@ from jinja2 import Environment, PackageLoader
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from noisepolicy.benchmarks.algorithms_methods import NUM_INFERENCE_STEPS
+from noisepolicy.benchmarks.algorithms_methods import ABLATIONS, METHODS, NUM_INFERENCE_STEPS
 from noisepolicy.evaluation.figures import PLOT_STYLE, figure_svg
-from noisepolicy.storage import write_text
+from noisepolicy.storage import write_bytes, write_text
 
-_COLORS = {
-    "default": "#2563eb", "spectral_ppo": "#0891b2", "dense_critic": "#7c3aed", "noise_ppo": "#d97706",
-    "ddpo": "#dc2626", "find": "#16a34a", "find_low": "#84cc16", "find_amortised": "#0f766e",
-    "cross_entropy": "#db2777", "random_search": "#78716c", "video_default": "#2563eb", "video_find": "#16a34a",
-}  # fmt: skip
+_COLORS = (
+    "#2563eb", "#0891b2", "#7c3aed", "#d97706", "#dc2626", "#16a34a", "#84cc16", "#0f766e", "#db2777", "#78716c",
+    "#111827", "#facc15",
+)  # fmt: skip
 _BASE = "#6b7280"
 
 Rows = Sequence[Mapping[str, Any]]
@@ -53,16 +53,23 @@ def write_algorithms_report(path: Path, result: Mapping[str, Any]) -> None:
     write_text(path, html)
 
 
-def story_figure(result: Mapping[str, Any]) -> Figure:
-    """The one figure of the README: what each method reaches with how many images, and where the gain is kept."""
+def write_story(path: Path, result: Mapping[str, Any]) -> None:
+    """The one figure of the README: what each method reaches with how many images, and where the gain is kept.
+
+    Of the methods that learn pictures once and for every caption; where there is none, nothing is written.
+    """
     learned = [method for method in result["methods"] if not method["is_per_prompt"] and method["model"] == "shapes"]
+    if not learned:
+        return
     with matplotlib.rc_context(PLOT_STYLE):
         figure = Figure(figsize=(10, 3.8), layout="constrained")
         left, right = figure.subplots(1, 2)
         _draw_curves(left, learned, result["base"]["shapes"], "images")
         left.legend(fontsize=8, loc="upper left")
         _draw_steps(right, learned)
-        return figure
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    write_bytes(path, buffer.getvalue())
 
 
 def _curves_figure(methods: Rows, base: Rows | None) -> Figure:
@@ -80,7 +87,7 @@ def _draw_curves(axes: Axes, methods: Rows, base: Rows | None, against: str) -> 
         for number, run in enumerate(method["runs"]):
             points = [(row[against], row["reward"]) for row in run["curve"] if row[against] > 0]
             label = method["title"] if number == 0 else None
-            axes.plot(*zip(*points, strict=True), color=_COLORS[method["name"]], linewidth=1.5, label=label)
+            axes.plot(*zip(*points, strict=True), color=_color(method["name"]), linewidth=1.5, label=label)
     if base is not None:
         row = _at(base, NUM_INFERENCE_STEPS)
         axes.axhline(row["reward"], color=_BASE, linewidth=1)
@@ -111,7 +118,7 @@ def _draw_steps(axes: Axes, methods: Rows) -> None:
         gains = [sum(row["gain"] for row in column) / len(column) for column in columns]
         low = [min(row["gain_ci95"][0] for row in column) for column in columns]
         high = [max(row["gain_ci95"][1] for row in column) for column in columns]
-        color = _COLORS[method["name"]]
+        color = _color(method["name"])
         axes.plot(steps, gains, color=color, marker="o", markersize=4, label=method["title"])
         axes.fill_between(steps, low, high, color=color, alpha=0.1, linewidth=0)
         axes.set_xticks(steps, [str(step) for step in steps])
@@ -129,11 +136,16 @@ def _exchange_figure(methods: Rows) -> Figure:
         rows = [_at(run["sweep"], NUM_INFERENCE_STEPS) for run in method["runs"]]
         axes.scatter(
             [100 * row["diversity_kept"] for row in rows], [row["gain"] for row in rows],
-            color=_COLORS[method["name"]], label=method["title"], s=24,
+            color=_color(method["name"]), label=method["title"], s=24,
         )  # fmt: skip
     axes.set(xlabel="variety kept, % of the base model's", ylabel="gain in reward at 2 steps")
     axes.legend(fontsize=8)
     return figure
+
+
+def _color(name: str) -> str:
+    """The same in every figure."""
+    return _COLORS[[method.name for method in (*METHODS, *ABLATIONS)].index(name) % len(_COLORS)]
 
 
 def _at(rows: Iterable[Mapping[str, Any]], steps: int) -> Mapping[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from noisepolicy.benchmarks.algorithms_jobs import World, describe_base, make_world, run_job
-from noisepolicy.benchmarks.algorithms_methods import FULL, METHODS, NUM_INFERENCE_STEPS, QUICK, Method
+from noisepolicy.benchmarks.algorithms_methods import ABLATIONS, FULL, METHODS, NUM_INFERENCE_STEPS, QUICK, Method
 from noisepolicy.training.config import TrainConfig
 from noisepolicy.training.task import load_task
 
@@ -22,7 +22,7 @@ GAIN = 0.10
 
 def run(
     output: Path, *, seeds: Sequence[int], methods: Sequence[str] | None, is_quick: bool, denoiser: str,
-    denoiser_dtype: str | None,
+    denoiser_dtype: str | None, is_ablation: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Runs every job that is not done, prints the table, returns the result.
 
@@ -31,11 +31,12 @@ def run(
         methods: names of some; None for all.
         is_quick: a twentieth of everything: whether it runs, not what it is worth.
         denoiser, denoiser_dtype: of the image model, as in `TrainConfig`.
+        is_ablation: the default recipe with one thing changed, in place of the methods.
 
     Raises:
         ValueError: for an unknown method, or one that starts from another which is left out and has not run.
     """
-    chosen = _choose(methods)
+    chosen = _choose(methods, ABLATIONS if is_ablation else METHODS)
     scales = QUICK if is_quick else FULL
     jobs = output / ("jobs-quick" if is_quick else "jobs")
     worlds: dict[str, tuple[TrainConfig, World]] = {}
@@ -60,11 +61,11 @@ def run(
     return result
 
 
-def _choose(names: Sequence[str] | None) -> list[Method]:
-    known = {method.name: method for method in METHODS}
+def _choose(names: Sequence[str] | None, methods: Sequence[Method]) -> list[Method]:
+    known = {method.name: method for method in methods}
     if unknown := sorted(set(names or ()) - set(known)):
         raise ValueError(f"unknown method {unknown[0]!r}; choose from {', '.join(known)}")
-    return [method for method in METHODS if names is None or method.name in names]
+    return [method for method in methods if names is None or method.name in names]
 
 
 def images_to_gain(curve: Sequence[dict[str, Any]], gain: float = GAIN) -> float | None:

@@ -113,18 +113,20 @@ def _run_latency(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
 def _run_algorithms(arguments: argparse.Namespace) -> dict[str, Any]:
     quiet_loading()
     from noisepolicy.benchmarks import bench_algorithms
-    from noisepolicy.benchmarks.algorithms_report import write_algorithms_report
+    from noisepolicy.benchmarks.algorithms_report import write_algorithms_report, write_story
     from noisepolicy.benchmarks.machine import describe_machine
 
     result = bench_algorithms.run(
         arguments.output, seeds=arguments.seeds[:1] if arguments.quick else arguments.seeds,
         methods=arguments.methods, is_quick=arguments.quick, denoiser=arguments.denoiser,
-        denoiser_dtype=arguments.denoiser_dtype,
+        denoiser_dtype=arguments.denoiser_dtype, is_ablation=arguments.ablations,
     )  # fmt: skip
     result = {"machine": describe_machine(), **result}
-    write_json(arguments.output / "algorithms.json", result)
-    write_algorithms_report(arguments.output / "algorithms.html", result)
-    print(f"\nnumbers  {arguments.output / 'algorithms.json'}\nreport   {arguments.output / 'algorithms.html'}")
+    numbers = arguments.output / ("ablations.json" if arguments.ablations else "algorithms.json")
+    write_json(numbers, result)
+    write_algorithms_report(numbers.with_suffix(".html"), result)
+    write_story(numbers.with_suffix(".png"), result)
+    print(f"\nnumbers  {numbers}\nreport   {numbers.with_suffix('.html')}")
     return result
 
 

@@ -99,10 +99,11 @@ def _add_algorithms(commands: Any) -> None:
     )
     add = algorithms.add_argument
     add("--output", type=Path, default=Path("runs/algorithms"), metavar="DIR",
-        help="for algorithms.json, algorithms.html and the jobs; those that are done are not made again; "
+        help="for algorithms.json and .html (or ablations) and the jobs; those that are done are not made again; "
         "default: runs/algorithms")  # fmt: skip
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training; default: 0 1 2")
     add("--methods", nargs="+", metavar="NAME", help="some; default: all")
+    add("--ablations", action="store_true", help="the default recipe with one thing changed at a time, in their place")
     add("--quick", action="store_true", help="a twentieth of everything and one seed, in ten minutes")
     add("--denoiser", default="eager", help="engine of the image model; default: eager")
     add("--denoiser-dtype", choices=_DTYPES, help="what the engine computes in; default: float32")
