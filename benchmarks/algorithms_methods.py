@@ -52,8 +52,8 @@ ABLATIONS = (
     Method("bands_4", "4 frequencies an axis", "policy", 12_000, {"bands": 4}),
     Method("groups_of_8", "groups of 8", "policy", 12_000, {"group_size": 8}),
     Method("batches_of_192", "batches of 192", "policy", 12_000, {"batch_size": 192}),
+    Method("several_steps", "trained at 1, 2, 4 and 8 steps", "policy", 12_000, {"num_inference_steps": (1, 2, 4, 8)}),
     Method("fewer_updates", "half the critic's updates", "policy", 12_000, {"critic_updates": 11}),
-    Method("late_start", "the critic trusted after 960 images", "policy", 12_000, {"critic_warmup": 960}),
 )
 """The default recipe with one thing changed. Twelve, like the methods: a report has as many colours."""
 

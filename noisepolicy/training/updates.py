@@ -4,6 +4,8 @@ Every process holds the whole gathered batch and does the same arithmetic, so th
 update is a thousandth of the cost of the images.
 """
 
+import math
+
 import torch
 
 from noisepolicy.ops import gaussian_kl, gaussian_log_prob, ppo_clip_loss
@@ -16,6 +18,7 @@ from noisepolicy.training.prompt_store import PromptStore
 from noisepolicy.training.rollout import Rollout
 
 _MAX_LOG_PROB_DRIFT = 1e-2
+_MAX_ATTEMPTS = 10
 
 
 def update_critic(
@@ -52,7 +55,8 @@ def update_policy(
                - mean(critic.lower_bound) - diversity_coef * difference of two sketches + kl_coef * KL(policy, prior)
 
     The advantages are the rewards less the critic's prediction (a control variate, as in Q-Prop, arXiv 1611.02247),
-    or the leave-one-out advantages of plain Noise PPO. Stops early when KL(old, new) passes its target.
+    or the leave-one-out advantages of plain Noise PPO. Stops early when KL(old, new) passes its target, and is
+    drawn back to it from more than twice as much, which a single step of a policy without a critic can come to.
 
     Args:
         prompts: those met so far; fresh samples are of these.
@@ -78,6 +82,7 @@ def update_policy(
             predicted = critic(batch_embeds, rollout.action, rollout.step_index).mean(0)
             advantages = residual(rollout.reward, predicted)
     reward_std = rollout.reward.std().item()
+    start = [parameter.detach().clone() for parameter in policy.parameters()]
     for _ in range(config.num_updates):
         mean, log_std = policy(batch_embeds)
         with torch.no_grad():
@@ -97,7 +102,7 @@ def update_policy(
         torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
         optimizer.step()
     with torch.no_grad():
-        mean, log_std = policy(batch_embeds)
+        mean, log_std = _draw_back(policy, start, batch_embeds, old_mean, old_log_std, config.target_kl)
         metrics = {
             "kl_to_prior": gaussian_kl(mean, log_std).mean().item(),
             "step_kl": gaussian_kl(old_mean, old_log_std, mean, log_std).mean().item(),
@@ -106,6 +111,24 @@ def update_policy(
         if critic is not None:
             metrics["diversity_kept"] = _diversity_kept(mean, log_std, critic, batch_embeds, rollout, generator)
         return metrics
+
+
+def _draw_back(
+    policy: NoisePolicy, start: list[torch.Tensor], embeds: torch.Tensor, old_mean: torch.Tensor,
+    old_log_std: torch.Tensor, target_kl: float,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Shortens the way of the weights from `start` until KL(old, new) is at most twice its target; what it then gives.
+
+    KL is nearly quadratic in the way, so one attempt or two will do.
+    """
+    for _ in range(_MAX_ATTEMPTS):
+        mean, log_std = policy(embeds)
+        step_kl = gaussian_kl(old_mean, old_log_std, mean, log_std).mean().item()
+        if not step_kl > 2 * target_kl:
+            break
+        for parameter, old in zip(policy.parameters(), start, strict=True):
+            parameter.copy_(old.lerp(parameter, math.sqrt(target_kl / step_kl)))
+    return policy(embeds)
 
 
 def _diversity_kept(
