@@ -110,7 +110,7 @@ def _print(result: dict[str, Any]) -> None:
             f"\n{model}: base model at {', '.join(str(row['num_inference_steps']) for row in base)} steps: {steps}; "
             f"at {NUM_INFERENCE_STEPS}: {best}"
         )
-        heads = f"{'reward':18s}{'images to +0.10':19s}{'variety kept':16s}{'nats':14s}"
+        heads = f"{'reward':18s}{'images to +0.10':19s}{'variety kept':16s}{'nats':16s}"
         print(f"{'method':36s}  images seconds  {heads}ms/image")
         for method in (method for method in result["methods"] if method["model"] == model):
             runs, rows = method["runs"], [run["two"] for run in method["runs"]]
@@ -120,5 +120,5 @@ def _print(result: dict[str, Any]) -> None:
                 f"  {each((row['reward'] for row in rows), '.3f'):18s}"
                 f"{each((run['images_to_gain'] for run in runs), '.0f'):19s}"
                 f"{each((row['diversity_kept'] for row in rows), '.0%'):16s}"
-                f"{nats:14s}{mean(run['ms_per_image'] for run in runs):.1f}"
+                f"{nats:16s}{mean(run['ms_per_image'] for run in runs):.1f}"
             )
