@@ -94,8 +94,10 @@ def _draw_curves(axes: Axes, methods: Rows, base: Rows | None, against: str) -> 
         for n in ("2", "4"):
             if (value := _best_of(row, n)) is not None:
                 axes.axhline(value, color=_BASE, linewidth=1, linestyle="--" if n == "2" else ":")
-                axes.annotate(f"best of {n}", (0.99, value), xycoords=("axes fraction", "data"), ha="right", va="bottom",
-                              fontsize=8, color=_BASE)  # fmt: skip
+                axes.annotate(
+                    f"best of {n}", (0.99, value), xycoords=("axes fraction", "data"), ha="right", va="bottom",
+                    fontsize=8, color=_BASE,
+                )  # fmt: skip
     is_per_prompt = any(method["is_per_prompt"] for method in methods)
     unit = "images of a caption" if is_per_prompt else "images generated"
     axes.set(xscale="log", xlabel=unit if against == "images" else "seconds of training", ylabel="reward at 2 steps")
