@@ -125,7 +125,7 @@ def _draw_back(
         mean, log_std = policy(embeds)
         step_kl = gaussian_kl(old_mean, old_log_std, mean, log_std).mean().item()
         if not step_kl > 2 * target_kl:
-            break
+            return mean, log_std
         for parameter, old in zip(policy.parameters(), start, strict=True):
             parameter.copy_(old.lerp(parameter, math.sqrt(target_kl / step_kl)))
     return policy(embeds)

@@ -6,9 +6,10 @@ import json
 import pytest
 
 from noisepolicy.benchmarks import algorithms_jobs, bench_algorithms
-from noisepolicy.benchmarks.algorithms_methods import METHODS, QUICK
+from noisepolicy.benchmarks.algorithms_methods import ABLATIONS, METHODS, QUICK
 from noisepolicy.benchmarks.algorithms_report import write_algorithms_report
 from noisepolicy.cli import bench
+from noisepolicy.training.config import TrainConfig
 
 
 def test_images_to_a_gain():
@@ -25,9 +26,20 @@ def test_methods_are_known_by_name():
     assert starts <= {method.name for method in METHODS}
 
 
-def test_an_unknown_method_is_one_line(capsys):
-    assert bench.main(["algorithms", "--methods", "magic"]) == 2
-    assert "unknown method 'magic'; choose from default" in capsys.readouterr().err
+def test_an_ablation_changes_one_setting_that_there_is():
+    assert len({method.name for method in (*METHODS, *ABLATIONS)}) == len(METHODS) + len(ABLATIONS)
+    recipe = TrainConfig().resolved(1)
+    for method in ABLATIONS[1:]:
+        [(name, value)] = method.settings.items()
+        assert getattr(recipe, name) != value
+        dataclasses.replace(recipe, **method.settings).check()
+    assert not ABLATIONS[0].settings and {method.images for method in ABLATIONS} == {12_000}
+
+
+@pytest.mark.parametrize(("flags", "first"), [([], "default"), (["--ablations"], "recipe")])
+def test_an_unknown_method_is_one_line(capsys, flags, first):
+    assert bench.main(["algorithms", "--methods", "magic", *flags]) == 2
+    assert f"unknown method 'magic'; choose from {first}" in capsys.readouterr().err
 
 
 @pytest.mark.slow

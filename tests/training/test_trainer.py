@@ -81,6 +81,15 @@ def test_updates_stop_at_the_target_kl_and_come_back_to_it(make_trainer, tmp_pat
     assert free[-1]["step_kl"] > 0.06 and held[-1]["step_kl"] > 0.002
 
 
+def test_the_average_remembers_little_at_the_start(make_trainer, tmp_path):
+    """A tenth of the initial weights after the first iteration, two elevenths of that after the second."""
+    trainer = make_trainer(tmp_path, algorithm="ppo", num_iterations=2)
+    expected = trainer.policy.mean.bias.detach().clone()
+    for _, decay in zip(trainer.train(), (1 / 10, 2 / 11), strict=True):
+        expected.lerp_(trainer.policy.mean.bias.detach(), 1 - decay)
+        torch.testing.assert_close(trainer.average.mean.bias, expected)
+
+
 def test_first_ratio_is_one(make_trainer, tmp_path, monkeypatch):
     """Watches every loss call of an iteration: the first sees the policy that made the batch."""
     ratios = []
