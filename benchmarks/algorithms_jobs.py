@@ -26,6 +26,7 @@ from noisepolicy.benchmarks.algorithms_methods import (
 from noisepolicy.evaluation.statistics import bootstrap_mean_ci95, expected_best_of
 from noisepolicy.evaluation.sweep import Results, measure
 from noisepolicy.frozen import FrozenModel, PromptEmbeds
+from noisepolicy.frozen.loading import load_pipeline
 from noisepolicy.ops import gaussian_kl
 from noisepolicy.policies import NoisePolicy, TablePolicy
 from noisepolicy.shapes import model_folder
@@ -51,6 +52,7 @@ class World:
     """Of the held-out captions."""
     base: dict[int, Results]
     """By denoising steps."""
+    device: torch.device
 
     def prompts(self, method: Method) -> list[str]:
         """That the method is measured on."""
@@ -65,9 +67,9 @@ class World:
         )  # fmt: skip
 
 
-def make_world(task: Task, scale: Scale) -> World:
+def make_world(task: Task, scale: Scale, device: torch.device) -> World:
     prompts = task.eval_prompts[: scale.num_prompts]
-    world = World(task, scale, task.frozen.encode(prompts), {})
+    world = World(task, scale, task.frozen.encode(prompts), {}, device)
     for steps in scale.step_counts:
         world.base[steps] = world.measure(None, task.frozen, prompts, steps)
     return world
@@ -98,7 +100,7 @@ def run_job(method: Method, seed: int, world: World, folder: Path, config: Train
     """
     settings = json.loads(json.dumps({
         "method": dataclasses.asdict(method), "scale": dataclasses.asdict(world.scale),
-        "denoiser": config.denoiser, "denoiser_dtype": config.denoiser_dtype,
+        "denoiser": config.denoiser, "denoiser_dtype": config.denoiser_dtype, "device": world.device.type,
     }))  # fmt: skip
     run_folder = folder / f"{method.name}-seed{seed}"
     path, settings_path = folder / f"{method.name}-seed{seed}.json", run_folder / "settings.json"
@@ -177,7 +179,7 @@ def _train(method: Method, seed: int, world: World, folder: Path, config: TrainC
     run, is_new = RunFolder(folder), not (folder / "config.yaml").exists()
     config.save(run.config)
     kind: type[TrainingLoop] = FindTrainer if method.kind == "find" else Trainer
-    trainer = kind(config, task, run, Accelerator(cpu=True))
+    trainer = kind(config, task, run, Accelerator(cpu=world.device.type == "cpu"))
     if not is_new:
         trainer.resume()
     curve = SEARCH_CURVE if method.is_per_prompt else CURVE
@@ -203,7 +205,7 @@ def _train_ddpo(method: Method, seed: int, world: World, folder: Path, config: T
 ) -> Iterator[_Point]:  # fmt: skip
     from noisepolicy.benchmarks.baselines.ddpo import Ddpo
 
-    ddpo = Ddpo(model_folder(), world.task.reward, world.task.train_prompts, seed=seed)
+    ddpo = Ddpo(load_pipeline(model_folder()).to(world.device), world.task.reward, world.task.train_prompts, seed=seed)
     checkpoint, times = folder / "ddpo.safetensors", folder / "seconds.json"
     seconds = 0.0
     if checkpoint.exists():
@@ -233,6 +235,7 @@ def _search(method: Method, seed: int, world: World, folder: Path, config: Train
     embeds = world.embeds[: len(prompts)].prompt_embeds
     table = TablePolicy(latent_shape=frozen.latent_shape, prompt_shape=tuple(embeds.shape[1:]), prompts=prompts)
     table.learn_keys(embeds)
+    table.to(world.device)
     module = {"cross_entropy": cross_entropy, "random_search": random_search}[method.kind]
     states = module.search(
         frozen, world.task.reward, prompts, num_images=max(round(method.images * world.scale.share), 40),
@@ -275,6 +278,7 @@ def _time(policy: NoisePolicy | None, world: World, steps: int) -> float:
     frozen = world.task.frozen
     embeds = world.embeds[torch.arange(2).repeat_interleave(16)]
     prior = torch.randn(len(embeds), *frozen.latent_shape, generator=torch.Generator().manual_seed(0))
+    prior = prior.to(world.device)
     seconds = []
     for number in range(6):
         start = time.perf_counter()
@@ -282,5 +286,7 @@ def _time(policy: NoisePolicy | None, world: World, steps: int) -> float:
         if policy is not None:
             latents = policy.choose(embeds.prompt_embeds, seed=number, num_inference_steps=steps)
         frozen.generate(latents, embeds, num_inference_steps=steps, guidance_scale=GUIDANCE_SCALE)
+        if world.device.type == "cuda":
+            torch.cuda.synchronize(world.device)
         seconds.append(time.perf_counter() - start)
     return 1000 * sorted(seconds[1:])[2] / len(embeds)

@@ -4,7 +4,10 @@ Every method has the same frozen model, reward, captions, denoising steps and gu
 folder is not made again, so the command can be stopped and repeated.
 """
 
-from collections.abc import Iterable, Sequence
+import concurrent.futures
+import multiprocessing
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -12,7 +15,15 @@ from typing import Any
 import torch
 
 from noisepolicy.benchmarks.algorithms_jobs import World, describe_base, make_world, run_job
-from noisepolicy.benchmarks.algorithms_methods import ABLATIONS, FULL, METHODS, NUM_INFERENCE_STEPS, QUICK, Method
+from noisepolicy.benchmarks.algorithms_methods import (
+    ABLATIONS,
+    FULL,
+    METHODS,
+    NUM_INFERENCE_STEPS,
+    QUICK,
+    Method,
+    Scale,
+)
 from noisepolicy.training.config import TrainConfig
 from noisepolicy.training.task import load_task
 
@@ -22,7 +33,7 @@ GAIN = 0.10
 
 def run(
     output: Path, *, seeds: Sequence[int], methods: Sequence[str] | None, is_quick: bool, denoiser: str,
-    denoiser_dtype: str | None, is_ablation: bool = False,
+    denoiser_dtype: str | None, is_ablation: bool = False, device: torch.device | str = "cpu", workers: int = 1,
 ) -> dict[str, Any]:  # fmt: skip
     """Runs every job that is not done, prints the table, returns the result.
 
@@ -32,33 +43,89 @@ def run(
         is_quick: a twentieth of everything: whether it runs, not what it is worth.
         denoiser, denoiser_dtype: of the image model, as in `TrainConfig`.
         is_ablation: the default recipe with one thing changed, in place of the methods.
+        device: of everything.
+        workers: jobs side by side, each in a process of its own. More are done in an hour, but the seconds of a job
+            are then those of a shared machine.
 
     Raises:
         ValueError: for an unknown method, or one that starts from another which is left out and has not run.
     """
+    if workers < 1:
+        raise ValueError(f"--workers must be positive, got {workers}")
     chosen = _choose(methods, ABLATIONS if is_ablation else METHODS)
     scales = QUICK if is_quick else FULL
     jobs = output / ("jobs-quick" if is_quick else "jobs")
-    worlds: dict[str, tuple[TrainConfig, World]] = {}
-    for model in dict.fromkeys(method.model for method in chosen):
-        config = TrainConfig(model=model, eval_num_prompts=0)
-        if model == "shapes":
-            config.denoiser, config.denoiser_dtype = denoiser, denoiser_dtype
-        worlds[model] = config, make_world(load_task(config, torch.device("cpu")), scales[model])
     for method in chosen:
         for seed in seeds:
             needed = jobs / f"{method.starts_from}-seed{seed}.json"
             if method.starts_from and method.starts_from not in [m.name for m in chosen] and not needed.exists():
                 raise ValueError(f"{method.name} starts from {method.starts_from}, which has not run; name it too")
+    models = list(dict.fromkeys(method.model for method in chosen))
+    settings = {model: scales[model] for model in models}, torch.device(device), denoiser, denoiser_dtype
+    if workers > 1:
+        _run_side_by_side(chosen, seeds, jobs, settings, workers)
+    worlds = _make_worlds(*settings)
     result: dict[str, Any] = {
         "quick": is_quick, "seeds": list(seeds), "denoiser": denoiser, "denoiser_dtype": denoiser_dtype,
-        "base": {model: describe_base(world) for model, (_, world) in worlds.items()}, "methods": [],
+        "workers": workers, "base": {model: describe_base(world) for model, (_, world) in worlds.items()},
+        "methods": [],
     }  # fmt: skip
     for method in chosen:
         config, world = worlds[method.model]
         result["methods"].append(_summarise(method, [run_job(method, seed, world, jobs, config) for seed in seeds]))
     _print(result)
     return result
+
+
+Worlds = Mapping[str, tuple[TrainConfig, World]]
+
+
+def _make_worlds(
+    scales: Mapping[str, Scale], device: torch.device, denoiser: str, denoiser_dtype: str | None
+) -> Worlds:
+    worlds = {}
+    for model, scale in scales.items():
+        config = TrainConfig(model=model, eval_num_prompts=0)
+        if model == "shapes":
+            config.denoiser, config.denoiser_dtype = denoiser, denoiser_dtype
+        worlds[model] = config, make_world(load_task(config, device), scale, device)
+    return worlds
+
+
+def _run_side_by_side(
+    methods: Sequence[Method], seeds: Sequence[int], jobs: Path, settings: tuple[Any, ...], workers: int
+) -> None:
+    """Every job in one of `workers` processes, the longest first; one that starts from another's policy after that."""
+    threads = max((os.cpu_count() or 1) // workers, 1)
+    names = {method.name for method in methods}
+    longest_first = sorted(((seed, method) for seed in seeds for method in methods), key=lambda job: -job[1].images)
+    waiting = {(method.name, seed): method for seed, method in longest_first}
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, spawn, _start_worker, (threads, *settings)) as pool:
+        running: dict[concurrent.futures.Future, tuple[str, int]] = {}
+        while waiting or running:
+            unfinished = {*waiting, *running.values()}
+            for (name, seed), method in list(waiting.items()):
+                if method.starts_from not in names or (method.starts_from, seed) not in unfinished:
+                    del waiting[name, seed]
+                    running[pool.submit(_run_in_worker, method, seed, jobs)] = name, seed
+            done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+            for future in done:
+                del running[future]
+                future.result()
+
+
+_worker_worlds: Worlds = {}
+
+
+def _start_worker(threads: int, *settings: Any) -> None:
+    torch.set_num_threads(threads)
+    _worker_worlds.update(_make_worlds(*settings))
+
+
+def _run_in_worker(method: Method, seed: int, jobs: Path) -> None:
+    config, world = _worker_worlds[method.model]
+    run_job(method, seed, world, jobs, config)
 
 
 def _choose(names: Sequence[str] | None, methods: Sequence[Method]) -> list[Method]:

@@ -77,9 +77,9 @@ def search(
     config = config or CrossEntropyConfig()
     check_budget(prompts, num_images, config.population_size)
     embeds = frozen.encode(prompts)
-    mean = torch.zeros(len(prompts), *frozen.latent_shape)
+    mean = torch.zeros(len(prompts), *frozen.latent_shape, device=embeds.prompt_embeds.device)
     std = torch.ones_like(mean)
-    best_reward = torch.full((len(prompts),), -torch.inf)
+    best_reward = mean.new_full((len(prompts),), -torch.inf)
     for done in range(0, num_images - config.population_size + 1, config.population_size):
         latents = draw_population(mean, std.log(), config.population_size, seed=seed, first_image=done)
         rewards = score_population(
@@ -87,7 +87,7 @@ def search(
             num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
         )  # fmt: skip
         order = rewards.argsort(dim=1, descending=True, stable=True)[:, : config.num_elites]
-        elite = latents[torch.arange(len(prompts))[:, None], order]
+        elite = latents[torch.arange(len(prompts), device=order.device)[:, None], order]
         mean = torch.lerp(mean, elite.mean(1), config.smoothing)
         std = torch.lerp(std, elite.std(1, correction=0), config.smoothing).clamp(min=config.min_std)
         best_reward = torch.maximum(best_reward, rewards.amax(1))
@@ -143,4 +143,4 @@ def score_population(
             rows[row], embeds[prompt], num_inference_steps=num_inference_steps, guidance_scale=guidance_scale
         )
         rewards.append(reward(images, [prompts[i] for i in prompt.tolist()]))
-    return torch.cat(rewards).reshape(latents.shape[:2])
+    return torch.cat(rewards).to(latents.device).reshape(latents.shape[:2])

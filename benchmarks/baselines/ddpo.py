@@ -123,6 +123,7 @@ class Ddpo:
         base = FrozenDiffusersPipeline(pipeline)
         self._latent_shape = base.latent_shape
         self._embeds = base.encode(self._prompts).prompt_embeds
+        self._device = self._embeds.device
         self._negative_embeds = base.negative_embeds["negative_prompt_embeds"]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed(seed, "lora weights"))
@@ -134,7 +135,7 @@ class Ddpo:
         self._optimizer = torch.optim.AdamW(self.lora_weights().values(), lr=self.config.learning_rate, fused=True)
         self._scheduler = copy.deepcopy(pipeline.scheduler)
         self._scheduler.set_timesteps(self.config.num_inference_steps)
-        zeros = torch.zeros(1, *self._latent_shape)
+        zeros = torch.zeros(1, *self._latent_shape, device=self._device)
         self.stds = tuple(
             max(self._step(zeros, zeros, index, noise=1.0).max().item(), self.config.min_std)
             for index in range(self.config.num_inference_steps)
@@ -161,17 +162,18 @@ class Ddpo:
         config, shape = self.config, (self.config.batch_size, *self._latent_shape)
         generator = stream_generator(self._seed, "rollout", self.iteration)
         prompt_row = torch.randint(len(self._prompts), (config.batch_size,), generator=generator)
-        latents = torch.randn(config.num_inference_steps + 1, *shape, generator=generator)  # each step's noise, for now
-        log_prob = torch.zeros(config.num_inference_steps, config.batch_size)
+        noise = torch.randn(config.num_inference_steps + 1, *shape, generator=generator)
+        latents = noise.to(self._device)  # a step's noise, until the step is made
+        log_prob = torch.zeros(config.num_inference_steps, config.batch_size, device=self._device)
         images = []
         for rows in torch.arange(config.batch_size).split(config.minibatch_size):
             for index, std in enumerate(self.stds):
                 mean = self.step_mean(latents[index, rows], index, prompt_row[rows])
                 latents[index + 1, rows] = mean + std * latents[index + 1, rows]
                 if std > 0:
-                    log_prob[index, rows] = self._log_prob(latents[index + 1, rows], mean, std)
+                    log_prob[index, rows] = gaussian_log_prob(latents[index + 1, rows], mean, self._log_std(index))
             images.append(self._decode(latents[-1, rows]))
-        reward = self._reward(torch.cat(images), [self._prompts[row] for row in prompt_row.tolist()])
+        reward = self._reward(torch.cat(images), [self._prompts[row] for row in prompt_row.tolist()]).to(self._device)
         return Trajectories(prompt_row, latents, log_prob, reward)
 
     def step_mean(self, latents: torch.Tensor, index: int, prompt_row: torch.Tensor) -> torch.Tensor:
@@ -226,14 +228,14 @@ class Ddpo:
         advantages = (reward - reward.mean()) / (reward.std() + 1e-6)
         advantages = advantages.clamp(-config.max_advantage, config.max_advantage)
         steps = [index for index, std in enumerate(self.stds) if std > 0]
-        totals = torch.zeros(2)
+        totals = torch.zeros(2, device=self._device)
         for _ in range(config.num_epochs):
             for rows in torch.randperm(config.batch_size, generator=generator).split(config.minibatch_size):
                 self._optimizer.zero_grad()
                 for index in steps:
                     mean = self.step_mean(trajectories.latents[index, rows], index, trajectories.prompt_row[rows])
                     loss, stats = ppo_clip_loss(
-                        trajectories.latents[index + 1, rows], mean, _log_std(self.stds[index]),
+                        trajectories.latents[index + 1, rows], mean, self._log_std(index),
                         trajectories.old_log_prob[index, rows], advantages[rows], clip_range=config.clip_range,
                     )  # fmt: skip
                     (loss / len(steps)).backward()
@@ -249,9 +251,8 @@ class Ddpo:
             variance_noise=torch.full_like(latents, noise), return_dict=False,
         )[0]  # fmt: skip
 
-    @staticmethod
-    def _log_prob(latents: torch.Tensor, mean: torch.Tensor, std: float) -> torch.Tensor:
-        return gaussian_log_prob(latents, mean, _log_std(std))
+    def _log_std(self, index: int) -> torch.Tensor:
+        return torch.tensor(self.stds[index], device=self._device).log()
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         vae = self._pipeline.vae
@@ -259,7 +260,3 @@ class Ddpo:
 
     def _settings(self) -> str:
         return json.dumps({"seed": self._seed, **asdict(self.config)})
-
-
-def _log_std(std: float) -> torch.Tensor:
-    return torch.tensor(std).log()

@@ -29,9 +29,9 @@ def search(
     """
     check_budget(prompts, num_images, images_per_state)
     embeds = frozen.encode(prompts)
-    prior = torch.zeros(len(prompts), *frozen.latent_shape)
+    prior = torch.zeros(len(prompts), *frozen.latent_shape, device=embeds.prompt_embeds.device)
     best_latents = prior
-    best_reward = torch.full((len(prompts),), -torch.inf)
+    best_reward = prior.new_full((len(prompts),), -torch.inf)
     for done in range(0, num_images - images_per_state + 1, images_per_state):
         latents = draw_population(prior, prior, images_per_state, seed=seed, first_image=done)
         rewards = score_population(
@@ -40,6 +40,8 @@ def search(
         )  # fmt: skip
         reward_here, index = rewards.max(dim=1)
         is_better = (reward_here > best_reward).reshape(-1, *[1] * (prior.ndim - 1))
-        best_latents = torch.where(is_better, latents[torch.arange(len(prompts)), index], best_latents)
+        best_latents = torch.where(
+            is_better, latents[torch.arange(len(prompts), device=index.device), index], best_latents
+        )
         best_reward = torch.maximum(best_reward, reward_here)
         yield SearchState(done + images_per_state, best_latents, torch.full_like(prior, -torch.inf), best_reward)

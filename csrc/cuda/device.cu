@@ -11,16 +11,16 @@ namespace {
 
 constexpr int64_t kBlocksPerProcessor = 16;
 
-// A warp adds the partial sums of a row.
+// A warp adds the partial sums of a row, in double: log-densities are large, and what is left of two of them small.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
     sum_rows_kernel(const float* __restrict__ partials, int64_t num_rows, int64_t num_partials, T* __restrict__ first,
                     int64_t num_first, T* __restrict__ second) {
   for (int64_t row = warp_index(); row < num_rows; row += num_warps()) {
-    float sum = 0.0f;
+    double sum = 0.0;
     for (int64_t i = lane_index(); i < num_partials; i += kWarp) sum += partials[row * num_partials + i];
     sum = warp_sum(sum);
-    if (lane_index() == 0) from_float(sum, row < num_first ? first[row] : second[row - num_first]);
+    if (lane_index() == 0) from_float(static_cast<float>(sum), row < num_first ? first[row] : second[row - num_first]);
   }
 }
 

@@ -118,7 +118,8 @@ __device__ __forceinline__ Quad draw4(uint64_t seed, uint64_t counter) {
 }
 
 // Complete in lane 0. Every lane of the warp must call it.
-__device__ __forceinline__ float warp_sum(float value) {
+template <typename T>
+__device__ __forceinline__ T warp_sum(T value) {
 #pragma unroll
   for (int distance = kWarp / 2; distance > 0; distance /= 2) value += __shfl_down_sync(0xFFFFFFFFu, value, distance);
   return value;

@@ -115,13 +115,16 @@ def _run_algorithms(arguments: argparse.Namespace) -> dict[str, Any]:
     from noisepolicy.benchmarks import bench_algorithms
     from noisepolicy.benchmarks.algorithms_report import write_algorithms_report, write_story
     from noisepolicy.benchmarks.machine import describe_machine
+    from noisepolicy.cli.devices import make_accelerator
 
+    device = make_accelerator(arguments.device).device
     result = bench_algorithms.run(
         arguments.output, seeds=arguments.seeds[:1] if arguments.quick else arguments.seeds,
         methods=arguments.methods, is_quick=arguments.quick, denoiser=arguments.denoiser,
-        denoiser_dtype=arguments.denoiser_dtype, is_ablation=arguments.ablations,
+        denoiser_dtype=arguments.denoiser_dtype, is_ablation=arguments.ablations, device=device,
+        workers=arguments.workers,
     )  # fmt: skip
-    result = {"machine": describe_machine(), **result}
+    result = {"machine": describe_machine(device), **result}
     numbers = arguments.output / ("ablations.json" if arguments.ablations else "algorithms.json")
     write_json(numbers, result)
     write_algorithms_report(numbers.with_suffix(".html"), result)

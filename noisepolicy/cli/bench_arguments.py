@@ -107,4 +107,7 @@ def _add_algorithms(commands: Any) -> None:
     add("--quick", action="store_true", help="a twentieth of everything and one seed, in ten minutes")
     add("--denoiser", default="eager", help="engine of the image model; default: eager")
     add("--denoiser-dtype", choices=_DTYPES, help="what the engine computes in; default: float32")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--workers", type=int, default=1, metavar="N",
+        help="jobs side by side, whose seconds are then of a shared machine; default: 1")  # fmt: skip
     add("--json", type=Path, default=argparse.SUPPRESS, help="also write the result to this file")

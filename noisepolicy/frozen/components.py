@@ -113,7 +113,8 @@ class PipelineComponents:
         for module in self._modules().values():
             module.eval().requires_grad_(False)
         for module in (getattr(self._pipeline, "unet", None), self.vae):
-            if type(module).__name__ in _CONVOLUTIONAL:
+            # Faster on a CPU; on an H100 a UNet of Stable Diffusion's size in float16 was a tenth slower for it.
+            if self.device.type == "cpu" and type(module).__name__ in _CONVOLUTIONAL:
                 module.to(memory_format=torch.channels_last)
         if cpu_offload:
             if self.device.type == "cpu":

@@ -14,7 +14,7 @@ import torch
 from noisepolicy.ops import cuda, native, reference, triton_backend
 
 _BACKENDS: dict[str, ModuleType] = {"cpp": native, "cuda": cuda, "triton": triton_backend, "torch": reference}
-_PREFERENCE = {"cpu": ("cpp", "torch"), "cuda": ("cuda", "triton", "torch")}
+_PREFERENCE = {"cpu": ("cpp", "torch"), "cuda": ("triton", "cuda", "torch")}  # the fastest first, as measured
 
 
 def available_backends() -> dict[str, str | None]:

@@ -105,7 +105,7 @@ def gaussian_sample_kernel(
     row = program // num_blocks
     block = program % num_blocks
     quad = block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
-    first = join_words(offset_low, offset_high) + row.to(tl.uint64) * ((size + 3) // 4).to(tl.uint64)
+    first = join_words(offset_low, offset_high) + row.to(tl.uint64) * tl.cast((size + 3) // 4, tl.uint64)
     noise = tl.reshape(quad_normals(join_words(seed_low, seed_high), first + quad.to(tl.uint64)), [BLOCK])
     index = block * BLOCK + tl.arange(0, BLOCK)
     mask = index < size

@@ -24,7 +24,7 @@ def line_noise(
     row = plane // channels
     line_start = (plane % channels * num_lines + line) * width
     first_quad = line_start // 4
-    counter = join_words(offset_low, offset_high) + row.to(tl.uint64) * ((size + 3) // 4).to(tl.uint64)
+    counter = join_words(offset_low, offset_high) + row.to(tl.uint64) * tl.cast((size + 3) // 4, tl.uint64)
     quad = first_quad[:, None] + tl.arange(0, QUADS)[None, :]
     noise = quad_normals(join_words(seed_low, seed_high), counter + quad.to(tl.uint64))
     noise = tl.reshape(noise, [LINES, 4 * QUADS])

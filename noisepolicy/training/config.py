@@ -32,7 +32,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "ppo": {
         "policy": "spectral", "bands": 8, "std": "power", "num_iterations": 300, "batch_size": 96, "group_size": 8,
         "learning_rate": 2e-3, "average_decay": 0.98, "num_updates": 8, "clip_range": 0.2, "target_kl": 0.3,
-        "kl_budget": 30.0, "kl_training_budget": 120.0, "kl_coef": 1e-3,
+        "kl_budget": 45.0, "kl_training_budget": 120.0, "kl_coef": 1e-3,
     },
     "find": {
         "policy": "dense", "bands": 8, "std": "power", "num_iterations": 20, "group_size": 20,

@@ -296,11 +296,13 @@ EMULATION_UNCHECKED inline Index3 grid_size() { return machine.grid; }
 
 inline void __syncthreads() { emulation::barrier(); }
 
-inline float __shfl_down_sync(uint32_t mask, float value, unsigned distance) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  bits = static_cast<uint32_t>(emulation::exchange(mask, bits, distance));
-  std::memcpy(&value, &bits, sizeof bits);
+template <typename T>
+inline T __shfl_down_sync(uint32_t mask, T value, unsigned distance) {
+  uint64_t bits = 0;
+  static_assert(sizeof value <= sizeof bits);
+  std::memcpy(&bits, &value, sizeof value);
+  bits = emulation::exchange(mask, bits, distance);
+  std::memcpy(&value, &bits, sizeof value);
   return value;
 }
 

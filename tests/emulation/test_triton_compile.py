@@ -46,14 +46,15 @@ def launches(monkeypatch, tmp_path):
 
 
 def call_every_op(dtype, log_std_shape, latent_shape=LATENT_SHAPE, bands=BANDS):
-    mean, log_std = torch.zeros(8, *latent_shape, dtype=dtype), torch.zeros(log_std_shape, dtype=dtype)
-    latents, rows = torch.zeros(8, *latent_shape), torch.zeros(8)
+    batch = log_std_shape[0]
+    mean, log_std = torch.zeros(batch, *latent_shape, dtype=dtype), torch.zeros(log_std_shape, dtype=dtype)
+    latents, rows = torch.zeros(batch, *latent_shape), torch.zeros(batch)
     triton_backend.gaussian_sample(mean, log_std, 2**40 + 1, 16)
     triton_backend.ppo_clip_loss(latents, mean, log_std, rows, rows, 0.2, 0.1)
     triton_backend.gaussian_backward(latents, mean, log_std, rows, rows, len(log_std_shape) == 4)
-    action = torch.zeros(8, latent_shape[0], *bands, dtype=dtype)
+    action = torch.zeros(batch, latent_shape[0], *bands, dtype=dtype)
     spectrum = make_spectrum(tuple(action.shape[1:]), latent_shape)
-    triton_backend.spectral_sample(action, torch.zeros(8, dtype=dtype), spectrum, 2**40 + 1, 16)
+    triton_backend.spectral_sample(action, torch.zeros(batch, dtype=dtype), spectrum, 2**40 + 1, 16)
 
 
 def compile_launch(name, arguments, constants, architecture):
@@ -124,6 +125,12 @@ def test_odd_video(launches, tmp_path):
     assert_compiles_well(launches, 75, tmp_path, is_aligned=False)
     with pytest.raises(AssertionError, match="no 128-bit loads"):  # the gate bites: nor can there be any
         assert_compiles_well(launches, 75, tmp_path)
+
+
+def test_one_row_of_one_element(launches, tmp_path):
+    """Every size is then 1, which Triton makes a constant, and a constant has fewer methods than a number."""
+    call_every_op(torch.float32, (1, 1, 1, 1), (1, 1, 1), (1, 1))
+    assert_compiles_well(launches, 90, tmp_path, is_aligned=False)
 
 
 def test_a_new_seed_compiles_nothing():
