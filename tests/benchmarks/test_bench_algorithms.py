@@ -50,11 +50,12 @@ def test_every_kind_of_job_and_the_report(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_algorithms, "QUICK", {"shapes": tiny})
     names = ["default", "ddpo", "find", "find_amortised", "cross_entropy", "random_search"]
     command = ["algorithms", "--quick", "--output", str(tmp_path), "--methods", *names]
-    assert bench.main(command) == 0
+    assert bench.main([*command, "--workers", "2"]) == 0
     printed = capsys.readouterr().out
     result = json.loads(printed.splitlines()[-1])
     assert [method["name"] for method in result["methods"]] == names
     html = (tmp_path / "algorithms.html").read_text()
+    assert "2 jobs ran side by side" in html
     assert html.count("<svg") == 4 and "FIND from the default" in html
     assert {path.stem for path in (tmp_path / "jobs-quick").glob("*.json")} == {f"{name}-seed0" for name in names}
     for method in result["methods"]:

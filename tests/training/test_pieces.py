@@ -6,6 +6,7 @@ from importlib.resources import files
 import pytest
 import torch
 
+from noisepolicy.cli.arguments import parse_arguments
 from noisepolicy.storage import read_tensors, write_bytes, write_tensors
 from noisepolicy.training.advantages import leave_one_out, residual
 from noisepolicy.training.checkpoint import load_newest_checkpoint, save_checkpoint
@@ -40,6 +41,14 @@ def test_presets_are_settings_that_can_work(path):
     config.check()
     assert set(config.num_inference_steps) <= set(config.eval_steps)
     assert config.model in ("shapes", "moving_shapes") or "/" in config.model
+
+
+@pytest.mark.parametrize("model", ["shapes", "moving_shapes"])
+def test_an_embedded_model_brings_its_own_reward(model):
+    """Named by --model over the default preset, too, which must not leave the other's reward behind."""
+    for arguments in (["--model", model], [model]):
+        config = parse_arguments(arguments).config
+        assert config.model == model and config.resolved(1).reward == model
 
 
 @pytest.mark.parametrize(
