@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 
@@ -44,12 +45,15 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Reads a safetensors file whole.
+    """Reads a safetensors file whole. Its header's sizes are compared with the file's before memory is given to them.
 
     Raises:
-        safetensors.SafetensorError: if the file is cut short or damaged.
+        ValueError: if the file is cut short or damaged.
     """
-    return load(path.read_bytes())
+    try:
+        return load(path.read_bytes())
+    except (SafetensorError, ValueError, LookupError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{path.name} is no whole safetensors file: {' '.join(str(error).split())}") from error
 
 
 def file_sha256(path: Path) -> str:
@@ -79,3 +83,26 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[st
             index, name = key[len(prefix) + 1 :].split(".", 1)
             state.setdefault(int(index), {})[name] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def file_within(folder: Path, name: str) -> Path:
+    """The path of a regular file of a folder that somebody else may have written.
+
+    A link may lead elsewhere in the folder or, from a snapshot of the hub's cache, to that repository's blobs.
+
+    Raises:
+        OSError: if there is no such file.
+        ValueError: if it is no regular file, or lies elsewhere.
+    """
+    path, root = folder / name, folder.resolve()
+    try:
+        target = path.resolve(strict=True)
+    except RuntimeError as error:  # a loop, in Python up to 3.12
+        raise ValueError(f"{path} is a link to itself") from error
+    places = [root]
+    places += [place.parent.parent / "blobs" for place in (root, *root.parents) if place.parent.name == "snapshots"]
+    if not any(target.is_relative_to(place) for place in places):
+        raise ValueError(f"{path} is a link that leads out of {folder}")
+    if not target.is_file():
+        raise ValueError(f"{path} is not a file")
+    return path

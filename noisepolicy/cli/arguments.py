@@ -9,6 +9,7 @@ from pathlib import Path
 
 import tyro
 
+from noisepolicy.cli.trust import refuse_outside_rewards
 from noisepolicy.training.config import TrainConfig, load_config
 from noisepolicy.training.run_folder import RunFolder, check_free
 
@@ -21,7 +22,8 @@ _DESCRIPTION = """Learn, per prompt, where a frozen diffusion model should start
   noisepolicy-train                        train on the embedded model
   noisepolicy-train PRESET [flags]         start from a preset: {presets}
   noisepolicy-train --config FILE [flags]  start from a YAML file of the settings below
-  noisepolicy-train --resume RUN           go on with a run, exactly as if it had not stopped
+  noisepolicy-train --resume RUN           go on with a run, exactly as if it had not stopped; a reward that is
+                                           module:function or on another machine must be repeated: --reward TEXT
 
 --debug shows a traceback with an error. Every setting:"""
 
@@ -51,6 +53,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
     if resume is not None:
         run, default = RunFolder.open(Path(resume))
         default = dataclasses.replace(default, output_dir=run.path)
+        _refuse_outside_rewards(run, default, argv)
         config = _parse_flags(argv, default)
         changed = {
             field.name
@@ -70,6 +73,15 @@ def parse_arguments(argv: list[str]) -> Arguments:
     config.check()
     check_free(config.output_dir)
     return Arguments(config, None)
+
+
+def _refuse_outside_rewards(run: RunFolder, config: TrainConfig, argv: list[str]) -> None:
+    """Unless the flags repeat them; that they are the run's own is checked with every other setting."""
+    given = {argument.partition("=")[0].replace("_", "-") for argument in argv}
+    if "--reward" not in given and config.reward is not None:
+        refuse_outside_rewards(run.path, [config.reward], "--reward")
+    if "--eval-rewards" not in given:
+        refuse_outside_rewards(run.path, config.eval_rewards, "--eval-rewards")
 
 
 def _take_option(argv: list[str], name: str) -> tuple[list[str], str | None]:

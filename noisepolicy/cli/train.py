@@ -7,6 +7,7 @@ from typing import Any
 
 from noisepolicy.cli.arguments import Arguments, parse_arguments
 from noisepolicy.cli.failures import prepare, quiet_loading, report_failure
+from noisepolicy.cli.trust import resume_command
 
 _NUM_SAMPLES = 8
 
@@ -24,14 +25,14 @@ def main(argv: list[str] | None = None) -> int:
         session.finish()
         return 0
     except KeyboardInterrupt:
-        resume = f"; go on with: noisepolicy-train --resume {session.run.path}" if session else ""
+        resume = f"; go on with: {session.resume_command}" if session else ""
         print(f"\nnoisepolicy-train: interrupted{resume}", file=sys.stderr)
         return 130
     except (ValueError, RuntimeError, OSError) as error:
         report_failure("noisepolicy-train", error, is_debug=is_debug)
         if session is None:
             return 2
-        print(f"noisepolicy-train: nothing is lost; go on with --resume {session.run.path}", file=sys.stderr)
+        print(f"noisepolicy-train: nothing is lost; go on with: {session.resume_command}", file=sys.stderr)
         return 1
 
 
@@ -72,6 +73,10 @@ class _Session:
             self.task.frozen.drop_text_encoders()
         if arguments.resumed is not None:
             self.trainer.resume()
+
+    @property
+    def resume_command(self) -> str:
+        return resume_command(self.run.path, self.config.reward, self.config.eval_rewards)
 
     def train(self) -> None:
         from tqdm import tqdm

@@ -10,6 +10,7 @@ import yaml
 from tyro.constructors import PrimitiveConstructorSpec
 
 from noisepolicy.storage import write_text
+from noisepolicy.training.config_file import read_settings, shown, typed
 
 StepCounts = Annotated[
     tuple[int, ...],
@@ -271,41 +272,30 @@ def load_config(path: Path, base: TrainConfig | None = None) -> TrainConfig:
     Raises:
         ValueError: if the file is missing, is no YAML mapping, or has a key or value that is no setting's.
     """
-    try:
-        values = yaml.safe_load(path.read_text("utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"cannot read settings from {path}: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a YAML mapping of settings, got {type(values).__name__}")
+    values = read_settings(path)
     known = {field.name: field for field in dataclasses.fields(TrainConfig)}
     if unknown := sorted(str(name) for name in set(values) - set(known)):
-        raise ValueError(f"{path}: unknown setting {unknown[0]!r}; see noisepolicy-train --help")
+        raise ValueError(f"{path}: unknown setting {shown(unknown[0])}; see noisepolicy-train --help")
     return dataclasses.replace(base or TrainConfig(), **{name: _typed(name, v, path) for name, v in values.items()})
 
 
 def _typed(name: str, value: Any, path: Path) -> Any:
     """Converts a YAML value to the setting's type."""
     default = getattr(TrainConfig(), name)
-    try:
-        if isinstance(default, tuple):
-            if value is None:
-                return default
-            kind = int if name.endswith("_steps") else str
-            return tuple(kind(item) for item in (value if isinstance(value, list) else [value]))
-        if isinstance(default, bool):
-            if not isinstance(value, bool):
-                raise ValueError
-            return value
+    if value is None and (default is None or isinstance(default, tuple)):
+        return default
+    if isinstance(default, tuple):
+        kind = int if name.endswith("_steps") else str
+    elif default is None:
+        options = get_args(get_type_hints(TrainConfig)[name])
+        kind = next((option for option in options if option in (int, float, Path)), str)
+    else:
         kind = type(default)
-        if default is None:
-            if value is None:
-                return None
-            options = get_args(get_type_hints(TrainConfig)[name])
-            kind = next((option for option in options if option in (int, float, Path)), str)
-        return kind(value)
-    except (TypeError, ValueError):
+    try:
+        return typed(value, kind, is_list=isinstance(default, tuple))
+    except ValueError:
         wanted = repr(default) if default is not None else kind.__name__
-        raise ValueError(f"{path}: {name} must be like {wanted}, got {value!r}") from None
+        raise ValueError(f"{path}: {name} must be like {wanted}, got {shown(value)}") from None
 
 
 def _flag(name: str) -> str:

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from noisepolicy.storage import write_text
+from noisepolicy.storage import file_within, write_text
 from noisepolicy.training.config import TrainConfig, load_config
 
 
@@ -50,7 +50,7 @@ class RunFolder:
         run = cls(path)
         if not run.config.is_file():
             raise ValueError(f"{path} is not a run folder (there is no {run.config})")
-        return run, load_config(run.config)
+        return run, load_config(file_within(path, run.config.name))
 
     def checked_policy(self) -> Path:
         """The policy's folder.
@@ -60,7 +60,19 @@ class RunFolder:
         """
         if not (self.policy / "config.json").is_file():
             raise ValueError(f"{self.path} has no policy yet; go on with: noisepolicy-train --resume {self.path}")
+        file_within(self.path, "policy/config.json")
         return self.policy
+
+    def within(self, name: str) -> Path:
+        """A folder of the run to write to.
+
+        Raises:
+            ValueError: if it is a link that leads out.
+        """
+        folder = self.path / name
+        if not folder.resolve().is_relative_to(self.path.resolve()):
+            raise ValueError(f"{folder} is a link that leads out of the run; give --output-dir")
+        return folder
 
     def read_summary(self) -> dict[str, Any]:
         """`summary.json`, or what is known of a run that has not ended."""
