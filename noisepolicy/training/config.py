@@ -272,7 +272,7 @@ def load_config(path: Path, base: TrainConfig | None = None) -> TrainConfig:
         ValueError: if the file is missing, is no YAML mapping, or has a key or value that is no setting's.
     """
     try:
-        values = yaml.safe_load(path.read_text("utf-8")) or {}
+        values = yaml.safe_load(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"cannot read settings from {path}: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
