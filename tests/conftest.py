@@ -16,6 +16,10 @@ from noisepolicy.frozen import FrozenDiffusersPipeline
 from noisepolicy.shapes import model_folder
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--soak", action="store_true", help="tests/faults: 50 kills, 10,000 iterations; an hour")
+
+
 def pytest_report_header() -> list[str]:
     browser = find_browser() or "none: the report is not opened in a browser"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
