@@ -1,7 +1,7 @@
-"""Files that are whole or absent: atomic writes, and safetensors for every tensor.
+"""Files that are whole or absent: atomic writes, and safetensors with a checksum for every tensor.
 
 A file is written beside its final name, flushed to disk and renamed, so a process killed at any moment leaves the old
-file or the new one and never a torn one.
+file or the new one and never a torn one. What a disk does to it later shows when it is read.
 """
 
 import hashlib
@@ -14,6 +14,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
+
+_DIGEST = "sha256"
+
+
+class DamagedFileError(ValueError):
+    """A file is not what was written; the message names it and says what is wrong."""
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -39,21 +45,48 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes tensors as safetensors, atomically."""
-    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    write_bytes(path, save(contiguous, metadata=dict(metadata) if metadata else None))
+    """Writes tensors as safetensors, atomically, with the digest of tensors and metadata in the metadata."""
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = dict(metadata or {})
+    write_bytes(path, save(contiguous, metadata={**metadata, _DIGEST: _digest(contiguous, metadata)}))
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Reads a safetensors file whole. Its header's sizes are compared with the file's before memory is given to them.
+    """As `read_tensors_and_metadata`, without the metadata."""
+    return read_tensors_and_metadata(path)[0]
+
+
+def read_tensors_and_metadata(
+    path: Path, *, needs_digest: bool = False
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Reads a safetensors file whole and compares it with its digest, if it has one.
 
     Raises:
-        ValueError: if the file is cut short or damaged.
+        DamagedFileError: if the file is empty, cut short or altered, or has no digest where it needs one.
     """
+    data = path.read_bytes()
+    if not data:
+        raise DamagedFileError(f"{path} is empty")
     try:
-        return load(path.read_bytes())
+        tensors = load(data)
+        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
     except (SafetensorError, ValueError, LookupError, RuntimeError, TypeError) as error:
-        raise ValueError(f"{path.name} is no whole safetensors file: {' '.join(str(error).split())}") from error
+        raise DamagedFileError(f"{path} is cut short or damaged ({' '.join(str(error).split())})") from error
+    digest = metadata.pop(_DIGEST, None)
+    if digest is None and needs_digest:
+        raise DamagedFileError(f"{path} has no checksum")
+    if digest is not None and digest != _digest(tensors, metadata):
+        raise DamagedFileError(f"{path} is damaged (its content does not match its checksum)")
+    return tensors, metadata
+
+
+def _digest(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    """Of names, types, shapes, bytes and metadata, whatever their order; in hexadecimal."""
+    digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def file_sha256(path: Path) -> str:

@@ -11,12 +11,9 @@ import tyro
 
 from noisepolicy.cli.trust import refuse_outside_rewards
 from noisepolicy.training.config import TrainConfig, load_config
-from noisepolicy.training.run_folder import RunFolder, check_free
+from noisepolicy.training.run_folder import MAY_CHANGE_ON_RESUME, RunFolder, check_free
 
 _PRESETS = Path(__file__).parent.parent / "presets"
-_MAY_CHANGE_ON_RESUME = {
-    "num_iterations", "device", "rollout_batch_size", "denoiser", "checkpoint_every", "sample_every",
-}  # fmt: skip
 _DESCRIPTION = """Learn, per prompt, where a frozen diffusion model should start.
 
   noisepolicy-train                        train on the embedded model
@@ -60,8 +57,8 @@ def parse_arguments(argv: list[str]) -> Arguments:
             for field in dataclasses.fields(config)
             if getattr(config, field.name) != getattr(default, field.name)
         }
-        if forbidden := sorted(changed - _MAY_CHANGE_ON_RESUME):
-            allowed = ", ".join("--" + name.replace("_", "-") for name in sorted(_MAY_CHANGE_ON_RESUME))
+        if forbidden := sorted(changed - MAY_CHANGE_ON_RESUME):
+            allowed = ", ".join("--" + name.replace("_", "-") for name in sorted(MAY_CHANGE_ON_RESUME))
             raise UsageError(f"--{forbidden[0].replace('_', '-')} cannot change in a resumed run; only {allowed} can")
         config.check()
         return Arguments(config, run)

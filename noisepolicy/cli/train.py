@@ -7,33 +7,34 @@ from typing import Any
 
 from noisepolicy.cli.arguments import Arguments, parse_arguments
 from noisepolicy.cli.failures import prepare, quiet_loading, report_failure
+from noisepolicy.cli.signals import Signals
 from noisepolicy.cli.trust import resume_command
 
 _NUM_SAMPLES = 8
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 bad input, 1 failed during the run, 130 interrupted."""
+    """Exit codes: 0 done, 2 bad input, 1 failed during the run, 130 and 143 stopped by Ctrl-C and SIGTERM."""
     argv = list(sys.argv[1:] if argv is None else argv)
     is_debug = "--debug" in argv
     argv = [argument for argument in argv if argument != "--debug"]
     prepare("noisepolicy-train")
     session = None
-    try:
-        session = _Session(parse_arguments(argv))
-        session.train()
-        session.finish()
-        return 0
-    except KeyboardInterrupt:
+    with Signals() as signals:
+        try:
+            session = _Session(parse_arguments(argv))
+            if session.train(signals):
+                session.finish()
+                return 0
+        except KeyboardInterrupt:
+            pass
+        except (ValueError, RuntimeError, OSError) as error:
+            hint = f"; nothing is lost; go on with: {session.resume_command}" if session else ""
+            report_failure("noisepolicy-train", error, is_debug=is_debug, hint=hint)
+            return 1 if session else 2
         resume = f"; go on with: {session.resume_command}" if session else ""
         print(f"\nnoisepolicy-train: interrupted{resume}", file=sys.stderr)
-        return 130
-    except (ValueError, RuntimeError, OSError) as error:
-        report_failure("noisepolicy-train", error, is_debug=is_debug)
-        if session is None:
-            return 2
-        print(f"noisepolicy-train: nothing is lost; go on with: {session.resume_command}", file=sys.stderr)
-        return 1
+        return signals.exit_code
 
 
 class _Session:
@@ -43,12 +44,14 @@ class _Session:
         quiet_loading()
         from noisepolicy.cli.devices import make_accelerator
         from noisepolicy.training.find import FindTrainer
-        from noisepolicy.training.run_folder import RunFolder
+        from noisepolicy.training.run_folder import RunFolder, check_free
         from noisepolicy.training.task import load_task
         from noisepolicy.training.trainer import Trainer
 
         self.config = arguments.config
         self.accelerator = make_accelerator(self.config.device)
+        if arguments.resumed and self._is_main:
+            arguments.resumed.lock()
         if self.config.denoiser == "auto" and self.accelerator.num_processes > 1:
             raise ValueError("--denoiser auto may choose differently in each process; name the engine")
         self.task = load_task(self.config, self.accelerator.device)
@@ -62,7 +65,9 @@ class _Session:
         self._hash_before = self.task.frozen.weights_sha256()
         kind = FindTrainer if self.config.algorithm == "find" else Trainer
         self.trainer = kind(self.config, self.task, self.run, self.accelerator)
-        if arguments.resumed is None:  # now that nothing can be wrong with it
+        if arguments.resumed is None and self._is_main:  # now that nothing can be wrong with it
+            self.run.lock()
+            check_free(self.run.path)
             self.config.save(self.run.config)
         # Encoded once, and while there are text encoders.
         self._sample_prompts = self.task.eval_prompts[:_NUM_SAMPLES] or self.task.train_prompts[:_NUM_SAMPLES]
@@ -78,7 +83,8 @@ class _Session:
     def resume_command(self) -> str:
         return resume_command(self.run.path, self.config.reward, self.config.eval_rewards)
 
-    def train(self) -> None:
+    def train(self, signals: Signals) -> bool:
+        """To the last iteration, or to the one in which a signal comes, with a checkpoint; whether it was the last."""
         from tqdm import tqdm
 
         trainer, config = self.trainer, self.config
@@ -91,7 +97,7 @@ class _Session:
             total=config.num_iterations, initial=trainer.iteration, unit="it", disable=not self._is_main,
             dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 15.0,
         )  # fmt: skip
-        with progress:
+        with progress, signals.put_off():
             for metrics in trainer.train():
                 progress.set_postfix(
                     images=metrics["images"], reward=f"{metrics['reward']:.3f}", KL=f"{metrics['kl_to_prior']:.1f}",
@@ -103,8 +109,22 @@ class _Session:
                         board.add_scalar(name, value, metrics["images"])
                 if self._is_main and metrics["iteration"] % config.sample_every == 0:
                     self._write_samples(metrics["iteration"])
+                if self._is_signalled(signals):
+                    if self._is_main:
+                        trainer.save()
+                    break
         if board:
             board.close()
+        return signals.received is None
+
+    def _is_signalled(self, signals: Signals) -> bool:
+        """Whether a signal has come to any of the processes, which must stop together."""
+        if self.accelerator.num_processes > 1:
+            import torch
+
+            numbers = torch.tensor([signals.received or 0], device=self.accelerator.device)
+            signals.received = int(self.accelerator.gather(numbers).max()) or None
+        return signals.received is not None
 
     @property
     def _is_main(self) -> bool:

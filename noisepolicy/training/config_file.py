@@ -21,7 +21,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """A YAML mapping; an empty file is an empty one.
+    """A YAML mapping.
 
     Raises:
         ValueError: if the file is missing, too large, no YAML, or holds something else.
@@ -37,8 +37,6 @@ def read_settings(path: Path) -> dict[str, Any]:
     # What PyYAML's constructors of numbers, dates and the like raise of texts that are none.
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
         raise ValueError(f"cannot read settings from {path}: {' '.join(str(error).split())}") from error
-    if values is None:
-        return {}
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a YAML mapping of settings, got {type(values).__name__}")
     return values

@@ -1,6 +1,9 @@
 """What every algorithm's trainer is: iterations with metrics, checkpoints, and a policy that is kept."""
 
 import copy
+import functools
+import hashlib
+import math
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,12 +13,21 @@ from accelerate import Accelerator
 
 from noisepolicy.policies import NoisePolicy
 from noisepolicy.policies.critic import CriticShape
-from noisepolicy.training.checkpoint import load_newest_checkpoint, save_checkpoint, with_prefix, without_prefix
+from noisepolicy.storage import DamagedFileError
+from noisepolicy.training.checkpoint import (
+    Checkpoint,
+    checkpoint_paths,
+    save_checkpoint,
+    skip_checkpoint,
+    whole_checkpoints,
+    with_prefix,
+    without_prefix,
+)
 from noisepolicy.training.config import TrainConfig
 from noisepolicy.training.phases import PHASES, PhaseClock
 from noisepolicy.training.prompt_store import PromptStore
 from noisepolicy.training.rollout import Rollout, roll_out
-from noisepolicy.training.run_folder import RunFolder
+from noisepolicy.training.run_folder import MAY_CHANGE_ON_RESUME, RunFolder
 from noisepolicy.training.seeding import stream_seed
 from noisepolicy.training.task import Task
 
@@ -47,6 +59,7 @@ class TrainingLoop:
         self.prompt_shape = tuple(self.prompts[torch.zeros(1, dtype=torch.int64)].prompt_embeds.shape[1:])
         self.iteration = 0
         self.train_seconds = 0.0
+        self._saved_iteration = 0
         self._clock = PhaseClock(accelerator.device)
 
     @property
@@ -74,7 +87,7 @@ class TrainingLoop:
         while self.iteration < self.config.num_iterations:
             start = time.perf_counter()
             metrics = self._iterate()
-            if not all(value == value for value in metrics.values()):
+            if not all(math.isfinite(value) for value in metrics.values()):
                 raise RuntimeError(
                     f"training diverged at iteration {self.iteration + 1}: {metrics}; try a lower --learning-rate"
                 )
@@ -86,25 +99,80 @@ class TrainingLoop:
                 if is_last or self.iteration % self.config.checkpoint_every == 0:
                     self.train_seconds += time.perf_counter() - start
                     start = time.perf_counter()
-                    self._save()
+                    self.save()
             self.train_seconds += time.perf_counter() - start
             yield metrics
 
+    def save(self) -> None:
+        """Writes a checkpoint and the policy, unless those of this iteration are written. On the main process."""
+        if self._saved_iteration != self.iteration:
+            self._save()
+            self._saved_iteration = self.iteration
+
     def resume(self) -> None:
-        """Goes back to the newest readable checkpoint, or to the start where there is none yet."""
-        checkpoint = load_newest_checkpoint(self.run.checkpoints)
-        if checkpoint is not None:
-            tensors, progress = checkpoint
-            self.policy.load_state_dict(without_prefix("policy", tensors))
-            self.average.load_state_dict(without_prefix("average", tensors))
-            self._load_state(tensors, progress)
-            self.iteration = progress["iteration"]
-            # In the batches of the first time: rounding depends on them, and rows on their order.
-            self.encode_prompts(self.iteration)
-            self.train_seconds = progress["train_seconds"]
-            self._clock.seconds = {phase: progress["seconds"][phase] for phase in PHASES}
+        """Goes back to the newest whole checkpoint, or to the start where there is none yet.
+
+        Raises:
+            ValueError: if there were checkpoints and none can be used, or they are another run's. Nothing is changed.
+        """
+        for checkpoint in whole_checkpoints(self.run.checkpoints):
+            self._check_same_run(checkpoint)
+            try:
+                self._restore(checkpoint)
+                break
+            except (DamagedFileError, KeyError, RuntimeError) as error:
+                skip_checkpoint(checkpoint.path, error)
+        else:
+            # A policy is written after each checkpoint.
+            if checkpoint_paths(self.run.checkpoints) or self.run.policy.exists():
+                raise ValueError(
+                    f"no checkpoint in {self.run.checkpoints} can be used; nothing was changed: put one back, or start "
+                    "anew with another --output-dir"
+                )
+        # In the batches of the first time: rounding depends on them, and rows on their order.
+        self.encode_prompts(self.iteration)
         if self.accelerator.is_main_process:
             self.run.truncate_metrics(self.iteration)
+            if self.iteration:  # a kill may have come before it was written
+                self.kept_policy().save_pretrained(self.run.policy)
+
+    def _check_same_run(self, checkpoint: Checkpoint) -> None:
+        """Raises ValueError if settings that may not change, or the prompts, are not those it was made with."""
+        settings, made_with = self._settings(), checkpoint.progress.get("settings", {})
+        for name in sorted(settings.keys() & made_with.keys()):
+            if settings[name] == made_with[name]:
+                continue
+            if name == "prompts_sha256":
+                raise ValueError(
+                    "the training prompts are not those that the run's checkpoints were made with; put their files "
+                    "back, or start anew with another --output-dir"
+                )
+            raise ValueError(
+                f"{self.run.config} says {name} is {settings[name]}, but its checkpoints were made with "
+                f"{made_with[name]}; put it back, or start anew with another --output-dir"
+            )
+
+    def _settings(self) -> dict[str, Any]:
+        """What a resumed run must have in common with itself, as JSON values."""
+        plain = self.config.plain()
+        settings = {name: value for name, value in plain.items() if name not in {*MAY_CHANGE_ON_RESUME, "output_dir"}}
+        return settings | {"prompts_sha256": self._prompts_sha256}
+
+    @functools.cached_property
+    def _prompts_sha256(self) -> str:
+        digest = hashlib.sha256()
+        for prompt in self.task.train_prompts:
+            digest.update(prompt.encode() + b"\n")
+        return digest.hexdigest()
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        tensors, progress = checkpoint.tensors, checkpoint.progress
+        self.policy.load_state_dict(without_prefix("policy", tensors))
+        self.average.load_state_dict(without_prefix("average", tensors))
+        self._load_state(tensors, progress)
+        train_seconds, seconds = progress["train_seconds"], {phase: progress["seconds"][phase] for phase in PHASES}
+        self.iteration = self._saved_iteration = progress["iteration"]
+        self.train_seconds, self._clock.seconds = train_seconds, seconds
 
     def kept_policy(self) -> NoisePolicy:
         """What the run is for, as it stands."""
@@ -159,6 +227,7 @@ class TrainingLoop:
             "iteration": self.iteration,
             "train_seconds": self.train_seconds,
             "seconds": self._clock.seconds,
+            "settings": self._settings(),
         }
         save_checkpoint(self.run.checkpoints, self.iteration, tensors, progress)
         self.kept_policy().save_pretrained(self.run.policy)

@@ -1,22 +1,36 @@
-"""The run folder: config.yaml, policy/, checkpoints/, metrics.jsonl, samples/, summary.json and report.html."""
+"""The run folder: config.yaml, policy/, checkpoints/, history/, metrics.jsonl, samples/, summary.json and report.html.
 
+One process at a time writes to it: it holds a lock on RUN/lock, which the system takes back when the process ends,
+however it ends.
+"""
+
+import fcntl
 import json
+import os
+import socket
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
-from noisepolicy.storage import file_within, write_text
+from noisepolicy.storage import DamagedFileError, file_within, write_text
 from noisepolicy.training.config import TrainConfig, load_config
+
+MAY_CHANGE_ON_RESUME = {
+    "num_iterations", "device", "rollout_batch_size", "denoiser", "checkpoint_every", "sample_every",
+}  # fmt: skip
+"""Settings that do not change what a run computes, but for how long it goes on."""
 
 
 class RunFolder:
-    """Paths of one run and its metrics file."""
+    """Paths of one run, its lock and its metrics file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = path / "config.yaml"
         self.policy = path / "policy"
         self.checkpoints = path / "checkpoints"
+        self.history = path / "history"
         self.metrics = path / "metrics.jsonl"
         self.samples = path / "samples"
         self.summary = path / "summary.json"
@@ -52,6 +66,27 @@ class RunFolder:
             raise ValueError(f"{path} is not a run folder (there is no {run.config})")
         return run, load_config(file_within(path, run.config.name))
 
+    def lock(self) -> None:
+        """Keeps other processes from writing here until this one ends, and clears what killed ones left half-written.
+
+        Raises:
+            ValueError: if another process holds the lock.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+        self._lock = open(descriptor, "r+", encoding="utf-8")  # noqa: SIM115  # held until the process ends
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{self.path} is in use by {self._lock.read().strip() or 'another process'}; wait for it, or stop it"
+            ) from None
+        self._lock.truncate()
+        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._lock.flush()
+        for path in self.path.rglob(".*.tmp"):
+            path.unlink()
+
     def checked_policy(self) -> Path:
         """The policy's folder.
 
@@ -75,9 +110,18 @@ class RunFolder:
         return folder
 
     def read_summary(self) -> dict[str, Any]:
-        """`summary.json`, or what is known of a run that has not ended."""
+        """`summary.json`, or what is known of a run that has not ended.
+
+        Raises:
+            DamagedFileError: if it is no JSON.
+        """
         if self.summary.is_file():
-            return json.loads(self.summary.read_text("utf-8"))
+            try:
+                return json.loads(self.summary.read_bytes())
+            except ValueError as error:
+                raise DamagedFileError(
+                    f"{self.summary} is damaged ({error}); write it again with: noisepolicy-train --resume {self.path}"
+                ) from error
         metrics = self.read_metrics()
         return {"images_trained": metrics[-1]["images"] if metrics else 0, "train_seconds": 0.0, "seconds": {}}
 
@@ -86,27 +130,42 @@ class RunFolder:
             file.write(json.dumps(values) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The whole lines, in order; a last line cut by a crash is left out."""
+        """The whole lines, in order; a last line cut by a crash is left out, and a damaged one with a warning."""
         if not self.metrics.exists():
             return []
         values = []
-        for line in self.metrics.read_text("utf-8").splitlines():
+        for number, line in enumerate(self.metrics.read_bytes().splitlines(keepends=True), 1):
             try:
-                values.append(json.loads(line))
+                row = json.loads(line)
             except ValueError:
-                break
+                row = None
+            if isinstance(row, dict) and "iteration" in row:
+                values.append(row)
+            elif line.endswith(b"\n"):
+                warnings.warn(f"line {number} of {self.metrics} is damaged and left out", stacklevel=2)
         return values
 
     def truncate_metrics(self, num_iterations: int) -> None:
-        """Forgets the iterations that a resumed run makes again."""
-        lines = [json.dumps(values) + "\n" for values in self.read_metrics() if values["iteration"] <= num_iterations]
-        write_text(self.metrics, "".join(lines))
+        """Forgets the iterations that a resumed run makes again; warns if others are missing."""
+        kept = [values for values in self.read_metrics() if values["iteration"] <= num_iterations]
+        if len(kept) < num_iterations:
+            warnings.warn(
+                f"{self.metrics} lacks {num_iterations - len(kept)} of {num_iterations} iterations; the report's "
+                "curves will too",
+                stacklevel=2,
+            )
+        write_text(self.metrics, "".join(json.dumps(values) + "\n" for values in kept))
 
 
 def check_free(output_dir: Path | None) -> None:
-    """Raises ValueError if a run could not be made in `output_dir`: it holds one, or is a file."""
+    """Raises ValueError if a run could not be made in `output_dir`: it holds one, whole or not, or is a file."""
     if output_dir is None:
         return
+    if RunFolder(output_dir).checkpoints.exists() and not RunFolder(output_dir).config.exists():
+        raise ValueError(
+            f"{output_dir} holds checkpoints of a run whose config.yaml is gone; put it back and go on with --resume "
+            f"{output_dir}, or choose another --output-dir"
+        )
     if RunFolder(output_dir).config.exists():
         raise ValueError(
             f"{output_dir} already holds a run; go on with --resume {output_dir}, or choose another --output-dir"
