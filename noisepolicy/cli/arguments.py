@@ -15,6 +15,7 @@ from noisepolicy.training.run_folder import RunFolder, check_free
 _PRESETS = Path(__file__).parent.parent / "presets"
 _MAY_CHANGE_ON_RESUME = {
     "num_iterations", "device", "rollout_batch_size", "denoiser", "checkpoint_every", "sample_every",
+    "overlap", "timeout",
 }  # fmt: skip
 _DESCRIPTION = """Learn, per prompt, where a frozen diffusion model should start.
 
