@@ -106,7 +106,11 @@ class TrainConfig:
     group_size: int | None = None
     """Images of the same prompt in a batch; divides `batch_size`. At least 2 for `algorithm ppo`."""
     rollout_batch_size: int = 32
-    """Images the frozen model makes at a time; a matter of memory and speed only."""
+    """Images the frozen model makes at a time, at most: processes share a batch in an even number of such chunks."""
+    overlap: bool = False
+    """Score each chunk of images while the next is generated: for rewards that are slow, and elsewhere."""
+    timeout: float = 1800.0
+    """Seconds that a process waits for the others of its run before it gives up and names them."""
     num_inference_steps: StepCounts = (2,)
     """Denoising steps in training; several, as in 1,2,4,8, train one policy for all of them."""
     guidance_scale: float = 1.5
@@ -220,7 +224,7 @@ class TrainConfig:
             "num_iterations", "batch_size", "group_size", "rollout_batch_size", "bands", "learning_rate",
             "num_updates", "clip_range", "target_kl", "kl_budget", "kl_training_budget", "max_grad_norm",
             "critic_updates", "critic_batch_size", "critic_learning_rate", "num_candidates", "replay", "max_log_ratio",
-            "eval_group_size", "checkpoint_every", "sample_every",
+            "eval_group_size", "checkpoint_every", "sample_every", "timeout",
         )  # fmt: skip
         for name in positive:
             if (value := getattr(self, name)) is not None and not value > 0:

@@ -18,6 +18,7 @@ from noisepolicy.training.config import TrainConfig, load_config
 
 MAY_CHANGE_ON_RESUME = {
     "num_iterations", "device", "rollout_batch_size", "denoiser", "checkpoint_every", "sample_every",
+    "overlap", "timeout",
 }  # fmt: skip
 """Settings that do not change what a run computes, but for how long it goes on."""
 
