@@ -70,7 +70,7 @@ def read_tensors_and_metadata(
     try:
         tensors = load(data)
         metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
-    except (SafetensorError, ValueError, LookupError, RuntimeError, TypeError) as error:
+    except (SafetensorError, ValueError, LookupError, RuntimeError, TypeError, AttributeError) as error:
         raise DamagedFileError(f"{path} is cut short or damaged ({' '.join(str(error).split())})") from error
     digest = metadata.pop(_DIGEST, None)
     if digest is None and needs_digest:

@@ -1,7 +1,7 @@
 """Ctrl-C and SIGTERM: what is begun is brought to an end that can be gone on from; a second signal ends at once."""
 
+import os
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -54,4 +54,5 @@ class Signals:
                 signal.signal(other, signal.SIG_DFL)
         if not self._is_put_off:
             raise KeyboardInterrupt
-        print("\nstopping after this iteration; once more to stop at once", file=sys.stderr, flush=True)
+        # Not by print, which the signal may have come in the midst of.
+        os.write(2, b"\nstopping after this iteration; once more to stop at once\n")

@@ -71,7 +71,7 @@ class Run:
         else:
             self.start_new()
 
-    def wait(self, timeout_s: float = 60.0) -> int | None:
+    def wait(self, timeout_s: float = 300.0) -> int | None:
         return self._launcher.ask(do="wait", pid=self.pid, timeout_s=timeout_s)
 
     def finish(self) -> "Run":

@@ -34,7 +34,7 @@ def test_weights_that_are_no_numbers_stop_the_run_and_are_not_kept(tmp_path, par
     whole = make_trainer(tmp_path / "whole")
     list(whole.train())
     stopped = make_trainer(tmp_path / "stopped")
-    with pytest.raises(RuntimeError, match=r"diverged at iteration 6|log-probs|nan|NaN"):
+    with pytest.raises((RuntimeError, ValueError), match=r"diverged at iteration 6|must not hold NaN"):
         for metrics in stopped.train():
             if metrics["iteration"] == 5:
                 network = stopped.policy if part == "policy" else stopped._critic
@@ -55,8 +55,8 @@ def resident_bytes():
 
 @pytest.mark.slow
 def test_many_iterations_leave_no_memory_and_no_files_open(tmp_path, request):
-    count, batch_size = (10_000, 8) if request.config.getoption("--soak") else (300, 8)
-    trainer = make_trainer(tmp_path, num_iterations=count, batch_size=batch_size, checkpoint_every=25)
+    count = 10_000 if request.config.getoption("--soak") else 200
+    trainer = make_trainer(tmp_path, num_iterations=count, checkpoint_every=25)
     seen = {}
     for metrics in trainer.train():
         if metrics["iteration"] in (count // 3, count):
