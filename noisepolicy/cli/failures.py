@@ -27,10 +27,11 @@ def quiet_loading() -> None:
     disable_transformers_bar()
 
 
-def report_failure(command: str, error: Exception, *, is_debug: bool) -> None:
+def report_failure(command: str, error: Exception, *, is_debug: bool, rank: int = 0) -> None:
     if is_debug:
         traceback.print_exception(error)
-    print(f"{command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    place = f"rank {rank}: " if rank else ""
+    print(f"{command}: error: {place}{' '.join(str(error).split())}", file=sys.stderr)
 
 
 def run_command(command: str, body: Callable[[], None], *, is_debug: bool) -> int:
