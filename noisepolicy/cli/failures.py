@@ -30,8 +30,9 @@ def quiet_loading() -> None:
 def report_failure(command: str, error: Exception, *, is_debug: bool, rank: int = 0) -> None:
     if is_debug:
         traceback.print_exception(error)
-    place = f"rank {rank}: " if rank else ""
-    print(f"{command}: error: {place}{' '.join(str(error).split())}", file=sys.stderr)
+    # Another process's progress bar may stand on the line.
+    start, place = ("\n", f"rank {rank}: ") if rank else ("", "")
+    print(f"{start}{command}: error: {place}{' '.join(str(error).split())}", file=sys.stderr)
 
 
 def run_command(command: str, body: Callable[[], None], *, is_debug: bool) -> int:

@@ -77,13 +77,15 @@ def may_report_error() -> bool:
     from torch.distributed.distributed_c10d import _get_default_store
 
     try:
+        if _has_launcher_store():
+            lent = _launcher_store()
+            attempt = [os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")]
+            attempt += [lent.get(_ADDRESS).decode()] if lent.check([_ADDRESS]) else []
+            return lent.add(f"noisepolicy/error/{attempt}", 1) == 1
         if dist.is_initialized():
             return _get_default_store().add("noisepolicy/error", 1) == 1
-        if _has_launcher_store():
-            count = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
-            return _launcher_store().add(f"noisepolicy/error/{count}", 1) == 1
-    except RuntimeError:  # rank 0, which keeps the store, is gone; and it tells its own errors
-        return dist.is_initialized() and rank() == 1
+    except RuntimeError:  # whoever keeps the store is gone
+        return rank() <= 1
     return True
 
 
