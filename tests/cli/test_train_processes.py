@@ -46,24 +46,30 @@ def wait_for(condition, launcher):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("output_dir", [["--output-dir", "runs/killed"], []], ids=["named", "unnamed"])
-def test_after_a_kill_the_run_goes_on_by_itself(run_train, tmp_path, output_dir):
-    """A rank is killed after the first checkpoint; the result is that of one process that nobody killed."""
-    launcher = start(*SETTINGS, *output_dir, cwd=tmp_path, max_restarts=1)
+@pytest.mark.parametrize("is_restarted", [True, False], ids=["restarted", "resumed"])
+def test_a_killed_run_ends_as_if_nothing_had_happened(run_train, tmp_path, is_restarted):
+    """A rank is killed after the first checkpoint. torchrun starts both again and the run, whose folder was not named,
+    goes on by itself; or one process resumes it. One process that nobody kills comes to the same bits."""
+    launcher = start(*SETTINGS, cwd=tmp_path, max_restarts=int(is_restarted))
     runs = tmp_path / "runs"
     wait_for(lambda: any(path.read_text().count("\n") >= 3 for path in runs.glob("*/metrics.jsonl")), launcher)
     os.kill(process_of_rank(launcher, 1), signal.SIGKILL)
     out, err = launcher.communicate(timeout=200)
-    assert launcher.returncode == 0, err
-    assert out.count("run folder") == 2 and len(list(runs.iterdir())) == 1
-
+    (run,) = runs.iterdir()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if is_restarted:
+        assert launcher.returncode == 0, err
+        assert out.count("run folder") == 2
+    else:
+        assert launcher.returncode != 0
+        resumed = run_train("--resume", str(run), env=environment)
+        assert resumed.returncode == 0, resumed.stderr
+
     whole = run_train(*SETTINGS, "--output-dir", "whole", env=environment)
     assert whole.returncode == 0, whole.stderr
-    (run,) = runs.iterdir()
     assert (run / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
-    expected, resumed = (read_tensors(folder / "policy" / "policy.safetensors") for folder in (tmp_path / "whole", run))
-    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+    expected, ours = (read_tensors(folder / "policy" / "policy.safetensors") for folder in (tmp_path / "whole", run))
+    assert all(torch.equal(expected[name], ours[name]) for name in expected)
 
 
 def errors_of(err):
