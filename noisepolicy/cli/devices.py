@@ -34,6 +34,8 @@ def make_accelerator(device: str, *, timeout_s: float = 1800.0) -> Accelerator:
             if wanted.index >= torch.cuda.device_count():
                 raise ValueError(f"--device {device}: there are {torch.cuda.device_count()} CUDA devices")
             torch.cuda.set_device(wanted)
+    if num_ranks() == 1:
+        return Accelerator(cpu=wanted.type == "cpu")
     join_processes(timeout_s)
     # By gloo on any device: what processes tell one another is small, see training/processes.py.
     group = InitProcessGroupKwargs(backend="gloo", timeout=timedelta(seconds=timeout_s))
