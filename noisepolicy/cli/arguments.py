@@ -9,6 +9,7 @@ from pathlib import Path
 
 import tyro
 
+from noisepolicy.cli.launch import is_restart, launch_id
 from noisepolicy.cli.trust import refuse_outside_rewards
 from noisepolicy.training.config import TrainConfig, load_config
 from noisepolicy.training.run_folder import MAY_CHANGE_ON_RESUME, RunFolder, check_free
@@ -21,6 +22,7 @@ _DESCRIPTION = """Learn, per prompt, where a frozen diffusion model should start
   noisepolicy-train --config FILE [flags]  start from a YAML file of the settings below
   noisepolicy-train --resume RUN           go on with a run, exactly as if it had not stopped; a reward that is
                                            module:function or on another machine must be repeated: --reward TEXT
+  torchrun --nproc-per-node N -m noisepolicy.cli.train ...   on N processes; restarted, it goes on by itself
 
 --debug shows a traceback with an error. Every setting:"""
 
@@ -37,7 +39,7 @@ class Arguments:
 
 
 def parse_arguments(argv: list[str]) -> Arguments:
-    """Settings from the command line; `--help` prints and exits.
+    """Settings from the command line; `--help` prints and exits. Where torchrun starts a run again, it is resumed.
 
     Raises:
         ValueError: one line that says what was wrong and what would be right.
@@ -68,6 +70,9 @@ def parse_arguments(argv: list[str]) -> Arguments:
         default = load_config(_preset_path(preset or "shapes"))
     config = _parse_flags(argv, default)
     config.check()
+    if (run := RunFolder.find(config, launch_id(), is_restart=is_restart())) is not None:
+        _, saved = RunFolder.open(run.path)
+        return Arguments(dataclasses.replace(saved, output_dir=run.path), run)
     check_free(config.output_dir)
     return Arguments(config, None)
 

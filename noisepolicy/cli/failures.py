@@ -30,14 +30,16 @@ def quiet_loading() -> None:
     disable_transformers_bar()
 
 
-def report_failure(command: str, error: Exception, *, is_debug: bool, hint: str = "") -> None:
-    """One line: what is wrong, and `hint`, what to do now."""
+def report_failure(command: str, error: Exception, *, is_debug: bool, hint: str = "", rank: int = 0) -> None:
+    """One line: what is wrong, in which process if it is not the first, and `hint`, what to do now."""
     if is_debug:
         traceback.print_exception(error)
     message = " ".join(str(error).split())
     if isinstance(error, OSError) and error.errno in _DISK_FULL:
         message = f"no space left on the disk ({error.strerror})"
-    print(f"{command}: error: {message}{hint}", file=sys.stderr)
+    # Another process's progress bar may stand on the line.
+    start, place = ("\n", f"rank {rank}: ") if rank else ("", "")
+    print(f"{start}{command}: error: {place}{message}{hint}", file=sys.stderr)
 
 
 def run_command(command: str, body: Callable[[], None], *, is_debug: bool) -> int:

@@ -41,7 +41,6 @@ class Processes:
             return
         limit = timedelta(seconds=timeout_s)
         self._store = dist.PrefixStore(f"noisepolicy/{next(_group_numbers)}", _get_default_store())
-        self._store.set_timeout(limit)
         self._group = dist.new_group(backend="gloo", timeout=limit)
         if accelerator.device.type == "cuda":
             # Each process makes the same update for itself, to the bit.
@@ -53,7 +52,7 @@ class Processes:
 
     def wait(self, phase: str) -> None:
         """Until every process has come."""
-        self._exchange(phase, None)
+        self.exchange(phase, None)
 
     def broadcast(self, phase: str, value: Any) -> Any:
         """The main process's `value`, which others may leave None."""
@@ -105,7 +104,7 @@ class Processes:
         digest = hashlib.blake2b(digest_size=8)
         for value in module.state_dict().values():
             digest.update(_as_bytes(value.detach().reshape(1, -1)).numpy())
-        digests = self._exchange(phase, digest.hexdigest())
+        digests = self.exchange(phase, digest.hexdigest())
         most, _ = Counter(digests).most_common(1)[0]  # the main process's where there are as many
         if odd := [rank for rank, other in enumerate(digests) if other != most]:
             raise RuntimeError(
@@ -113,7 +112,7 @@ class Processes:
                 "all must run the same versions, on processors or GPUs of one kind, with as many threads"
             )
 
-    def _exchange(self, phase: str, value: Any) -> list[Any]:
+    def exchange(self, phase: str, value: Any) -> list[Any]:
         """Each process's `value`."""
         if self.count == 1:
             return [value]
@@ -131,13 +130,14 @@ class Processes:
             raise RuntimeError(self._explain(phase, time.monotonic() - start, error)) from error
 
     def _explain(self, phase: str, waited_s: float, error: RuntimeError) -> str:
+        self._store.set_timeout(timedelta(seconds=10))
         try:
             missing = [
                 rank for rank in range(self.count)
                 if not self._store.check([str(rank)]) or int(self._store.get(str(rank))) < self._num_meetings
             ]  # fmt: skip
         except RuntimeError:
-            return f"{phase}: the launcher, or the process that started the others, is gone"
+            return f"rank 0, which holds the others together, did not answer in {phase}"
         if not missing:
             return f"{phase}: the connection between processes broke: {error}"
         how = f"within {self._timeout_s:g} s" if waited_s > 0.9 * self._timeout_s else "before its process ended"

@@ -16,6 +16,7 @@ from typing import Any
 from noisepolicy.storage import DamagedFileError, file_within, write_text
 from noisepolicy.training.config import TrainConfig, load_config
 
+_RUNS = Path("runs")
 MAY_CHANGE_ON_RESUME = {
     "num_iterations", "device", "rollout_batch_size", "denoiser", "checkpoint_every", "sample_every",
     "overlap", "timeout",
@@ -36,6 +37,7 @@ class RunFolder:
         self.samples = path / "samples"
         self.summary = path / "summary.json"
         self.report = path / "report.html"
+        self.launch = path / "launch.txt"
         self.tensorboard = path / "tensorboard"
 
     @classmethod
@@ -53,7 +55,7 @@ class RunFolder:
             ValueError: as `check_free`.
         """
         check_free(config.output_dir)
-        return cls(config.output_dir or Path("runs") / time.strftime("%Y%m%d-%H%M%S"))
+        return cls(config.output_dir or _RUNS / time.strftime("%Y%m%d-%H%M%S"))
 
     @classmethod
     def open(cls, path: Path) -> tuple["RunFolder", TrainConfig]:
@@ -87,6 +89,40 @@ class RunFolder:
         self._lock.flush()
         for path in self.path.rglob(".*.tmp"):
             path.unlink()
+
+    @classmethod
+    def find(cls, config: TrainConfig, launch_id: str | None, *, is_restart: bool) -> "RunFolder | None":
+        """The run that an earlier start of the same launch began with `config`: in its folder, or the newest in runs/.
+
+        Args:
+            launch_id: the launcher's name for all starts; without one, `is_restart` tells, and settings must do.
+        """
+        if launch_id is None and not is_restart:
+            return None
+        runs = [cls(path) for path in ([config.output_dir] if config.output_dir else sorted(_RUNS.glob("*")))]
+        return next((run for run in reversed(runs) if run._is_of(config, launch_id)), None)
+
+    def _is_of(self, config: TrainConfig, launch_id: str | None) -> bool:
+        if not self.config.is_file():
+            return False
+        if launch_id is not None:
+            if not self.launch.is_file() or self.launch.read_text("utf-8") != launch_id:
+                return False
+        elif config.output_dir is None and self.summary.is_file():
+            return False
+        theirs = load_config(self.config).plain()
+        # What was left to the algorithm (None), or to the machine, may be anything there.
+        return all(
+            value in (None, theirs[name]) or (name == "denoiser" and value == "auto")
+            for name, value in config.plain().items()
+            if name != "output_dir"
+        )
+
+    def begin(self, config: TrainConfig, launch_id: str | None) -> None:
+        """Makes the folder a run's, with its settings; those come last."""
+        if launch_id is not None:
+            write_text(self.launch, launch_id)
+        config.save(self.config)
 
     def checked_policy(self) -> Path:
         """The policy's folder.
