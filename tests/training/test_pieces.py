@@ -151,3 +151,25 @@ def test_streams_are_distinct_and_repeatable():
     assert len({stream_seed(seed, purpose) for seed in range(20) for purpose in ("noise", "prompts")}) == 40
     first, again, other = (torch.rand(3, generator=stream_generator(0, "critic", number)) for number in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_a_launch_finds_the_run_it_began(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = TrainConfig(seed=3)
+    run = RunFolder.choose(config)
+    assert RunFolder.find(config, "launch", is_restart=True) is None  # it had not come so far
+    run.begin(config.resolved(100), "launch")
+    assert RunFolder.find(config, "launch", is_restart=False).path == run.path
+    assert RunFolder.find(config, "another", is_restart=True) is None
+    assert RunFolder.find(TrainConfig(seed=4), "launch", is_restart=True) is None
+
+
+def test_a_launch_without_a_name_finds_its_unfinished_run_when_it_is_restarted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = TrainConfig(seed=3)
+    run = RunFolder.choose(config)
+    run.begin(config.resolved(100), None)
+    assert RunFolder.find(config, None, is_restart=False) is None
+    assert RunFolder.find(config, None, is_restart=True).path == run.path
+    run.summary.write_text("{}")
+    assert RunFolder.find(config, None, is_restart=True) is None
