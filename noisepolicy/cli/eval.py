@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("run", type=Path, help="a run folder of noisepolicy-train")
     parser.add_argument("--steps", help="denoising step counts, e.g. 1,2,4,8 (default: the run's)")
     parser.add_argument(
-        "--reward", help="what to measure (default: the run's, unless it is code or on another machine)"
+        "--reward", help="the run's own; to be repeated where it is module:function or on another machine"
     )
     parser.add_argument("--rewards", nargs="+", help="further rewards to measure, see docs/rewards.md")
     parser.add_argument(
@@ -44,12 +44,14 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from noisepolicy.training.task import load_task
 
     run, config = RunFolder.open(arguments.run)
+    trained_for = config.reward or config.model
     if arguments.reward is None:
-        refuse_outside_rewards(run.path, [config.reward or config.model], "--reward")
+        refuse_outside_rewards(run.path, [trained_for], "--reward")
+    elif arguments.reward != trained_for:
+        raise ValueError(f"--reward repeats what the run was trained for, {trained_for}; others are --rewards")
     if arguments.rewards is None:
         refuse_outside_rewards(run.path, config.eval_rewards, "--rewards")
     changes = {
-        "reward": arguments.reward,
         "eval_steps": arguments.steps and _step_counts(arguments.steps),
         "eval_rewards": arguments.rewards and tuple(arguments.rewards),
         "eval_prompts": arguments.prompts and tuple(arguments.prompts),
