@@ -1,7 +1,7 @@
-"""Files that are whole or absent: atomic writes, and safetensors for every tensor.
+"""Files that are whole or absent: atomic writes, and safetensors with a checksum for every tensor.
 
 A file is written beside its final name, flushed to disk and renamed, so a process killed at any moment leaves the old
-file or the new one and never a torn one.
+file or the new one and never a torn one. What a disk does to it later shows when it is read.
 """
 
 import hashlib
@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
+
+_DIGEST = "sha256"
+
+
+class DamagedFileError(ValueError):
+    """A file is not what was written; the message names it and says what is wrong."""
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -38,18 +45,48 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes tensors as safetensors, atomically."""
-    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    write_bytes(path, save(contiguous, metadata=dict(metadata) if metadata else None))
+    """Writes tensors as safetensors, atomically, with the digest of tensors and metadata in the metadata."""
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = dict(metadata or {})
+    write_bytes(path, save(contiguous, metadata={**metadata, _DIGEST: _digest(contiguous, metadata)}))
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Reads a safetensors file whole.
+    """As `read_tensors_and_metadata`, without the metadata."""
+    return read_tensors_and_metadata(path)[0]
+
+
+def read_tensors_and_metadata(
+    path: Path, *, needs_digest: bool = False
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Reads a safetensors file whole and compares it with its digest, if it has one.
 
     Raises:
-        safetensors.SafetensorError: if the file is cut short or damaged.
+        DamagedFileError: if the file is empty, cut short or altered, or has no digest where it needs one.
     """
-    return load(path.read_bytes())
+    data = path.read_bytes()
+    if not data:
+        raise DamagedFileError(f"{path} is empty")
+    try:
+        tensors = load(data)
+        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+    except (SafetensorError, ValueError, LookupError, RuntimeError, TypeError, AttributeError) as error:
+        raise DamagedFileError(f"{path} is cut short or damaged ({' '.join(str(error).split())})") from error
+    digest = metadata.pop(_DIGEST, None)
+    if digest is None and needs_digest:
+        raise DamagedFileError(f"{path} has no checksum")
+    if digest is not None and digest != _digest(tensors, metadata):
+        raise DamagedFileError(f"{path} is damaged (its content does not match its checksum)")
+    return tensors, metadata
+
+
+def _digest(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    """Of names, types, shapes, bytes and metadata, whatever their order; in hexadecimal."""
+    digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def file_sha256(path: Path) -> str:
@@ -79,3 +116,26 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[st
             index, name = key[len(prefix) + 1 :].split(".", 1)
             state.setdefault(int(index), {})[name] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def file_within(folder: Path, name: str) -> Path:
+    """The path of a regular file of a folder that somebody else may have written.
+
+    A link may lead elsewhere in the folder or, from a snapshot of the hub's cache, to that repository's blobs.
+
+    Raises:
+        OSError: if there is no such file.
+        ValueError: if it is no regular file, or lies elsewhere.
+    """
+    path, root = folder / name, folder.resolve()
+    try:
+        target = path.resolve(strict=True)
+    except RuntimeError as error:  # a loop, in Python up to 3.12
+        raise ValueError(f"{path} is a link to itself") from error
+    places = [root]
+    places += [place.parent.parent / "blobs" for place in (root, *root.parents) if place.parent.name == "snapshots"]
+    if not any(target.is_relative_to(place) for place in places):
+        raise ValueError(f"{path} is a link that leads out of {folder}")
+    if not target.is_file():
+        raise ValueError(f"{path} is not a file")
+    return path

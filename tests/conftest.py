@@ -16,6 +16,16 @@ from noisepolicy.frozen import FrozenDiffusersPipeline
 from noisepolicy.shapes import model_folder
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--soak", action="store_true", help="run fault and fuzz tests for hours")
+
+
+@pytest.fixture(scope="session")
+def soak(pytestconfig: pytest.Config) -> bool:
+    """Whether fault and fuzz tests are to run for hours."""
+    return pytestconfig.getoption("--soak")
+
+
 def pytest_report_header() -> list[str]:
     browser = find_browser() or "none: the report is not opened in a browser"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"

@@ -9,19 +9,20 @@ from pathlib import Path
 
 import tyro
 
+from noisepolicy.cli.launch import is_restart, launch_id
+from noisepolicy.cli.trust import refuse_outside_rewards
 from noisepolicy.training.config import TrainConfig, load_config
-from noisepolicy.training.run_folder import RunFolder, check_free
+from noisepolicy.training.run_folder import MAY_CHANGE_ON_RESUME, RunFolder, check_free
 
 _PRESETS = Path(__file__).parent.parent / "presets"
-_MAY_CHANGE_ON_RESUME = {
-    "num_iterations", "device", "rollout_batch_size", "denoiser", "checkpoint_every", "sample_every",
-}  # fmt: skip
 _DESCRIPTION = """Learn, per prompt, where a frozen diffusion model should start.
 
   noisepolicy-train                        train on the embedded model
   noisepolicy-train PRESET [flags]         start from a preset: {presets}
   noisepolicy-train --config FILE [flags]  start from a YAML file of the settings below
-  noisepolicy-train --resume RUN           go on with a run, exactly as if it had not stopped
+  noisepolicy-train --resume RUN           go on with a run, exactly as if it had not stopped; a reward that is
+                                           module:function or on another machine must be repeated: --reward TEXT
+  torchrun --nproc-per-node N -m noisepolicy.cli.train ...   on N processes; restarted, it goes on by itself
 
 --debug shows a traceback with an error. Every setting:"""
 
@@ -38,7 +39,7 @@ class Arguments:
 
 
 def parse_arguments(argv: list[str]) -> Arguments:
-    """Settings from the command line; `--help` prints and exits.
+    """Settings from the command line; `--help` prints and exits. Where torchrun starts a run again, it is resumed.
 
     Raises:
         ValueError: one line that says what was wrong and what would be right.
@@ -51,14 +52,15 @@ def parse_arguments(argv: list[str]) -> Arguments:
     if resume is not None:
         run, default = RunFolder.open(Path(resume))
         default = dataclasses.replace(default, output_dir=run.path)
+        _refuse_outside_rewards(run, default, argv)
         config = _parse_flags(argv, default)
         changed = {
             field.name
             for field in dataclasses.fields(config)
             if getattr(config, field.name) != getattr(default, field.name)
         }
-        if forbidden := sorted(changed - _MAY_CHANGE_ON_RESUME):
-            allowed = ", ".join("--" + name.replace("_", "-") for name in sorted(_MAY_CHANGE_ON_RESUME))
+        if forbidden := sorted(changed - MAY_CHANGE_ON_RESUME):
+            allowed = ", ".join("--" + name.replace("_", "-") for name in sorted(MAY_CHANGE_ON_RESUME))
             raise UsageError(f"--{forbidden[0].replace('_', '-')} cannot change in a resumed run; only {allowed} can")
         config.check()
         return Arguments(config, run)
@@ -68,8 +70,20 @@ def parse_arguments(argv: list[str]) -> Arguments:
         default = load_config(_preset_path(preset or "shapes"))
     config = _parse_flags(argv, default)
     config.check()
+    if (run := RunFolder.find(config, launch_id(), is_restart=is_restart())) is not None:
+        _, saved = RunFolder.open(run.path)
+        return Arguments(dataclasses.replace(saved, output_dir=run.path), run)
     check_free(config.output_dir)
     return Arguments(config, None)
+
+
+def _refuse_outside_rewards(run: RunFolder, config: TrainConfig, argv: list[str]) -> None:
+    """Unless the flags repeat them; that they are the run's own is checked with every other setting."""
+    given = {argument.partition("=")[0].replace("_", "-") for argument in argv}
+    if "--reward" not in given and config.reward is not None:
+        refuse_outside_rewards(run.path, [config.reward], "--reward")
+    if "--eval-rewards" not in given:
+        refuse_outside_rewards(run.path, config.eval_rewards, "--eval-rewards")
 
 
 def _take_option(argv: list[str], name: str) -> tuple[list[str], str | None]:

@@ -151,6 +151,10 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
             device=arguments.device,
             use_compile=not arguments.no_compile,
         )
+    if arguments.command == "scale":
+        from noisepolicy.benchmarks import bench_scale
+
+        return bench_scale.run(arguments.processes, arguments.iterations)
     from noisepolicy.benchmarks import bench_training
 
     return bench_training.run(arguments.output_dir, arguments.seeds, arguments.train_arguments)

@@ -34,6 +34,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     training.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     training.add_argument("--output-dir", type=Path, default=Path("runs/bench"))
     training.add_argument("train_arguments", nargs="*", help="after --, flags for noisepolicy-train")
+    scale = commands.add_parser("scale", help="images/s of several processes on the embedded model, a thread each")
+    scale.add_argument("--processes", type=int, nargs="+", default=[1, 2], metavar="N", help="default: 1 2")
+    scale.add_argument("--iterations", type=int, default=5, help="that are timed for each; default: 5")
     _add_algorithms(commands)
     return parser.parse_args(_with_command(argv))
 

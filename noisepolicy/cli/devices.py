@@ -1,11 +1,18 @@
 """The Accelerate engine on the device a user asked for."""
 
+from datetime import timedelta
+
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
+
+from noisepolicy.cli.launch import join_processes, num_ranks
 
 
-def make_accelerator(device: str) -> Accelerator:
+def make_accelerator(device: str, *, timeout_s: float = 1800.0) -> Accelerator:
     """Accelerate's engine: one process alone, or a rank of what `torchrun` or `accelerate launch` started.
+
+    Args:
+        timeout_s: how long the other processes are waited for.
 
     Raises:
         ValueError: if the device is not one of ours, or is not there.
@@ -22,7 +29,14 @@ def make_accelerator(device: str) -> Accelerator:
         if not torch.cuda.is_available():
             raise ValueError(f"--device {device}: this torch sees no CUDA device; use --device cpu")
         if wanted.index is not None:
+            if num_ranks() > 1:
+                raise ValueError(f"--device {device} is one device for {num_ranks()} processes; use --device cuda")
             if wanted.index >= torch.cuda.device_count():
                 raise ValueError(f"--device {device}: there are {torch.cuda.device_count()} CUDA devices")
             torch.cuda.set_device(wanted)
-    return Accelerator(cpu=wanted.type == "cpu")
+    if num_ranks() == 1:
+        return Accelerator(cpu=wanted.type == "cpu")
+    join_processes(timeout_s)
+    # By gloo on any device: what processes tell one another is small, see training/processes.py.
+    group = InitProcessGroupKwargs(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    return Accelerator(cpu=wanted.type == "cpu", kwargs_handlers=[group])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from noisepolicy.cli.denoiser import add_denoiser_arguments, with_denoiser
 from noisepolicy.cli.failures import prepare, quiet_loading, run_command
+from noisepolicy.cli.trust import refuse_outside_rewards
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -14,6 +15,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="noisepolicy-eval", description=__doc__)
     parser.add_argument("run", type=Path, help="a run folder of noisepolicy-train")
     parser.add_argument("--steps", help="denoising step counts, e.g. 1,2,4,8 (default: the run's)")
+    parser.add_argument(
+        "--reward", help="the run's own; to be repeated where it is module:function or on another machine"
+    )
     parser.add_argument("--rewards", nargs="+", help="further rewards to measure, see docs/rewards.md")
     parser.add_argument(
         "--prompts", nargs="+", help="UTF-8 files, one prompt a line, or prompts (default: the run's own)"
@@ -40,6 +44,13 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from noisepolicy.training.task import load_task
 
     run, config = RunFolder.open(arguments.run)
+    trained_for = config.reward or config.model
+    if arguments.reward is None:
+        refuse_outside_rewards(run.path, [trained_for], "--reward")
+    elif arguments.reward != trained_for:
+        raise ValueError(f"--reward repeats what the run was trained for, {trained_for}; others are --rewards")
+    if arguments.rewards is None:
+        refuse_outside_rewards(run.path, config.eval_rewards, "--rewards")
     changes = {
         "eval_steps": arguments.steps and _step_counts(arguments.steps),
         "eval_rewards": arguments.rewards and tuple(arguments.rewards),
@@ -62,7 +73,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         group_size=config.eval_group_size, guidance_scale=config.guidance_scale,
     )  # fmt: skip
     summary = run.read_summary() | {"frozen_sha256_after": task.frozen.weights_sha256(), "sweep": sweep.rows}
-    folder = arguments.output_dir or run.path / "evaluation"
+    folder = arguments.output_dir or run.within("evaluation")
     write_json(folder / "summary.json", summary)
     write_report(
         folder / "report.html", config=config.plain(), summary=summary, metrics=run.read_metrics(), pairs=sweep.pairs

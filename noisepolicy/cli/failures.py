@@ -1,10 +1,13 @@
 """How the commands fail: one clear line on stderr, an exit code, and a traceback only with --debug."""
 
+import errno
 import os
 import sys
 import traceback
 import warnings
 from collections.abc import Callable
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def prepare(command: str) -> None:
@@ -27,10 +30,16 @@ def quiet_loading() -> None:
     disable_transformers_bar()
 
 
-def report_failure(command: str, error: Exception, *, is_debug: bool) -> None:
+def report_failure(command: str, error: Exception, *, is_debug: bool, hint: str = "", rank: int = 0) -> None:
+    """One line: what is wrong, in which process if it is not the first, and `hint`, what to do now."""
     if is_debug:
         traceback.print_exception(error)
-    print(f"{command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    message = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno in _DISK_FULL:
+        message = f"no space left on the disk ({error.strerror})"
+    # Another process's progress bar may stand on the line.
+    start, place = ("\n", f"rank {rank}: ") if rank else ("", "")
+    print(f"{start}{command}: error: {place}{message}{hint}", file=sys.stderr)
 
 
 def run_command(command: str, body: Callable[[], None], *, is_debug: bool) -> int:

@@ -60,7 +60,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         side: frozen.generate(latents, embeds, num_inference_steps=steps, guidance_scale=guidance)
         for side, latents in starts.items()
     }
-    folder = arguments.output_dir or run.path / "generated"
+    folder = arguments.output_dir or run.within("generated")
     for side, batch in images.items():
         for number, image in enumerate(batch):
             data, suffix = picture_bytes(image)

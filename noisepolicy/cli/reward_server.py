@@ -42,6 +42,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     try:
         import uvicorn
 
+        from noisepolicy.rewards.http_protocol import ImpatientProtocol
         from noisepolicy.rewards.http_server import make_app
     except ImportError as error:
         raise ValueError(f"serving needs {error.name}: pip install 'noisepolicy[server]'") from error
@@ -50,8 +51,8 @@ def _serve(arguments: argparse.Namespace) -> None:
     reward = load_reward(arguments.reward, device=arguments.device)
     app = make_app(reward, token=token, max_body_bytes=arguments.max_body_mb * 1024 * 1024)
     uvicorn.run(
-        app, host=arguments.host, port=arguments.port, limit_concurrency=_MAX_WAITING, server_header=False,
-        access_log=False, log_level="info",
+        app, host=arguments.host, port=arguments.port, http=ImpatientProtocol, ws="none", lifespan="off",
+        limit_concurrency=_MAX_WAITING, proxy_headers=False, server_header=False, access_log=False, log_level="info",
     )  # fmt: skip
 
 

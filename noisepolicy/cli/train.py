@@ -7,32 +7,44 @@ from typing import Any
 
 from noisepolicy.cli.arguments import Arguments, parse_arguments
 from noisepolicy.cli.failures import prepare, quiet_loading, report_failure
+from noisepolicy.cli.launch import launch_id, leave, may_report_error, num_ranks, rank, silence_all_but_the_first
+from noisepolicy.cli.signals import Signals
+from noisepolicy.cli.trust import resume_command
 
 _NUM_SAMPLES = 8
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 bad input, 1 failed during the run, 130 interrupted."""
+    """Exit codes: 0 done, 2 bad input, 1 failed during the run, 130 and 143 stopped by Ctrl-C and SIGTERM."""
     argv = list(sys.argv[1:] if argv is None else argv)
     is_debug = "--debug" in argv
     argv = [argument for argument in argv if argument != "--debug"]
     prepare("noisepolicy-train")
+    silence_all_but_the_first()
+    code = _run(argv, is_debug=is_debug)
+    leave(code)
+    return code
+
+
+def _run(argv: list[str], *, is_debug: bool) -> int:
     session = None
-    try:
-        session = _Session(parse_arguments(argv))
-        session.train()
-        session.finish()
-        return 0
-    except KeyboardInterrupt:
-        resume = f"; go on with: noisepolicy-train --resume {session.run.path}" if session else ""
-        print(f"\nnoisepolicy-train: interrupted{resume}", file=sys.stderr)
-        return 130
-    except (ValueError, RuntimeError, OSError) as error:
-        report_failure("noisepolicy-train", error, is_debug=is_debug)
-        if session is None:
-            return 2
-        print(f"noisepolicy-train: nothing is lost; go on with --resume {session.run.path}", file=sys.stderr)
-        return 1
+    with Signals() as signals:
+        try:
+            session = _Session(parse_arguments(argv))
+            if session.train(signals):
+                session.finish()
+                return 0
+        except KeyboardInterrupt:
+            pass
+        except (ValueError, RuntimeError, OSError) as error:
+            if may_report_error():
+                hint = f"; nothing is lost; go on with: {session.resume_command}" if session else ""
+                report_failure("noisepolicy-train", error, is_debug=is_debug, hint=hint, rank=rank())
+            return 1 if session else 2
+        if may_report_error():
+            resume = f"; go on with: {session.resume_command}" if session else ""
+            print(f"\nnoisepolicy-train: interrupted{resume}", file=sys.stderr)
+        return signals.exit_code
 
 
 class _Session:
@@ -42,12 +54,16 @@ class _Session:
         quiet_loading()
         from noisepolicy.cli.devices import make_accelerator
         from noisepolicy.training.find import FindTrainer
-        from noisepolicy.training.run_folder import RunFolder
+        from noisepolicy.training.processes import Processes
+        from noisepolicy.training.run_folder import RunFolder, check_free
         from noisepolicy.training.task import load_task
         from noisepolicy.training.trainer import Trainer
 
         self.config = arguments.config
-        self.accelerator = make_accelerator(self.config.device)
+        self.accelerator = make_accelerator(self.config.device, timeout_s=self.config.timeout)
+        processes = Processes(self.accelerator, self.config.timeout)
+        if arguments.resumed and processes.is_main:
+            arguments.resumed.lock()
         if self.config.denoiser == "auto" and self.accelerator.num_processes > 1:
             raise ValueError("--denoiser auto may choose differently in each process; name the engine")
         self.task = load_task(self.config, self.accelerator.device)
@@ -57,12 +73,17 @@ class _Session:
         )
         self._eval_prompts = self.task.eval_prompts[: self.config.eval_num_prompts]
         self._board = _make_board(self.config.tensorboard)
-        self.run = arguments.resumed or RunFolder.choose(self.config)
+        self.run = arguments.resumed or processes.broadcast(
+            "'name the run folder'", RunFolder.choose(self.config) if processes.is_main else None
+        )
         self._hash_before = self.task.frozen.weights_sha256()
         kind = FindTrainer if self.config.algorithm == "find" else Trainer
         self.trainer = kind(self.config, self.task, self.run, self.accelerator)
-        if arguments.resumed is None:  # now that nothing can be wrong with it
-            self.config.save(self.run.config)
+        processes.wait("'start'")
+        if arguments.resumed is None and self._is_main:  # now that nothing can be wrong with it
+            self.run.lock()
+            check_free(self.run.path)
+            self.run.begin(self.config, launch_id())
         # Encoded once, and while there are text encoders.
         self._sample_prompts = self.task.eval_prompts[:_NUM_SAMPLES] or self.task.train_prompts[:_NUM_SAMPLES]
         self._sample_embeds = self.task.frozen.encode(self._sample_prompts)
@@ -73,20 +94,26 @@ class _Session:
         if arguments.resumed is not None:
             self.trainer.resume()
 
-    def train(self) -> None:
+    @property
+    def resume_command(self) -> str:
+        return resume_command(self.run.path, self.config.reward, self.config.eval_rewards)
+
+    def train(self, signals: Signals) -> bool:
+        """To the last iteration, or to the one in which a signal comes, with a checkpoint; whether it was the last."""
         from tqdm import tqdm
 
         trainer, config = self.trainer, self.config
         board = self._board(str(self.run.tensorboard)) if self._board and self._is_main else None
+        count = f" by {processes} processes" if (processes := num_ranks()) > 1 else ""
         print(
-            f"training a {self.trainer.policy.kind} policy on {self.accelerator.device}; run folder {self.run.path}",
-            flush=True,
-        )
+            f"training a {self.trainer.policy.kind} policy on {self.accelerator.device}{count}; "
+            f"run folder {self.run.path}", flush=True,
+        )  # fmt: skip
         progress = tqdm(
             total=config.num_iterations, initial=trainer.iteration, unit="it", disable=not self._is_main,
             dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 15.0,
         )  # fmt: skip
-        with progress:
+        with progress, signals.put_off():
             for metrics in trainer.train():
                 progress.set_postfix(
                     images=metrics["images"], reward=f"{metrics['reward']:.3f}", KL=f"{metrics['kl_to_prior']:.1f}",
@@ -98,8 +125,19 @@ class _Session:
                         board.add_scalar(name, value, metrics["images"])
                 if self._is_main and metrics["iteration"] % config.sample_every == 0:
                     self._write_samples(metrics["iteration"])
+                if self._is_signalled(signals):
+                    if self._is_main:
+                        trainer.save()
+                    break
         if board:
             board.close()
+        return signals.received is None
+
+    def _is_signalled(self, signals: Signals) -> bool:
+        """Whether a signal has come to any of the processes, which must stop together."""
+        numbers = self.trainer.processes.exchange("'look for signals'", signals.received or 0)
+        signals.received = max(numbers) or None
+        return signals.received is not None
 
     @property
     def _is_main(self) -> bool:
@@ -123,7 +161,7 @@ class _Session:
         write_bytes(self.run.samples / f"iteration_{iteration:06d}.png", image_grid(list(images), len(prompts)))
 
     def finish(self) -> None:
-        """Sweep, `summary.json`, `report.html`, and the table that ends the command."""
+        """Sweep, `summary.json`, `report.html`, and the table that ends the command; the others do not wait for it."""
         if not self._is_main:
             return
         from noisepolicy.cli.sweeping import print_table, run_sweep

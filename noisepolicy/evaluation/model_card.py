@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader
 from noisepolicy.evaluation.sweep import measured_on
 from noisepolicy.storage import write_text
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
 def write_model_card(folder: Path, *, config: dict[str, Any], summary: dict[str, Any]) -> None:
@@ -37,5 +37,5 @@ def write_model_card(folder: Path, *, config: dict[str, Any], summary: dict[str,
 
 
 def _code(text: str) -> str:
-    """As Markdown code, whatever it holds."""
+    """As Markdown code in one line, whatever it holds."""
     return "`" + " ".join(text.replace("`", "'").split()) + "`"

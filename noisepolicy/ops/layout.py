@@ -64,6 +64,22 @@ def _leading(shape: tuple[int, ...], log_std: torch.Tensor) -> torch.Tensor:
     return log_std.reshape(padded[:num_leading]).expand(shape[:num_leading])
 
 
+def check_rows(mean: torch.Tensor, log_std: torch.Tensor) -> None:
+    """For those who call a registered op themselves: a kernel would believe any sizes.
+
+    Raises:
+        ValueError: unless the tensors are dense and as `policy_rows` returns them.
+    """
+    fits = mean.ndim >= 2 and log_std.ndim >= 1 and log_std.shape == mean.shape[: log_std.ndim]
+    if not fits or mean.dtype not in STORAGE_DTYPES or (log_std.dtype, log_std.device) != (mean.dtype, mean.device):
+        raise ValueError(
+            f"log_std, {log_std.dtype} of shape {tuple(log_std.shape)}, must have mean's leading dimensions, dtype and "
+            f"device; mean is {mean.dtype} of shape {tuple(mean.shape)}"
+        )
+    if not (mean.is_contiguous() and log_std.is_contiguous()):
+        raise ValueError("mean and log_std must be contiguous")
+
+
 def row_sizes(mean: torch.Tensor, log_std: torch.Tensor) -> tuple[int, int, int]:
     """Rows, elements of a row and log-stds of a row, of what `policy_rows` returned. Sizes are 0 in an empty batch."""
     batch = mean.shape[0]

@@ -5,13 +5,14 @@ their backend directly where no gradient is wanted. Both kinds share one definit
 those of `layout.policy_rows`; `backend` is a name that `dispatch.resolve` knows.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from noisepolicy.ops.dispatch import resolve
-from noisepolicy.ops.layout import PpoForward, Spectrum
+from noisepolicy.ops.layout import PpoForward, check_fp32, check_rows, make_spectrum
 
 _UINT64 = 2**64
 
@@ -23,6 +24,7 @@ def to_int64(value: int) -> int:
 
 @torch.library.custom_op("noisepolicy::gaussian_sample", mutates_args=())
 def gaussian_sample(mean: Tensor, log_std: Tensor, seed: int, offset: int, backend: str) -> tuple[Tensor, Tensor]:
+    check_rows(mean, log_std)
     return resolve(backend, mean).gaussian_sample(mean, log_std, seed % _UINT64, offset % _UINT64)
 
 
@@ -35,7 +37,10 @@ def _(mean, log_std, seed, offset, backend):
 def spectral_sample(
     mean: Tensor, log_std: Tensor, extent: list[int], bands: list[int], seed: int, offset: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    spectrum = Spectrum(mean.shape[1], tuple(extent), tuple(bands))
+    check_rows(mean, log_std)
+    if len(extent) != 3 or len(bands) != 3 or mean.numel() != mean.shape[0] * mean.shape[1] * math.prod(bands):
+        raise ValueError(f"coefficients of shape {tuple(mean.shape)} are not of {bands} bands of {extent}")
+    spectrum = make_spectrum((mean.shape[1], *bands), (mean.shape[1], *extent))
     return resolve(backend, mean).spectral_sample(mean, log_std, spectrum, seed % _UINT64, offset % _UINT64)
 
 
@@ -47,6 +52,8 @@ def _(mean, log_std, extent, bands, seed, offset, backend):
 
 @torch.library.custom_op("noisepolicy::gaussian_log_prob", mutates_args=())
 def gaussian_log_prob(latents: Tensor, mean: Tensor, log_std: Tensor, backend: str) -> Tensor:
+    check_rows(mean, log_std)
+    latents = check_fp32("latents", latents, tuple(mean.shape), mean.device)
     return resolve(backend, mean).gaussian_log_prob(latents, mean, log_std)
 
 
@@ -60,6 +67,10 @@ def ppo_clip_loss(
     latents: Tensor, mean: Tensor, log_std: Tensor, old_log_prob: Tensor, advantages: Tensor, clip_range: float,
     kl_coef: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    check_rows(mean, log_std)
+    latents = check_fp32("latents", latents, tuple(mean.shape), mean.device)
+    old_log_prob = check_fp32("old_log_prob", old_log_prob, tuple(mean.shape[:1]), mean.device)
+    advantages = check_fp32("advantages", advantages, tuple(mean.shape[:1]), mean.device)
     module = resolve(backend, mean)
     return tuple(module.ppo_clip_loss(latents, mean, log_std, old_log_prob, advantages, clip_range, kl_coef))
 
@@ -74,6 +85,10 @@ def gaussian_backward(
     latents: Tensor, mean: Tensor, log_std: Tensor, grad_log_prob: Tensor, grad_kl: Tensor, needs_latents: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    check_rows(mean, log_std)
+    latents = check_fp32("latents", latents, tuple(mean.shape), mean.device)
+    grad_log_prob = check_fp32("grad_log_prob", grad_log_prob, tuple(mean.shape[:1]), mean.device)
+    grad_kl = check_fp32("grad_kl", grad_kl, tuple(mean.shape[:1]), mean.device)
     module = resolve(backend, mean)
     grads = module.gaussian_backward(latents, mean, log_std, grad_log_prob, grad_kl, needs_latents)
     return (*grads[:2], grads[2] if needs_latents else latents.new_empty(0))

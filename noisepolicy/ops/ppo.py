@@ -65,7 +65,7 @@ def ppo_clip_loss(
     if not clip_range > 0:
         raise ValueError(f"clip_range must be positive, got {clip_range!r}")
     latents = check_fp32("latents", latents, tuple(mean.shape), mean.device)
-    batch = (mean.shape[0],)
+    batch = tuple(mean.shape[:1])
     old_log_prob = check_fp32("old_log_prob", old_log_prob, batch, mean.device)
     advantages = check_fp32("advantages", advantages, batch, mean.device)
     mean, log_std = policy_rows(mean, log_std)
@@ -101,5 +101,5 @@ def ppo_ratio(
     backend: str = "auto",
 ) -> torch.Tensor:
     """`exp(log_prob - old_log_prob)`, float32 `(batch,)`, differentiable; arguments as in `ppo_clip_loss`."""
-    old_log_prob = check_fp32("old_log_prob", old_log_prob, (mean.shape[0],), mean.device)
+    old_log_prob = check_fp32("old_log_prob", old_log_prob, tuple(mean.shape[:1]), mean.device)
     return (gaussian_log_prob(latents, mean, log_std, backend=backend) - old_log_prob).exp()

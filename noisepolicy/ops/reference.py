@@ -107,7 +107,7 @@ def gaussian_backward(latents, mean, log_std, grad_log_prob, grad_kl, needs_late
     of_value = grad_log_prob * noise * (-wide_log_std).exp()
     grad_mean = of_value + grad_kl * mean.float()
     grad_log_std = grad_log_prob * (noise**2 - 1) + grad_kl * ((2 * wide_log_std).exp() - 1)
-    runs = grad_log_std.reshape(log_std.numel(), -1) if len(mean) else grad_log_std.reshape(0, 1)
+    runs = grad_log_std.reshape(log_std.numel(), -1) if mean.numel() else grad_log_std.new_zeros(log_std.numel(), 1)
     grad_log_std = runs.double().sum(1).reshape(log_std.shape)
     return grad_mean.to(mean.dtype), grad_log_std.to(log_std.dtype), -of_value if needs_latents else None
 
@@ -118,10 +118,10 @@ def _row_size(tensor):
 
 def _expand(log_std, mean):
     """Checked, float32 and shaped as `mean`."""
+    if not mean.numel():
+        return mean.float()
     if log_std.device.type == "cpu" and log_std.isnan().any():
         raise ValueError("log_std must not hold NaN")
-    if not len(mean):
-        return mean.float()
     repeats = mean.numel() // log_std.numel()
     return log_std.float().flatten().repeat_interleave(repeats).reshape(mean.shape)
 

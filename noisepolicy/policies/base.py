@@ -3,17 +3,16 @@
 latents ~ pi(. | prompt) = N(mean(prompt), std(prompt)^2) over the action; N(0, I) exactly at initialisation
 """
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 
 from noisepolicy.ops import gaussian_kl
 from noisepolicy.policies.critic import RewardCritic
-from noisepolicy.storage import read_tensors, write_json, write_tensors
+from noisepolicy.policies.loading import MAX_CANDIDATES, checked, fill, read_config
+from noisepolicy.storage import file_within, read_tensors, write_json, write_tensors
 
 Std = Literal["power", "one", "learned"]
 """How a policy's standard deviation follows: see `power_preserving`; always 1; or from the network."""
@@ -205,14 +204,9 @@ class NoisePolicy(torch.nn.Module):
 
             folder = Path(snapshot_download(str(source), allow_patterns=[_CONFIG, _WEIGHTS, *_CARD_FILES]))
         try:
-            config = json.loads((folder / _CONFIG).read_text("utf-8"))
-            critic, num_candidates = config.pop("critic", None), config.pop("num_candidates", 1)
-            policy = make_policy(config.pop("kind"), **config)
-            if critic is not None:
-                policy.attach_critic(RewardCritic.from_config(**critic), num_candidates)
-            policy.load_state_dict(read_tensors(folder / _WEIGHTS))
-        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-            raise ValueError(f"{source} does not hold a noise policy: {error}") from error
+            policy = _read(folder)
+        except (ValueError, TypeError, AttributeError, RuntimeError, LookupError, ArithmeticError) as error:
+            raise ValueError(f"{source} does not hold a noise policy: {' '.join(str(error).split())}") from error
         policy._source = folder
         return policy.eval()
 
@@ -231,7 +225,7 @@ class NoisePolicy(torch.nn.Module):
             self.save_pretrained(folder)
             for name in _CARD_FILES:
                 if self._source is not None and (self._source / name).is_file():
-                    shutil.copy(self._source / name, folder)
+                    shutil.copy(file_within(self._source, name), Path(folder) / name)
             api.upload_folder(repo_id=repo_id, folder_path=folder)
         return url
 
@@ -250,6 +244,29 @@ def power_preserving(shift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     log_std = -0.5 * torch.log1p((shift**2).mean(tuple(range(1, shift.ndim)), keepdim=True))
     return shift * log_std.exp(), log_std
+
+
+def _read(folder: Path) -> NoisePolicy:
+    """The policy of a folder; nothing larger than its files is made before it is known to be one."""
+    config = read_config(folder, _CONFIG)
+    kind, critic, num_candidates = config.pop("kind", None), config.pop("critic", None), config.pop("num_candidates", 1)
+    if not isinstance(kind, str) or kind not in NoisePolicy._kinds:
+        raise ValueError(f"unknown policy {kind!r:.80}; choose from {sorted(NoisePolicy._kinds)}")
+    if type(num_candidates) is not int or not 1 <= num_candidates <= MAX_CANDIDATES:
+        raise ValueError(f"num_candidates must be from 1 to {MAX_CANDIDATES}, got {num_candidates!r:.80}")
+    tensors = read_tensors(file_within(folder, _WEIGHTS))
+    with torch.device("meta"):
+        policy = make_policy(kind, **checked(NoisePolicy._kinds[kind], config, _CONFIG))
+        if critic is not None:
+            options = checked(RewardCritic, critic, "critic")
+            shape = options["shape"]
+            if (shape.prompt_shape, shape.action_shape) != (policy.prompt_shape, policy.action_shape):
+                raise ValueError("its critic looks at another shape of prompts or actions than the policy's")
+            if options["size"] > len(tensors):
+                raise ValueError(f"its critic has {options['size']} readers, its weights {len(tensors)} tensors")
+            policy.attach_critic(RewardCritic(**options), num_candidates)
+    fill(policy, tensors)
+    return policy
 
 
 def make_policy(kind: str, **config: Any) -> NoisePolicy:

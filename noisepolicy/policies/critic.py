@@ -63,12 +63,6 @@ class RewardCritic(nn.Module):
         self.sketch = _Sketch(shape, channels, hidden_width)
         self.readers = nn.ModuleList(_Reader(shape, hidden_width) for _ in range(size))
 
-    @classmethod
-    def from_config(cls, shape: dict[str, Any], **config: Any) -> "RewardCritic":
-        """An untrained critic of what `config` held, JSON's lists taken for tuples."""
-        tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in shape.items()}
-        return cls(CriticShape(**tuples), **config)
-
     def forward(self, prompt_embeds: torch.Tensor, action: torch.Tensor, step_index: torch.Tensor) -> torch.Tensor:
         """Predicted rewards, `(size, batch)`, from `(batch, tokens, width)`, `(batch, *action_shape)`, `(batch,)`."""
         return self._read(prompt_embeds, self.sketch(prompt_embeds, action, step_index))

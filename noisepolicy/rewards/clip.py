@@ -35,9 +35,11 @@ class FrozenClip:
 
         self.model = model.float().to(device).eval().requires_grad_(False)
         self._device = torch.device(device)
-        self._transform = transform or ImageTransform.from_processor(AutoImageProcessor.from_pretrained(processor))
+        self._transform = transform or ImageTransform.from_processor(
+            AutoImageProcessor.from_pretrained(processor, trust_remote_code=False)
+        )
         if isinstance(model, CLIPModel):
-            self._tokenizer = AutoTokenizer.from_pretrained(processor)
+            self._tokenizer = AutoTokenizer.from_pretrained(processor, trust_remote_code=False)
             self._max_tokens = model.config.text_config.max_position_embeddings
 
     @classmethod

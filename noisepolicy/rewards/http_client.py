@@ -26,7 +26,7 @@ _PIXELS_A_REQUEST = {"png": MAX_PIXELS, "float32": MAX_PIXELS // 4}  # keeps a r
 _PASSING = (429, 502, 503, 504)  # states of a server that may be gone at the next attempt
 _FIRST_WAIT_S = 0.5
 _CONNECT_TIMEOUT_S = 10.0
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 class HttpReward:
@@ -101,7 +101,7 @@ class HttpReward:
             raise ValueError(f"{address!r} has characters that must be percent-encoded")
         if self._token and not (self._token.isascii() and self._token.isprintable()):
             raise ValueError(f"the token in {TOKEN_VARIABLE} must be printable ASCII")
-        if self._token and not self._is_tls and self._host not in _LOOPBACK:
+        if self._token and not self._is_tls and self._host not in LOOPBACK:
             warnings.warn(f"the token is sent unencrypted to {self._host}; use https", UserWarning, stacklevel=3)
 
     def _request(self, images: torch.Tensor, prompts: Sequence[str], *, num_retries: int) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ import asyncio
 import hmac
 import json
 import logging
+from collections.abc import Mapping
 from functools import partial
 
 from starlette.applications import Starlette
@@ -39,7 +40,7 @@ def make_app(reward: Reward, *, token: str | None, max_body_bytes: int) -> Starl
             async with turn:
                 return Response(await asyncio.to_thread(_score, reward, body), media_type="application/json")
         except _RefusedError as error:
-            return _refusal(error.status, str(error))
+            return _refusal(error.status, str(error), {"WWW-Authenticate": "Bearer"} if error.status == 401 else None)
         except (asyncio.TimeoutError, TimeoutError):
             return _refusal(408, "the body came too slowly")
         except ClientDisconnect:
@@ -50,6 +51,7 @@ def make_app(reward: Reward, *, token: str | None, max_body_bytes: int) -> Starl
         exception_handlers={
             404: partial(_plain, reason="there is nothing here"),
             405: partial(_plain, reason="use POST"),
+            Exception: partial(_plain, reason="the server failed; its log says why"),
         },
     )
 
@@ -86,9 +88,9 @@ def _score(reward: Reward, body: bytes) -> bytes:
         raise _RefusedError(500, "the reward failed; the server's log says why") from error
 
 
-def _refusal(status: int, reason: str) -> Response:
-    return Response(json.dumps({"error": reason}), status_code=status, media_type="application/json")
+def _refusal(status: int, reason: str, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(json.dumps({"error": reason}), status_code=status, media_type="application/json", headers=headers)
 
 
 async def _plain(request: Request, error: Exception, *, reason: str) -> Response:
-    return _refusal(getattr(error, "status_code", 500), reason)
+    return _refusal(getattr(error, "status_code", 500), reason, getattr(error, "headers", None))

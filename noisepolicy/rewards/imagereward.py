@@ -45,7 +45,7 @@ class ImageReward:
         from transformers import AutoTokenizer
 
         self._device = torch.device(device)
-        self._tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        self._tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
         weights = load_weights(model)
         self._vision = _vision_encoder(_under(weights, "blip.visual_encoder.")).to(device)
         self._text = _text_encoder(_under(weights, "blip.text_encoder.")).to(device)

@@ -15,11 +15,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 
 from noisepolicy.rewards.base import Reward
 from noisepolicy.rewards.weighted_sum import WeightedSum
+
+_MAX_DEPTH = 8
 
 
 @dataclass(frozen=True)
@@ -63,19 +66,52 @@ def load_reward(spec: str, *, device: torch.device | str = "cpu") -> Reward:
     Raises:
         ValueError: if the text is wrong, or what it names cannot be found, loaded or reached.
     """
-    terms = [_parse_term(text, spec) for text in _split(spec, "+")]
+    terms = _terms(spec)
     names = [name for _, name in terms]
-    if repeated := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"reward {spec!r}: {sorted(repeated)[0]!r} appears twice; give it one weight")
     if len(terms) == 1 and terms[0][0] is None:
         return _load_named(names[0], device)
     parts = [(1.0 if weight is None else weight, _load_named(name, device)) for weight, name in terms]
     return Reward(spec, WeightedSum(parts))
 
 
+def outside_parts(spec: str) -> list[str]:
+    """The parts of a reward that run code (`module:function`) or send pictures to another machine (an address).
+
+    Nothing is imported, loaded or reached.
+
+    Raises:
+        ValueError: if the text is wrong.
+    """
+    parts = []
+    for _, name in _terms(spec):
+        entry, argument = _find(name)
+        if entry is None:
+            parts.append(name)
+        elif entry.takes == "address" and not _is_of_this_machine(argument):
+            parts.append(argument)
+        elif entry.takes == "reward" and argument:
+            parts += outside_parts(argument)
+    return parts
+
+
+def _is_of_this_machine(address: str) -> bool:
+    from noisepolicy.rewards.http_client import LOOPBACK
+
+    return urlsplit(address).hostname in LOOPBACK
+
+
 def reward_names() -> list[str]:
     """Every registered name, sorted."""
     return sorted(_REGISTRY)
+
+
+def _terms(spec: str) -> list[tuple[float | None, str]]:
+    """Weights and names."""
+    terms = [_parse_term(text, spec) for text in _split(spec, "+")]
+    names = [name for _, name in terms]
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"reward {spec!r}: {sorted(repeated)[0]!r} appears twice; give it one weight")
+    return terms
 
 
 def _parse_term(text: str, spec: str) -> tuple[float | None, str]:
@@ -104,6 +140,8 @@ def _split(text: str, separator: str) -> list[str]:
     pieces, depth, start = [], 0, 0
     for index, character in enumerate(text):
         depth += (character == "(") - (character == ")")
+        if depth > _MAX_DEPTH:
+            raise ValueError(f"reward {text.strip()[:40]!r}...: its parentheses are nested more than {_MAX_DEPTH} deep")
         if depth < 0:
             break
         if character == separator and depth == 0:
@@ -115,13 +153,19 @@ def _split(text: str, separator: str) -> list[str]:
 
 
 def _load_named(name: str, device: torch.device | str) -> Reward:
+    entry, argument = _find(name)
+    return Reward(name, _import_function(name) if entry is None else _make(name, entry, argument, device))
+
+
+def _find(name: str) -> tuple[_Entry | None, str]:
+    """What makes a reward and the text it is given; without an entry for a `module:function`."""
     if name.startswith(("http://", "https://")):
-        return Reward(name, _make(name, _Entry("http_client", "HttpReward", "address"), name, device))
+        return _Entry("http_client", "HttpReward", "address"), name
     head, has_argument, rest = name.partition("(")
     if head.strip() in _REGISTRY and (not has_argument or rest.endswith(")")):
-        return Reward(name, _make(name, _REGISTRY[head.strip()], rest[:-1].strip(), device))
+        return _REGISTRY[head.strip()], rest[:-1].strip()
     if ":" in name:
-        return Reward(name, _import_function(name))
+        return None, name
     raise ValueError(
         f"unknown reward {name!r}; choose from {reward_names()} or give 'module:function' or an http(s) address"
     )

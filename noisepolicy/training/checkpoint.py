@@ -1,22 +1,21 @@
-"""Checkpoints: one safetensors file each, whole or absent, the newest two kept."""
+"""Checkpoints: one safetensors file each, whole or absent, with a checksum, the newest two kept."""
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load
 
-from noisepolicy.storage import write_tensors
+from noisepolicy.storage import DamagedFileError, read_tensors_and_metadata, write_tensors
 
 _PATTERN = "iteration_*.safetensors"
 _NUM_KEPT = 2
 
 
 class Checkpoint(NamedTuple):
+    path: Path
     tensors: dict[str, torch.Tensor]
     progress: dict[str, Any]
     """JSON values: iteration, images, seconds and the like."""
@@ -25,23 +24,39 @@ class Checkpoint(NamedTuple):
 def save_checkpoint(
     folder: Path, iteration: int, tensors: Mapping[str, torch.Tensor], progress: Mapping[str, Any]
 ) -> None:
-    """Writes the checkpoint, then removes all but the newest two."""
-    write_tensors(folder / f"iteration_{iteration:06d}.safetensors", tensors, {"progress": json.dumps(dict(progress))})
-    for path in sorted(folder.glob(_PATTERN))[:-_NUM_KEPT]:
-        path.unlink()
+    """Writes the checkpoint, then removes all but it and the one before.
+
+    One of a later iteration, which a resumed run could not use, goes too.
+    """
+    path = folder / f"iteration_{iteration:06d}.safetensors"
+    write_tensors(path, tensors, {"progress": json.dumps(dict(progress))})
+    paths = checkpoint_paths(folder)
+    place = paths.index(path)
+    for other in (*paths[:place], *paths[place + _NUM_KEPT :]):
+        other.unlink()
 
 
-def load_newest_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that can be read, with a warning for each that cannot; None where there is none."""
-    for path in sorted(folder.glob(_PATTERN), reverse=True):
+def checkpoint_paths(folder: Path) -> list[Path]:
+    """Those there are, whole or not, the newest first."""
+    return sorted(folder.glob(_PATTERN), key=lambda path: (len(path.name), path.name), reverse=True)
+
+
+def whole_checkpoints(folder: Path) -> Iterator[Checkpoint]:
+    """Those that can be read, the newest first; a warning for each that cannot."""
+    for path in checkpoint_paths(folder):
         try:
-            data = path.read_bytes()
-            tensors = load(data)
-            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-            return Checkpoint(tensors, json.loads(header["__metadata__"]["progress"]))
-        except (SafetensorError, ValueError, KeyError) as error:
-            warnings.warn(f"skipping damaged checkpoint {path}: {error}", stacklevel=2)
-    return None
+            tensors, metadata = read_tensors_and_metadata(path, needs_digest=True)
+            checkpoint = Checkpoint(path, tensors, json.loads(metadata["progress"]))
+        except (DamagedFileError, KeyError, ValueError, OSError) as error:
+            skip_checkpoint(path, error)
+        else:
+            yield checkpoint
+
+
+def skip_checkpoint(path: Path, error: Exception) -> None:
+    """Warns that it is not used, and why."""
+    reason = f"there is no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+    warnings.warn(f"skipping damaged checkpoint {path}: {reason}", stacklevel=2)
 
 
 def with_prefix(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -10,6 +10,7 @@ import yaml
 from tyro.constructors import PrimitiveConstructorSpec
 
 from noisepolicy.storage import write_text
+from noisepolicy.training.config_file import read_settings, shown, typed
 
 StepCounts = Annotated[
     tuple[int, ...],
@@ -105,7 +106,11 @@ class TrainConfig:
     group_size: int | None = None
     """Images of the same prompt in a batch; divides `batch_size`. At least 2 for `algorithm ppo`."""
     rollout_batch_size: int = 32
-    """Images the frozen model makes at a time; a matter of memory and speed only."""
+    """Images the frozen model makes at a time, at most: processes share a batch in an even number of such chunks."""
+    overlap: bool = False
+    """Score each chunk of images while the next is generated: for rewards that are slow, and elsewhere."""
+    timeout: float = 1800.0
+    """Seconds that a process waits for the others of its run before it gives up and names them."""
     num_inference_steps: StepCounts = (2,)
     """Denoising steps in training; several, as in 1,2,4,8, train one policy for all of them."""
     guidance_scale: float = 1.5
@@ -219,7 +224,7 @@ class TrainConfig:
             "num_iterations", "batch_size", "group_size", "rollout_batch_size", "bands", "learning_rate",
             "num_updates", "clip_range", "target_kl", "kl_budget", "kl_training_budget", "max_grad_norm",
             "critic_updates", "critic_batch_size", "critic_learning_rate", "num_candidates", "replay", "max_log_ratio",
-            "eval_group_size", "checkpoint_every", "sample_every",
+            "eval_group_size", "checkpoint_every", "sample_every", "timeout",
         )  # fmt: skip
         for name in positive:
             if (value := getattr(self, name)) is not None and not value > 0:
@@ -271,41 +276,30 @@ def load_config(path: Path, base: TrainConfig | None = None) -> TrainConfig:
     Raises:
         ValueError: if the file is missing, is no YAML mapping, or has a key or value that is no setting's.
     """
-    try:
-        values = yaml.safe_load(path.read_text("utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"cannot read settings from {path}: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a YAML mapping of settings, got {type(values).__name__}")
+    values = read_settings(path)
     known = {field.name: field for field in dataclasses.fields(TrainConfig)}
     if unknown := sorted(str(name) for name in set(values) - set(known)):
-        raise ValueError(f"{path}: unknown setting {unknown[0]!r}; see noisepolicy-train --help")
+        raise ValueError(f"{path}: unknown setting {shown(unknown[0])}; see noisepolicy-train --help")
     return dataclasses.replace(base or TrainConfig(), **{name: _typed(name, v, path) for name, v in values.items()})
 
 
 def _typed(name: str, value: Any, path: Path) -> Any:
     """Converts a YAML value to the setting's type."""
     default = getattr(TrainConfig(), name)
-    try:
-        if isinstance(default, tuple):
-            if value is None:
-                return default
-            kind = int if name.endswith("_steps") else str
-            return tuple(kind(item) for item in (value if isinstance(value, list) else [value]))
-        if isinstance(default, bool):
-            if not isinstance(value, bool):
-                raise ValueError
-            return value
+    if value is None and (default is None or isinstance(default, tuple)):
+        return default
+    if isinstance(default, tuple):
+        kind = int if name.endswith("_steps") else str
+    elif default is None:
+        options = get_args(get_type_hints(TrainConfig)[name])
+        kind = next((option for option in options if option in (int, float, Path)), str)
+    else:
         kind = type(default)
-        if default is None:
-            if value is None:
-                return None
-            options = get_args(get_type_hints(TrainConfig)[name])
-            kind = next((option for option in options if option in (int, float, Path)), str)
-        return kind(value)
-    except (TypeError, ValueError):
+    try:
+        return typed(value, kind, is_list=isinstance(default, tuple))
+    except ValueError:
         wanted = repr(default) if default is not None else kind.__name__
-        raise ValueError(f"{path}: {name} must be like {wanted}, got {value!r}") from None
+        raise ValueError(f"{path}: {name} must be like {wanted}, got {shown(value)}") from None
 
 
 def _flag(name: str) -> str:

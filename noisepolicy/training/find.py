@@ -115,7 +115,7 @@ class FindTrainer(TrainingLoop):
                 f"--init-policy {source} is for latents {start.latent_shape} and prompt embeddings "
                 f"{start.prompt_shape}; this model has {self.task.frozen.latent_shape} and {self.prompt_shape}"
             )
-        if self.accelerator.is_main_process:
+        if self.processes.is_main:
             start.save_pretrained(copied)
         return start
 

@@ -1,7 +1,11 @@
 """What every algorithm's trainer is: iterations with metrics, checkpoints, and a policy that is kept."""
 
 import copy
+import functools
+import hashlib
+import math
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,13 +14,24 @@ from accelerate import Accelerator
 
 from noisepolicy.policies import NoisePolicy
 from noisepolicy.policies.critic import CriticShape
-from noisepolicy.training.checkpoint import load_newest_checkpoint, save_checkpoint, with_prefix, without_prefix
+from noisepolicy.storage import DamagedFileError
+from noisepolicy.training.checkpoint import (
+    Checkpoint,
+    checkpoint_paths,
+    save_checkpoint,
+    skip_checkpoint,
+    whole_checkpoints,
+    with_prefix,
+    without_prefix,
+)
 from noisepolicy.training.config import TrainConfig
 from noisepolicy.training.phases import PHASES, PhaseClock
+from noisepolicy.training.processes import Processes
 from noisepolicy.training.prompt_store import PromptStore
 from noisepolicy.training.rollout import Rollout, roll_out
-from noisepolicy.training.run_folder import RunFolder
+from noisepolicy.training.run_folder import MAY_CHANGE_ON_RESUME, RunFolder
 from noisepolicy.training.seeding import stream_seed
+from noisepolicy.training.shares import split_batch
 from noisepolicy.training.task import Task
 
 
@@ -31,7 +46,8 @@ class TrainingLoop:
         config: checked settings.
         task: the frozen model, the reward and the prompts.
         run: where checkpoints and metrics go.
-        accelerator: device and processes.
+        accelerator: device and processes. Each process makes a share of the images and all of the updates, which are a
+            thousandth of the cost; the first one writes.
     """
 
     policy: NoisePolicy
@@ -42,12 +58,15 @@ class TrainingLoop:
     def __init__(self, config: TrainConfig, task: Task, run: RunFolder, accelerator: Accelerator) -> None:
         self.config = config.resolved(len(task.train_prompts))
         self.task, self.run, self.accelerator = task, run, accelerator
+        self.processes = Processes(accelerator, self.config.timeout)
         self.prompts = PromptStore(task.frozen, task.train_prompts, accelerator.device)
         self.prompts.add([0])
         self.prompt_shape = tuple(self.prompts[torch.zeros(1, dtype=torch.int64)].prompt_embeds.shape[1:])
         self.iteration = 0
         self.train_seconds = 0.0
+        self._saved_iteration = 0
         self._clock = PhaseClock(accelerator.device)
+        self._warn_of_idle_processes()
 
     @property
     def images_trained(self) -> int:
@@ -69,42 +88,104 @@ class TrainingLoop:
 
         Raises:
             RewardError: if the reward fails.
-            RuntimeError: if the policy's numbers stop being finite.
+            RuntimeError: if the policy's numbers stop being finite, or the processes lose or contradict one another.
         """
         while self.iteration < self.config.num_iterations:
             start = time.perf_counter()
             metrics = self._iterate()
-            if not all(value == value for value in metrics.values()):
+            if not all(math.isfinite(value) for value in metrics.values()):
                 raise RuntimeError(
                     f"training diverged at iteration {self.iteration + 1}: {metrics}; try a lower --learning-rate"
                 )
             self.iteration += 1
+            self.processes.check_same_weights(self.policy, f"'compare policies' of iteration {self.iteration}")
             is_last = self.iteration == self.config.num_iterations
-            if self.accelerator.is_main_process:
+            if self.processes.is_main:
                 # Before the checkpoint: a kill between the two then loses neither.
                 self.run.append_metrics(metrics)
                 if is_last or self.iteration % self.config.checkpoint_every == 0:
                     self.train_seconds += time.perf_counter() - start
                     start = time.perf_counter()
-                    self._save()
+                    self.save()
             self.train_seconds += time.perf_counter() - start
             yield metrics
 
+    def save(self) -> None:
+        """Writes a checkpoint and the policy, unless those of this iteration are written. On the main process."""
+        if self._saved_iteration != self.iteration:
+            self._save()
+            self._saved_iteration = self.iteration
+
     def resume(self) -> None:
-        """Goes back to the newest readable checkpoint, or to the start where there is none yet."""
-        checkpoint = load_newest_checkpoint(self.run.checkpoints)
-        if checkpoint is not None:
-            tensors, progress = checkpoint
-            self.policy.load_state_dict(without_prefix("policy", tensors))
-            self.average.load_state_dict(without_prefix("average", tensors))
-            self._load_state(tensors, progress)
-            self.iteration = progress["iteration"]
-            # In the batches of the first time: rounding depends on them, and rows on their order.
-            self.encode_prompts(self.iteration)
-            self.train_seconds = progress["train_seconds"]
-            self._clock.seconds = {phase: progress["seconds"][phase] for phase in PHASES}
-        if self.accelerator.is_main_process:
+        """Goes back to the newest whole checkpoint, or to the start where there is none yet.
+
+        Raises:
+            ValueError: if there were checkpoints and none can be used, or they are another run's. Nothing is changed.
+        """
+        checkpoint = self._restore_newest() if self.processes.is_main else None
+        checkpoint = self.processes.broadcast("'read the checkpoint'", checkpoint)
+        if checkpoint is not None and not self.processes.is_main:
+            self._restore(checkpoint)
+        # In the batches of the first time: rounding depends on them, and rows on their order.
+        self.encode_prompts(self.iteration)
+        if self.processes.is_main:
             self.run.truncate_metrics(self.iteration)
+            if self.iteration:  # a kill may have come before it was written
+                self.kept_policy().save_pretrained(self.run.policy)
+
+    def _restore_newest(self) -> Checkpoint | None:
+        for checkpoint in whole_checkpoints(self.run.checkpoints):
+            self._check_same_run(checkpoint)
+            try:
+                self._restore(checkpoint)
+                return checkpoint
+            except (DamagedFileError, KeyError, RuntimeError) as error:
+                skip_checkpoint(checkpoint.path, error)
+        # A policy is written after each checkpoint.
+        if checkpoint_paths(self.run.checkpoints) or self.run.policy.exists():
+            raise ValueError(
+                f"no checkpoint in {self.run.checkpoints} can be used; nothing was changed: put one back, or start "
+                "anew with another --output-dir"
+            )
+        return None
+
+    def _check_same_run(self, checkpoint: Checkpoint) -> None:
+        """Raises ValueError if settings that may not change, or the prompts, are not those it was made with."""
+        settings, made_with = self._settings(), checkpoint.progress.get("settings", {})
+        for name in sorted(settings.keys() & made_with.keys()):
+            if settings[name] == made_with[name]:
+                continue
+            if name == "prompts_sha256":
+                raise ValueError(
+                    "the training prompts are not those that the run's checkpoints were made with; put their files "
+                    "back, or start anew with another --output-dir"
+                )
+            raise ValueError(
+                f"{self.run.config} says {name} is {settings[name]}, but its checkpoints were made with "
+                f"{made_with[name]}; put it back, or start anew with another --output-dir"
+            )
+
+    def _settings(self) -> dict[str, Any]:
+        """What a resumed run must have in common with itself, as JSON values."""
+        plain = self.config.plain()
+        settings = {name: value for name, value in plain.items() if name not in {*MAY_CHANGE_ON_RESUME, "output_dir"}}
+        return settings | {"prompts_sha256": self._prompts_sha256}
+
+    @functools.cached_property
+    def _prompts_sha256(self) -> str:
+        digest = hashlib.sha256()
+        for prompt in self.task.train_prompts:
+            digest.update(prompt.encode() + b"\n")
+        return digest.hexdigest()
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        tensors, progress = checkpoint.tensors, checkpoint.progress
+        self.policy.load_state_dict(without_prefix("policy", tensors))
+        self.average.load_state_dict(without_prefix("average", tensors))
+        self._load_state(tensors, progress)
+        train_seconds, seconds = progress["train_seconds"], {phase: progress["seconds"][phase] for phase in PHASES}
+        self.iteration = self._saved_iteration = progress["iteration"]
+        self.train_seconds, self._clock.seconds = train_seconds, seconds
 
     def kept_policy(self) -> NoisePolicy:
         """What the run is for, as it stands."""
@@ -128,18 +209,32 @@ class TrainingLoop:
     def _roll_out(self, number: int) -> Rollout:
         config = self.config
         prompt_index = self._draw_prompts(number)
-        steps = (torch.arange(len(prompt_index)) + number) % len(config.num_inference_steps)
         prompts = [self.task.train_prompts[i] for i in prompt_index for _ in range(config.group_size)]
         with self._clock.phase("frozen_model"):
             rows = self.prompts.add(prompt_index)
         return roll_out(
             self.policy, self.task.frozen, self.task.reward, prompts, self.prompts,
-            prompt_row=rows.repeat_interleave(config.group_size),
-            step_index=steps.repeat_interleave(config.group_size),
+            prompt_row=rows.repeat_interleave(config.group_size), step_index=self._step_index(number),
             step_counts=config.num_inference_steps, guidance_scale=config.guidance_scale,
-            seed=stream_seed(config.seed, "noise"), first_row=number * config.batch_size,
-            accelerator=self.accelerator, clock=self._clock, critic_shape=self.critic_shape,
+            seed=stream_seed(config.seed, "noise"), number=number, max_rows=config.rollout_batch_size,
+            processes=self.processes, clock=self._clock, critic_shape=self.critic_shape,
+            is_overlapped=config.overlap,
         )  # fmt: skip
+
+    def _step_index(self, number: int) -> torch.Tensor:
+        """Row -> index into the denoising step counts: as many groups of each, adjacent, and places take turns."""
+        num_steps, num_groups = len(self.config.num_inference_steps), self.config.batch_size // self.config.group_size
+        groups = (torch.arange(num_groups) * num_steps // num_groups + number) % num_steps
+        return groups.repeat_interleave(self.config.group_size)
+
+    def _warn_of_idle_processes(self) -> None:
+        num_chunks = len(split_batch(self._step_index(0), self.config.rollout_batch_size))
+        if self.processes.is_main and num_chunks < self.processes.count:
+            fitting = max(self.config.batch_size // self.processes.count, 1)
+            warnings.warn(
+                f"a batch has {num_chunks} chunks for {self.processes.count} processes, so some have nothing to do; "
+                f"--rollout-batch-size {fitting} gives each a share", stacklevel=3,
+            )  # fmt: skip
 
     def _start_average(self) -> NoisePolicy:
         return copy.deepcopy(self.policy).eval().requires_grad_(False)
@@ -159,6 +254,7 @@ class TrainingLoop:
             "iteration": self.iteration,
             "train_seconds": self.train_seconds,
             "seconds": self._clock.seconds,
+            "settings": self._settings(),
         }
         save_checkpoint(self.run.checkpoints, self.iteration, tensors, progress)
         self.kept_policy().save_pretrained(self.run.policy)

@@ -1,18 +1,20 @@
-"""One batch of the current policy's images and their rewards; each process makes its share of the rows."""
+"""One batch of the current policy's images and their rewards; each process makes its share of the chunks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from accelerate import Accelerator
 
 from noisepolicy.frozen import FrozenModel
 from noisepolicy.ops import num_counters
 from noisepolicy.policies import NoisePolicy
 from noisepolicy.policies.critic import CriticShape, shrink_pictures
 from noisepolicy.rewards import Reward
+from noisepolicy.training.overlap import scoring
 from noisepolicy.training.phases import PhaseClock
+from noisepolicy.training.processes import Processes
 from noisepolicy.training.prompt_store import PromptStore
+from noisepolicy.training.shares import deal, split_batch
 
 
 @dataclass(frozen=True)
@@ -26,65 +28,65 @@ class Rollout:
     log_prob: torch.Tensor
     reward: torch.Tensor
     picture: torch.Tensor | None
-    """What the critic learns to sketch; None without a critic."""
+    """What the critic learns to sketch, float16; None without a critic."""
 
 
 @torch.no_grad()
 def roll_out(
     policy: NoisePolicy, frozen: FrozenModel, reward: Reward, prompts: Sequence[str], embeds: PromptStore, *,
     prompt_row: torch.Tensor, step_index: torch.Tensor, step_counts: Sequence[int], guidance_scale: float,
-    seed: int, first_row: int, accelerator: Accelerator, clock: PhaseClock, critic_shape: CriticShape | None,
+    seed: int, number: int, max_rows: int, processes: Processes, clock: PhaseClock,
+    critic_shape: CriticShape | None, is_overlapped: bool,
 ) -> Rollout:  # fmt: skip
-    """Samples, generates and scores.
+    """Samples, generates and scores, chunk by chunk.
 
-    The noise of a row is addressed by the row's number in the whole run (`first_row` and on), so neither the number
-    of processes nor the frozen model's own batch size changes an image.
+    The noise of a row is addressed by its number in the whole run, and everything of a chunk (policy, frozen model,
+    reward) is computed with no other rows: neither the number of processes nor who makes a chunk changes a bit.
 
     Args:
         prompts: of the batch, as many.
         prompt_row: theirs in `embeds`, int64 `(batch,)`.
         step_index: row -> index into `step_counts`, int64 `(batch,)`.
+        number: of the batch in the run, from 0; all have as many rows.
+        max_rows: of a chunk; see `split_batch`.
         critic_shape: of the pictures to keep for the critic, if there is one.
+        is_overlapped: score a chunk while the next one is generated; the reward's seconds are then those waited for it.
     """
     batch = len(prompts)
-    share = -(-batch // accelerator.num_processes)
-    mine = slice(accelerator.process_index * share, min((accelerator.process_index + 1) * share, batch))
-    my_prompts, my_steps = prompts[mine], step_index[mine]
-    my_embeds = embeds[prompt_row[mine]]
-    with clock.phase("policy"):
-        offset = (first_row + mine.start) * num_counters(policy.latent_shape)
-        sample = policy.sample(my_embeds.prompt_embeds, seed=seed, offset=offset)
-    rewards = torch.zeros(len(my_prompts))
-    pictures = None
+    shares = deal(split_batch(step_index, max_rows), step_counts, processes.count)
+    mine = shares[processes.index]
+    device = next(policy.parameters()).device
+    actions = [torch.zeros(0, *policy.action_shape, device=device)]  # for a process that has no share
+    log_probs, pictures = [torch.zeros(0, device=device)], []
     if critic_shape is not None:
-        pictures = torch.zeros(len(my_prompts), *critic_shape.sketch_shape, device=sample.action.device)
-    for index, num_inference_steps in enumerate(step_counts):
-        rows = (my_steps == index).nonzero()[:, 0]
-        if len(rows) == 0:
-            continue
-        on_device = rows.to(sample.latents.device)
-        with clock.phase("frozen_model"):
-            images = frozen.generate(
-                sample.latents[on_device], my_embeds[on_device],
-                num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
-            )  # fmt: skip
+        pictures = [torch.zeros(0, *critic_shape.sketch_shape, dtype=torch.float16, device=device)]
+    with scoring(reward, is_overlapped=is_overlapped, device=device) as scorer:
+        for chunk in mine:
+            rows = slice(chunk.start, chunk.stop)
+            with clock.phase("policy"):
+                chunk_embeds = embeds[prompt_row[rows]]
+                offset = (number * batch + chunk.start) * num_counters(policy.latent_shape)
+                sample = policy.sample(chunk_embeds.prompt_embeds, seed=seed, offset=offset)
+            with clock.phase("frozen_model"):
+                images = frozen.generate(
+                    sample.latents, chunk_embeds,
+                    num_inference_steps=step_counts[chunk.step_index], guidance_scale=guidance_scale,
+                )  # fmt: skip
+            actions.append(sample.action)
+            log_probs.append(sample.log_prob)
+            if critic_shape is not None:
+                pictures.append(shrink_pictures(images, critic_shape).to(device, torch.float16))
+            with clock.phase("reward"):
+                scorer.add(images, prompts[rows])
         with clock.phase("reward"):
-            rewards[rows] = reward(images, [my_prompts[i] for i in rows.tolist()])
-        if pictures is not None:
-            pictures[on_device] = shrink_pictures(images, critic_shape)
-
-    def gather(rows: torch.Tensor) -> torch.Tensor:
-        if accelerator.num_processes == 1:
-            return rows
-        padding = rows.new_zeros(share - len(rows), *rows.shape[1:])
-        return accelerator.gather(torch.cat([rows, padding]))[:batch]
-
-    device = sample.action.device
-    return Rollout(
-        prompt_row,
-        step_index.to(device),
-        gather(sample.action),
-        gather(sample.log_prob),
-        gather(rewards.to(device)),
-        None if pictures is None else gather(pictures),
+            rewards = [torch.zeros(0), *scorer.finish()]
+    columns = [torch.cat(actions), torch.cat(log_probs), torch.cat(rewards).to(device)]
+    if critic_shape is not None:
+        columns.append(torch.cat(pictures))
+    action, log_prob, scores, *picture = processes.gather_rows(
+        f"'gather rewards' of iteration {number + 1}",
+        torch.tensor([row for chunk in mine for row in range(chunk.start, chunk.stop)], dtype=torch.int64),
+        columns,
+        counts=[sum(chunk.stop - chunk.start for chunk in share) for share in shares],
     )
+    return Rollout(prompt_row, step_index.to(device), action, log_prob, scores, picture[0] if picture else None)

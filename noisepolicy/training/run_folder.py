@@ -1,26 +1,43 @@
-"""The run folder: config.yaml, policy/, checkpoints/, metrics.jsonl, samples/, summary.json and report.html."""
+"""The run folder: config.yaml, policy/, checkpoints/, history/, metrics.jsonl, samples/, summary.json and report.html.
 
+One process at a time writes to it: it holds a lock on RUN/lock, which the system takes back when the process ends,
+however it ends.
+"""
+
+import fcntl
 import json
+import os
+import socket
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
-from noisepolicy.storage import write_text
+from noisepolicy.storage import DamagedFileError, file_within, write_text
 from noisepolicy.training.config import TrainConfig, load_config
+
+_RUNS = Path("runs")
+MAY_CHANGE_ON_RESUME = {
+    "num_iterations", "device", "rollout_batch_size", "denoiser", "checkpoint_every", "sample_every",
+    "overlap", "timeout",
+}  # fmt: skip
+"""Settings that do not change what a run computes, but for how long it goes on."""
 
 
 class RunFolder:
-    """Paths of one run and its metrics file."""
+    """Paths of one run, its lock and its metrics file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = path / "config.yaml"
         self.policy = path / "policy"
         self.checkpoints = path / "checkpoints"
+        self.history = path / "history"
         self.metrics = path / "metrics.jsonl"
         self.samples = path / "samples"
         self.summary = path / "summary.json"
         self.report = path / "report.html"
+        self.launch = path / "launch.txt"
         self.tensorboard = path / "tensorboard"
 
     @classmethod
@@ -38,7 +55,7 @@ class RunFolder:
             ValueError: as `check_free`.
         """
         check_free(config.output_dir)
-        return cls(config.output_dir or Path("runs") / time.strftime("%Y%m%d-%H%M%S"))
+        return cls(config.output_dir or _RUNS / time.strftime("%Y%m%d-%H%M%S"))
 
     @classmethod
     def open(cls, path: Path) -> tuple["RunFolder", TrainConfig]:
@@ -50,7 +67,62 @@ class RunFolder:
         run = cls(path)
         if not run.config.is_file():
             raise ValueError(f"{path} is not a run folder (there is no {run.config})")
-        return run, load_config(run.config)
+        return run, load_config(file_within(path, run.config.name))
+
+    def lock(self) -> None:
+        """Keeps other processes from writing here until this one ends, and clears what killed ones left half-written.
+
+        Raises:
+            ValueError: if another process holds the lock.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+        self._lock = open(descriptor, "r+", encoding="utf-8")  # noqa: SIM115  # held until the process ends
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{self.path} is in use by {self._lock.read().strip() or 'another process'}; wait for it, or stop it"
+            ) from None
+        self._lock.truncate()
+        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._lock.flush()
+        for path in self.path.rglob(".*.tmp"):
+            path.unlink()
+
+    @classmethod
+    def find(cls, config: TrainConfig, launch_id: str | None, *, is_restart: bool) -> "RunFolder | None":
+        """The run that an earlier start of the same launch began with `config`: in its folder, or the newest in runs/.
+
+        Args:
+            launch_id: the launcher's name for all starts; without one, `is_restart` tells, and settings must do.
+        """
+        if launch_id is None and not is_restart:
+            return None
+        runs = [cls(path) for path in ([config.output_dir] if config.output_dir else sorted(_RUNS.glob("*")))]
+        return next((run for run in reversed(runs) if run._is_of(config, launch_id)), None)
+
+    def _is_of(self, config: TrainConfig, launch_id: str | None) -> bool:
+        if not self.config.is_file():
+            return False
+        if launch_id is not None:
+            if not self.launch.is_file() or self.launch.read_text("utf-8") != launch_id:
+                return False
+        elif config.output_dir is None and self.summary.is_file():
+            return False
+        theirs = load_config(self.config).plain()
+        # What was left to the algorithm (None), or to the machine, may be anything there.
+        return all(
+            value in (None, theirs[name]) or (name == "denoiser" and value == "auto")
+            for name, value in config.plain().items()
+            if name != "output_dir"
+        )
+
+    def begin(self, config: TrainConfig, launch_id: str | None) -> None:
+        """Makes the folder a run's, with its settings; those come last."""
+        if launch_id is not None:
+            write_text(self.launch, launch_id)
+        config.save(self.config)
 
     def checked_policy(self) -> Path:
         """The policy's folder.
@@ -60,12 +132,33 @@ class RunFolder:
         """
         if not (self.policy / "config.json").is_file():
             raise ValueError(f"{self.path} has no policy yet; go on with: noisepolicy-train --resume {self.path}")
+        file_within(self.path, "policy/config.json")
         return self.policy
 
+    def within(self, name: str) -> Path:
+        """A folder of the run to write to.
+
+        Raises:
+            ValueError: if it is a link that leads out.
+        """
+        folder = self.path / name
+        if not folder.resolve().is_relative_to(self.path.resolve()):
+            raise ValueError(f"{folder} is a link that leads out of the run; give --output-dir")
+        return folder
+
     def read_summary(self) -> dict[str, Any]:
-        """`summary.json`, or what is known of a run that has not ended."""
+        """`summary.json`, or what is known of a run that has not ended.
+
+        Raises:
+            DamagedFileError: if it is no JSON.
+        """
         if self.summary.is_file():
-            return json.loads(self.summary.read_text("utf-8"))
+            try:
+                return json.loads(self.summary.read_bytes())
+            except ValueError as error:
+                raise DamagedFileError(
+                    f"{self.summary} is damaged ({error}); write it again with: noisepolicy-train --resume {self.path}"
+                ) from error
         metrics = self.read_metrics()
         return {"images_trained": metrics[-1]["images"] if metrics else 0, "train_seconds": 0.0, "seconds": {}}
 
@@ -74,27 +167,42 @@ class RunFolder:
             file.write(json.dumps(values) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The whole lines, in order; a last line cut by a crash is left out."""
+        """The whole lines, in order; a last line cut by a crash is left out, and a damaged one with a warning."""
         if not self.metrics.exists():
             return []
         values = []
-        for line in self.metrics.read_text("utf-8").splitlines():
+        for number, line in enumerate(self.metrics.read_bytes().splitlines(keepends=True), 1):
             try:
-                values.append(json.loads(line))
+                row = json.loads(line)
             except ValueError:
-                break
+                row = None
+            if isinstance(row, dict) and "iteration" in row:
+                values.append(row)
+            elif line.endswith(b"\n"):
+                warnings.warn(f"line {number} of {self.metrics} is damaged and left out", stacklevel=2)
         return values
 
     def truncate_metrics(self, num_iterations: int) -> None:
-        """Forgets the iterations that a resumed run makes again."""
-        lines = [json.dumps(values) + "\n" for values in self.read_metrics() if values["iteration"] <= num_iterations]
-        write_text(self.metrics, "".join(lines))
+        """Forgets the iterations that a resumed run makes again; warns if others are missing."""
+        kept = [values for values in self.read_metrics() if values["iteration"] <= num_iterations]
+        if len(kept) < num_iterations:
+            warnings.warn(
+                f"{self.metrics} lacks {num_iterations - len(kept)} of {num_iterations} iterations; the report's "
+                "curves will too",
+                stacklevel=2,
+            )
+        write_text(self.metrics, "".join(json.dumps(values) + "\n" for values in kept))
 
 
 def check_free(output_dir: Path | None) -> None:
-    """Raises ValueError if a run could not be made in `output_dir`: it holds one, or is a file."""
+    """Raises ValueError if a run could not be made in `output_dir`: it holds one, whole or not, or is a file."""
     if output_dir is None:
         return
+    if RunFolder(output_dir).checkpoints.exists() and not RunFolder(output_dir).config.exists():
+        raise ValueError(
+            f"{output_dir} holds checkpoints of a run whose config.yaml is gone; put it back and go on with --resume "
+            f"{output_dir}, or choose another --output-dir"
+        )
     if RunFolder(output_dir).config.exists():
         raise ValueError(
             f"{output_dir} already holds a run; go on with --resume {output_dir}, or choose another --output-dir"

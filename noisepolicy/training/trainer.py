@@ -60,8 +60,12 @@ class Trainer(TrainingLoop):
                 weight_decay=config.critic_weight_decay,
                 fused=True,
             )
-            capacity = config.num_iterations * config.batch_size
-            self._history = History(capacity, self.policy.action_shape, self.critic_shape.sketch_shape, device)
+            self._history = History(
+                run.history if accelerator.is_main_process else None,
+                self.policy.action_shape,
+                self.critic_shape.sketch_shape,
+                device,
+            )
         self._kl_coef, self._diversity_coef = config.kl_coef, config.diversity_coef
 
     def _iterate(self) -> dict[str, Any]:
@@ -139,18 +143,19 @@ class Trainer(TrainingLoop):
 
     def _state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         tensors = optimizer_tensors(self._policy_optimizer, "policy_optimizer")
+        progress: dict[str, Any] = {"kl_coef": self._kl_coef, "diversity_coef": self._diversity_coef}
         if self._critic is not None:
             tensors |= with_prefix("critic", self._critic.state_dict())
             tensors |= optimizer_tensors(self._critic_optimizer, "critic_optimizer")
-            tensors |= with_prefix("history", self._history.state())
-        return tensors, {"kl_coef": self._kl_coef, "diversity_coef": self._diversity_coef}
+            progress["history"] = self._history.state()
+        return tensors, progress
 
     def _load_state(self, tensors: Mapping[str, torch.Tensor], progress: Mapping[str, Any]) -> None:
         load_optimizer_tensors(self._policy_optimizer, tensors, "policy_optimizer")
         if self._critic is not None:
             self._critic.load_state_dict(without_prefix("critic", tensors))
             load_optimizer_tensors(self._critic_optimizer, tensors, "critic_optimizer")
-            self._history.load_state(without_prefix("history", tensors))
+            self._history.load_state(progress["history"], self.run.history)
         self._kl_coef, self._diversity_coef = progress["kl_coef"], progress["diversity_coef"]
 
 

@@ -47,18 +47,20 @@ def blob():
 
 @pytest.fixture
 def make_trainer():
-    return _make_trainer
+    return make_run
 
 
-def _make_trainer(folder, *, reward=left_or_right, prompts=PROMPTS, **settings):
+def make_run(folder, *, frozen=None, reward=left_or_right, prompts=PROMPTS, accelerator=None, **settings):
+    """A trainer in a new run's folder."""
     defaults = {
         "batch_size": 32, "group_size": 4, "num_iterations": 20, "checkpoint_every": 5, "critic_warmup": 64,
         "critic_batch_size": 64, "bands": 4, "output_dir": folder, "critic_updates": 10,
     }  # fmt: skip
     config = TrainConfig(**(defaults | settings))
     config.check()
-    task = Task(BlobModel(), Reward("reward", reward), [], list(prompts), [])
-    run = RunFolder(folder)
-    config.save(run.config)
+    task = Task(frozen or BlobModel(), Reward("reward", reward), [], list(prompts), [])
+    run, accelerator = RunFolder(folder), accelerator or Accelerator(cpu=True)
+    if accelerator.is_main_process:
+        config.save(run.config)
     kind = FindTrainer if config.algorithm == "find" else Trainer
-    return kind(config, task, run, Accelerator(cpu=True))
+    return kind(config, task, run, accelerator)

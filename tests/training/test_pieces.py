@@ -1,4 +1,4 @@
-"""The small parts of training: advantages, settings, history, checkpoints, prompts, randomness."""
+"""The small parts of training: advantages, settings, checkpoints, prompts, randomness."""
 
 import warnings
 from importlib.resources import files
@@ -9,9 +9,8 @@ import torch
 from noisepolicy.cli.arguments import parse_arguments
 from noisepolicy.storage import read_tensors, write_bytes, write_tensors
 from noisepolicy.training.advantages import leave_one_out, residual
-from noisepolicy.training.checkpoint import load_newest_checkpoint, save_checkpoint
+from noisepolicy.training.checkpoint import save_checkpoint, whole_checkpoints
 from noisepolicy.training.config import TrainConfig, load_config
-from noisepolicy.training.history import History
 from noisepolicy.training.run_folder import RunFolder
 from noisepolicy.training.seeding import stream_generator, stream_seed
 from noisepolicy.training.task import read_prompts
@@ -87,21 +86,6 @@ def test_settings_that_cannot_work(change, message):
         TrainConfig(**change).check()
 
 
-def test_history_keeps_rows_together_and_restores():
-    history = History(10, (3,), (1, 2, 2), torch.device("cpu"))
-    for batch in range(2):
-        rows = torch.arange(4) + 4 * batch
-        history.append(
-            prompt_row=rows, step_index=rows, reward=rows.float(), action=rows[:, None].expand(4, 3).float(),
-            picture=rows[:, None, None, None].expand(4, 1, 2, 2).half(),
-        )  # fmt: skip
-    restored = History(10, (3,), (1, 2, 2), torch.device("cpu"))
-    restored.load_state(history.state())
-    drawn = restored.draw(64, torch.Generator().manual_seed(0))
-    assert set(drawn["prompt_row"].tolist()) == set(range(8))
-    assert (drawn["reward"] == drawn["prompt_row"]).all() and (drawn["action"][:, 2] == drawn["reward"]).all()
-
-
 def test_checkpoints_keep_two_and_skip_the_damaged(tmp_path):
     for iteration in (1, 2, 3):
         save_checkpoint(tmp_path, iteration, {"weight": torch.tensor([float(iteration)])}, {"iteration": iteration})
@@ -112,11 +96,17 @@ def test_checkpoints_keep_two_and_skip_the_damaged(tmp_path):
     newest = tmp_path / "iteration_000003.safetensors"
     newest.write_bytes(newest.read_bytes()[:-2])
     with pytest.warns(UserWarning, match=r"skipping damaged checkpoint .*000003"):
-        checkpoint = load_newest_checkpoint(tmp_path)
+        checkpoint = next(whole_checkpoints(tmp_path))
     assert checkpoint.progress == {"iteration": 2} and checkpoint.tensors["weight"].item() == 2
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert load_newest_checkpoint(tmp_path / "nothing") is None
+        assert not list(whole_checkpoints(tmp_path / "nothing"))
+
+
+def test_a_checkpoint_that_was_gone_back_from_is_forgotten(tmp_path):
+    for iteration in (999_998, 999_999, 1_000_000, 999_999):
+        save_checkpoint(tmp_path, iteration, {}, {"iteration": iteration})
+    assert [checkpoint.progress["iteration"] for checkpoint in whole_checkpoints(tmp_path)] == [999_999]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -161,3 +151,25 @@ def test_streams_are_distinct_and_repeatable():
     assert len({stream_seed(seed, purpose) for seed in range(20) for purpose in ("noise", "prompts")}) == 40
     first, again, other = (torch.rand(3, generator=stream_generator(0, "critic", number)) for number in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_a_launch_finds_the_run_it_began(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = TrainConfig(seed=3)
+    run = RunFolder.choose(config)
+    assert RunFolder.find(config, "launch", is_restart=True) is None  # it had not come so far
+    run.begin(config.resolved(100), "launch")
+    assert RunFolder.find(config, "launch", is_restart=False).path == run.path
+    assert RunFolder.find(config, "another", is_restart=True) is None
+    assert RunFolder.find(TrainConfig(seed=4), "launch", is_restart=True) is None
+
+
+def test_a_launch_without_a_name_finds_its_unfinished_run_when_it_is_restarted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = TrainConfig(seed=3)
+    run = RunFolder.choose(config)
+    run.begin(config.resolved(100), None)
+    assert RunFolder.find(config, None, is_restart=False) is None
+    assert RunFolder.find(config, None, is_restart=True).path == run.path
+    run.summary.write_text("{}")
+    assert RunFolder.find(config, None, is_restart=True) is None

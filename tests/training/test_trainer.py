@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from accelerate import Accelerator
 
 from noisepolicy.ops import gaussian_log_prob, ppo_clip_loss
 from noisepolicy.training.updates import update_policy
@@ -120,21 +119,6 @@ def test_an_action_of_another_policy_is_noticed(make_trainer, tmp_path):
             trainer.policy, trainer._policy_optimizer, trainer._critic, rollout, trainer.prompts,
             trainer.config, kl_coef=0.0, diversity_coef=0.0, generator=torch.Generator(),
         )  # fmt: skip
-
-
-def test_processes_share_a_batch_by_row(make_trainer, tmp_path, monkeypatch):
-    """Two ranks' shares put together are one rank's batch, uneven shares included."""
-    whole = make_trainer(tmp_path, batch_size=15, group_size=5)._roll_out(2)
-    shares = []
-    for rank in range(2):
-        trainer = make_trainer(tmp_path, batch_size=15, group_size=5)
-        monkeypatch.setattr(Accelerator, "num_processes", 2)
-        monkeypatch.setattr(Accelerator, "process_index", rank)
-        monkeypatch.setattr(Accelerator, "gather", lambda _, rows: torch.cat([rows, rows]))
-        share = trainer._roll_out(2)
-        shares.append(share.action[:8] if rank == 0 else share.action[:7])
-        monkeypatch.undo()
-    assert torch.equal(torch.cat(shares), whole.action)
 
 
 def test_the_critic_chooses_better_starts(make_trainer, tmp_path):

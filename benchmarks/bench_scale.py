@@ -1,0 +1,52 @@
+"""`noisepolicy-bench scale`: images/s of several processes on this machine, and the bytes that they exchange.
+
+Each number of processes is a real torchrun of the default recipe on the embedded model, one thread a process. A rollout
+(images, rewards, gathering) is what processes share; an iteration has the updates too, which each process makes whole.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def run(process_counts: Sequence[int], num_iterations: int) -> dict[str, Any]:
+    """Prints a table and returns its numbers.
+
+    Raises:
+        ValueError: if a count is not positive.
+        RuntimeError: if a run fails.
+    """
+    if min(*process_counts, num_iterations) < 1:
+        raise ValueError("--processes and --iterations must be positive")
+    print("processes | rollout: images/s, of the first | iteration: images/s, of the first | bytes gathered by each")
+    rows: list[dict[str, Any]] = []
+    for count in process_counts:
+        rows.append(row := {"processes": count, **_measure(count, num_iterations)})
+        for name in ("rollout", "iteration"):
+            row[f"{name}_speedup"] = row[f"{name}_images_per_s"] / rows[0][f"{name}_images_per_s"]
+        print(
+            f"{count:9d} | {row['rollout_images_per_s']:17.1f}, {row['rollout_speedup']:10.2f}x "
+            f"| {row['iteration_images_per_s']:19.1f}, {row['iteration_speedup']:10.2f}x "
+            f"| {row['bytes_per_iteration']:,.0f}", flush=True,
+        )  # fmt: skip
+    return {"iterations": num_iterations, "scale": rows}
+
+
+def _measure(num_processes: int, num_iterations: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes),
+            "-m", "noisepolicy.benchmarks.scale_worker", str(result), str(num_iterations),
+        ]  # fmt: skip
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+            raise RuntimeError(f"the run of {num_processes} processes failed: {last[0]}")
+        return json.loads(result.read_text("utf-8"))

@@ -1,0 +1,73 @@
+"""Settings from YAML that may be anybody's: plain values, each of its setting's type, and nothing else."""
+
+import reprlib
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_MAX_BYTES = 4 * 1024 * 1024
+_SCALARS = (str, int, float)
+
+
+class _Loader(yaml.SafeLoader):
+    """Without aliases: merged into one another, a few lines of them make more than memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases are not taken here")
+        return super().compose_node(parent, index)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """A YAML mapping.
+
+    Raises:
+        ValueError: if the file is missing, too large, no YAML, or holds something else.
+    """
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise ValueError(f"it has more than {_MAX_BYTES} bytes")
+        values = yaml.load(path.read_text("utf-8"), _Loader)
+    except RecursionError:
+        raise ValueError(f"cannot read settings from {path}: it is nested too deeply") from None
+    except OSError as error:
+        raise ValueError(f"cannot read settings from {path}: {error.strerror or error}") from error
+    # What PyYAML's constructors of numbers, dates and the like raise of texts that are none.
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
+        raise ValueError(f"cannot read settings from {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a YAML mapping of settings, got {type(values).__name__}")
+    return values
+
+
+def typed(value: Any, kind: type, *, is_list: bool) -> Any:
+    """A YAML value as `kind` (int, float, bool, str or Path), or as a tuple of it from a list or a single one.
+
+    Raises:
+        ValueError: if it is something else.
+    """
+    if is_list:
+        return tuple(_scalar(item, kind) for item in (value if isinstance(value, list) else [value]))
+    return _scalar(value, kind)
+
+
+def _scalar(value: Any, kind: type) -> Any:
+    if kind is bool or isinstance(value, bool):
+        if kind is not bool or not isinstance(value, bool):
+            raise ValueError
+        return value
+    if isinstance(value, date) and kind is str:  # a text that YAML takes for a date
+        return str(value)
+    if not isinstance(value, _SCALARS) or (kind is int and isinstance(value, float) and not value.is_integer()):
+        raise ValueError
+    try:
+        return kind(value)
+    except OverflowError as error:
+        raise ValueError from error
+
+
+def shown(value: Any) -> str:
+    """For a message: short, whatever it holds."""
+    return reprlib.repr(value)

@@ -1,0 +1,96 @@
+"""The real command under the real torchrun: killed processes, failing ones, and who prints."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from noisepolicy.storage import read_tensors
+
+SETTINGS = [
+    "--num-iterations", "6", "--batch-size", "8", "--critic-warmup", "8", "--critic-batch-size", "8",
+    "--critic-updates", "2", "--checkpoint-every", "2", "--eval-num-prompts", "0", "--timeout", "120",
+]  # fmt: skip
+
+
+def start(*arguments, cwd, num_processes=2, max_restarts=0):
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes),
+        "--max-restarts", str(max_restarts), "-m", "noisepolicy.cli.train", *arguments,
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(cwd)}
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def process_of_rank(launcher, rank):
+    """The process id of a rank, by its environment."""
+    with open(f"/proc/{launcher.pid}/task/{launcher.pid}/children") as children:
+        for child in children.read().split():
+            with open(f"/proc/{child}/environ", "rb") as environment:
+                if f"RANK={rank}".encode() in environment.read().split(b"\0"):
+                    return int(child)
+    raise AssertionError(f"no rank {rank}")
+
+
+def wait_for(condition, launcher):
+    deadline = time.monotonic() + 200
+    while not condition():
+        assert launcher.poll() is None and time.monotonic() < deadline, launcher.stderr.read()
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_restarted", [True, False], ids=["restarted", "resumed"])
+def test_a_killed_run_ends_as_if_nothing_had_happened(run_train, tmp_path, is_restarted):
+    """A rank is killed after the first checkpoint. torchrun starts both again and the run, whose folder was not named,
+    goes on by itself; or one process resumes it. One process that nobody kills comes to the same bits."""
+    launcher = start(*SETTINGS, cwd=tmp_path, max_restarts=int(is_restarted))
+    runs = tmp_path / "runs"
+    wait_for(lambda: any(path.read_text().count("\n") >= 3 for path in runs.glob("*/metrics.jsonl")), launcher)
+    os.kill(process_of_rank(launcher, 1), signal.SIGKILL)
+    out, err = launcher.communicate(timeout=200)
+    (run,) = runs.iterdir()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if is_restarted:
+        assert launcher.returncode == 0, err
+        assert out.count("run folder") == 2
+    else:
+        assert launcher.returncode != 0
+        resumed = run_train("--resume", str(run), env=environment)
+        assert resumed.returncode == 0, resumed.stderr
+
+    whole = run_train(*SETTINGS, "--output-dir", "whole", env=environment)
+    assert whole.returncode == 0, whole.stderr
+    assert (run / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
+    expected, ours = (read_tensors(folder / "policy" / "policy.safetensors") for folder in (tmp_path / "whole", run))
+    assert all(torch.equal(expected[name], ours[name]) for name in expected)
+
+
+def errors_of(err):
+    return [line for line in err.splitlines() if line.startswith("noisepolicy-train: error: ")]
+
+
+@pytest.mark.slow
+def test_a_mistake_is_told_once(tmp_path):
+    out, err = (launcher := start("--reward", "pretty", cwd=tmp_path)).communicate(timeout=200)
+    assert launcher.returncode != 0 and out == ""
+    assert len(errors_of(err)) == 1 and "unknown reward 'pretty'" in errors_of(err)[0], err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_a_reward_that_fails_on_one_rank_names_it(tmp_path):
+    (tmp_path / "lame.py").write_text(
+        "import os\n\n\ndef reward(images, prompts):\n"
+        "    return images.mean((1, 2, 3)) * (1 // (os.environ['RANK'] != '1'))\n"
+    )
+    launcher = start(*SETTINGS, "--reward", "lame:reward", "--output-dir", "run", cwd=tmp_path)
+    _, err = launcher.communicate(timeout=200)
+    assert launcher.returncode != 0
+    assert len(errors_of(err)) == 1 and "rank 1: reward 'lame:reward' raised ZeroDivision" in errors_of(err)[0], err

@@ -1,0 +1,90 @@
+"""The trainer itself on the stub model: weights that are not numbers, and what many iterations leave behind."""
+
+import os
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from stub_world import StubModel, left_or_right
+
+from noisepolicy.rewards import Reward
+from noisepolicy.training.config import TrainConfig
+from noisepolicy.training.history import History
+from noisepolicy.training.run_folder import RunFolder
+from noisepolicy.training.task import Task
+from noisepolicy.training.trainer import Trainer
+
+
+def make_trainer(folder, **settings):
+    small = {
+        "batch_size": 8, "group_size": 4, "num_iterations": 8, "checkpoint_every": 2, "critic_warmup": 8,
+        "critic_batch_size": 8, "critic_updates": 1, "num_updates": 1, "bands": 4, "num_inference_steps": (1,),
+    }  # fmt: skip
+    config = TrainConfig(**(small | settings), output_dir=folder)
+    run = RunFolder(folder)
+    config.save(run.config)
+    task = Task(StubModel(), Reward("reward", left_or_right), [], ["a", "bb", "ccc", "dddd"], [])
+    return Trainer(config, task, run, Accelerator(cpu=True))
+
+
+@pytest.mark.parametrize("part", ["policy", "critic"])
+def test_weights_that_are_no_numbers_stop_the_run_and_are_not_kept(tmp_path, part):
+    whole = make_trainer(tmp_path / "whole")
+    list(whole.train())
+    stopped = make_trainer(tmp_path / "stopped")
+    with pytest.raises((RuntimeError, ValueError), match=r"diverged at iteration 6|must not hold NaN"):
+        for metrics in stopped.train():
+            if metrics["iteration"] == 5:
+                network = stopped.policy if part == "policy" else stopped._critic
+                next(network.parameters()).data.fill_(float("nan"))
+    assert [row["iteration"] for row in stopped.run.read_metrics()] == [1, 2, 3, 4, 5]
+    resumed = make_trainer(tmp_path / "stopped")
+    resumed.resume()
+    assert resumed.iteration == 4
+    list(resumed.train())
+    for name, value in whole.policy.state_dict().items():
+        assert torch.equal(value, resumed.policy.state_dict()[name]), name
+    assert whole.run.read_metrics() == resumed.run.read_metrics()
+
+
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.slow
+def test_many_iterations_leave_no_memory_and_no_files_open(tmp_path, request):
+    count = 10_000 if request.config.getoption("--soak") else 200
+    trainer = make_trainer(tmp_path, num_iterations=count, checkpoint_every=25)
+    seen = {}
+    for metrics in trainer.train():
+        if metrics["iteration"] in (count // 3, count):
+            seen[metrics["iteration"]] = resident_bytes(), len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    (memory, files), (memory_at_end, files_at_end) = seen.values()
+    assert files_at_end == files
+    assert memory_at_end - memory < 8 * 2**20, (memory, memory_at_end)
+    sizes = {path.stat().st_size for path in (tmp_path / "checkpoints").iterdir()}
+    assert max(sizes) - min(sizes) < 4096, "a checkpoint does not grow with the run"
+
+
+@pytest.mark.slow
+def test_a_long_history_takes_disk_and_no_memory(tmp_path, request):
+    """Rows of 256 numbers and a picture: 26 GB are ten million."""
+    count, batch = (1_000_000 if request.config.getoption("--soak") else 40_000), 1000
+    history = History(tmp_path, (4, 8, 8), (3, 16, 16), torch.device("cpu"))
+    rows = {
+        "prompt_row": torch.arange(batch), "step_index": torch.zeros(batch, dtype=torch.int64),
+        "reward": torch.rand(batch), "action": torch.randn(batch, 4, 8, 8), "picture": torch.rand(batch, 3, 16, 16),
+    }  # fmt: skip
+    history.append(**rows)
+    history.draw(64, torch.Generator())
+    memory = resident_bytes()
+    while history.size < count:
+        history.append(**rows)
+        history.draw(64, torch.Generator().manual_seed(history.size))
+    assert resident_bytes() - memory < 8 * 2**20
+    assert (tmp_path / "rows.bin").stat().st_size == count * (8 + 8 + 4 + 4 * 256 + 2 * 768 + 4)
+    state = history.state()
+    History(tmp_path, (4, 8, 8), (3, 16, 16), torch.device("cpu")).load_state(state, tmp_path)
+    assert resident_bytes() - memory < 64 * 2**20

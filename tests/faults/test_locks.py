@@ -1,0 +1,36 @@
+"""Two runs in one folder: the second is refused, and a dead one's lock holds nobody up."""
+
+import os
+import socket
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+
+def test_the_second_is_refused(make_run, whole_run):
+    first = make_run()
+    second = type(first)(first._launcher, first.folder)
+    first.start_new()
+    first.wait_for_iteration(2)
+    (first.folder / "slow").touch()
+    second.start("--resume", "run")
+    assert second.wait() == 2
+    assert second.error.endswith(
+        f"run is in use by process {first.pid} on {socket.gethostname()}; wait for it, or stop it"
+    )
+    (first.folder / "slow").unlink()
+    first.finish().assert_same(whole_run)
+
+
+def test_a_killed_one_holds_nobody_up(make_run, whole_run):
+    run = make_run()
+    run.start_new()
+    run.wait_for_iteration(3)
+    run.kill()
+    assert run.wait() == -9
+    assert f"process {run.pid}" in (run.path / "lock").read_text()
+    (run.path / "checkpoints" / ".half.safetensors.1.tmp").write_bytes(b"half")  # as it leaves where it was writing
+    run.start("--resume", "run")
+    run.finish().assert_same(whole_run)
+    assert not os.path.exists(f"/proc/{run.pid}")  # noqa: PTH110

@@ -1,0 +1,41 @@
+"""Ctrl-C and SIGTERM end a run where it can go on, and a second one ends it at once."""
+
+import signal
+import time
+
+import pytest
+
+from noisepolicy.training.checkpoint import whole_checkpoints
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_the_iteration_is_finished_and_kept(make_run, whole_run, number, code):
+    run = make_run()
+    run.start_new()
+    run.wait_for_iteration(3)
+    run.kill(number)
+    assert run.wait() == code, run.stderr
+    assert "stopping after this iteration" in run.stderr
+    assert "interrupted; go on with: noisepolicy-train --resume run" in run.stderr
+    newest = next(whole_checkpoints(run.path / "checkpoints"))
+    assert newest.progress["iteration"] == run.num_iterations() >= 3
+    run.start("--resume", "run")
+    run.finish().assert_same(whole_run)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_one_ends_it_at_once(make_run, whole_run, number):
+    run = make_run()
+    run.start_new()
+    run.wait_for_iteration(3)
+    (run.folder / "slow").touch()  # the reward does not answer
+    run.kill(number)
+    assert run.wait(0.5) is None
+    start = time.monotonic()
+    run.kill(number)
+    assert run.wait() == -number and time.monotonic() - start < 2
+    (run.folder / "slow").unlink()
+    run.start("--resume", "run")
+    run.finish().assert_same(whole_run)

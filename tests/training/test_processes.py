@@ -1,0 +1,83 @@
+"""Runs of several processes under the real torchrun: N of them compute what one computes, and faults are named."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from noisepolicy.storage import read_tensors
+from noisepolicy.training.processes import Processes
+
+WORKER = Path(__file__).parent / "process_worker.py"
+
+
+def torchrun(*arguments, num_processes, cwd, timeout=280):
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes),
+        *map(str, arguments),
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=timeout, env=environment)
+
+
+def errors_of(result):
+    return [line for line in result.stderr.splitlines() if "error: " in line and ("worker" in line or "train" in line)]
+
+
+@pytest.mark.slow
+def test_any_number_of_processes_learns_the_same_to_the_bit(tmp_path):
+    """20 iterations with a critic and two step counts, of plain PPO, and of FIND; shares are uneven in all of them."""
+    runs = []
+    for num_processes in (1, 2, 3, 4):
+        folder = tmp_path / str(num_processes)
+        result = torchrun(WORKER, folder, num_processes=num_processes, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        runs.append({
+            name: (
+                (folder / name / "metrics.jsonl").read_text(),
+                read_tensors(folder / name / "policy" / "policy.safetensors"),
+            )
+            for name in ("critic", "ppo", "find")
+        })  # fmt: skip
+    for name, (expected_metrics, expected) in runs[0].items():
+        for run in runs[1:]:
+            metrics, tensors = run[name]
+            assert metrics == expected_metrics, name
+            assert all(torch.equal(expected[key], value) for key, value in tensors.items()), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("ppo:hang", "rank 1 did not reach 'gather rewards' of iteration 4 within 4 s"),
+        ("ppo:drift", "rank 1 drifted apart at 'compare policies' of iteration 4"),
+    ],
+)
+def test_a_process_that_goes_wrong_is_named_once(tmp_path, fault, message):
+    result = torchrun(WORKER, tmp_path, fault, num_processes=3, cwd=tmp_path)
+    assert result.returncode != 0
+    assert len(errors_of(result)) == 1 and message in errors_of(result)[0], result.stderr
+
+
+def one_process():
+    return Processes(Accelerator(cpu=True), 60)
+
+
+def test_rows_come_back_in_order():
+    rows = torch.tensor([2, 0, 1])
+    values, pictures = one_process().gather_rows("'test'", rows, [rows.float(), rows[:, None].half()], counts=[3])
+    assert values.tolist() == [0, 1, 2] and pictures.tolist() == [[0], [1], [2]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [([0, 1, 1], "row 1 came 2 times, row 2 came 0 times"), ([0, 1, 3], "row 2 came 0 times, row 3 came 1 times")],
+)
+def test_a_row_that_is_missing_or_came_twice_is_noticed(rows, message):
+    with pytest.raises(RuntimeError, match=message):
+        one_process().gather_rows("'test'", torch.tensor(rows), [torch.zeros(3)], counts=[3])
