@@ -120,7 +120,7 @@ def fill(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
         raise ValueError(f"its weights have no {missing[0]}")
     if unknown := sorted(tensors.keys() - wanted.keys()):
         raise ValueError(f"its weights have an unknown {reprlib.repr(unknown[0])}")
-    for name, tensor in tensors.items():
+    for name, tensor in sorted(tensors.items()):
         if tensor.shape != wanted[name].shape:
             raise ValueError(
                 f"its config says {name} is of shape {tuple(wanted[name].shape)}, its weights hold "

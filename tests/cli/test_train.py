@@ -107,7 +107,10 @@ BAD_INPUT = {
     "bad choice": (["--policy", "magic"], "policy"),
     "bad value": (["--batch-size", "-1"], "--batch-size must be positive, got -1"),
     "unknown reward": (["--reward", "pretty"], "unknown reward 'pretty'"),
-    "unknown model": (["--model", "no/such/model", "--prompts", "good.txt", "--reward", "brightness"], "cannot load --model"),
+    "unknown model": (
+        ["--model", "no/such/model", "--prompts", "good.txt", "--reward", "brightness"],
+        "cannot load --model",
+    ),
     "model without prompts": (["--model", "some/model"], "needs --prompts"),
     "missing prompts": (["--prompts", "none.txt"], "cannot read prompt file none.txt"),
     "empty prompts": (["--prompts", "empty.txt"], "empty.txt holds no prompt"),

@@ -15,8 +15,9 @@ from noisepolicy.storage import read_tensors
 
 sys.path.insert(0, str(Path(__file__).parent))  # for stub_world
 
+REWARD = ["--reward", "stub_world:left_or_right"]
 SETTINGS = [
-    "--model", "stub", "--prompts", "prompts.txt", "--reward", "stub_world:left_or_right", "--device", "cpu",
+    "--model", "stub", "--prompts", "prompts.txt", *REWARD, "--device", "cpu",
     "--num-iterations", "8", "--batch-size", "8", "--group-size", "4", "--critic-warmup", "8",
     "--critic-batch-size", "8", "--critic-updates", "1", "--num-updates", "2", "--bands", "4",
     "--checkpoint-every", "2", "--sample-every", "4", "--eval-prompts", "prompts.txt", "--eval-num-prompts", "0",
@@ -64,10 +65,13 @@ class Run:
     def start_new(self, *arguments: str) -> None:
         self.start(*SETTINGS, "--output-dir", "run", *arguments)
 
+    def resume(self, **options: int) -> None:
+        self.start("--resume", "run", *REWARD, **options)
+
     def start_again(self) -> None:
         """Goes on with it, or starts it where it did not come to having settings."""
         if (self.path / "config.yaml").exists():
-            self.start("--resume", "run")
+            self.resume()
         else:
             self.start_new()
 

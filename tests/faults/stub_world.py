@@ -33,6 +33,7 @@ class StubModel:
 def left_or_right(images, prompts):
     """Bright on the left for prompts of odd length, on the right for the others."""
     while Path("slow").exists():
+        Path("waiting").touch()
         time.sleep(0.01)
     sign = torch.tensor([1.0 if len(prompt) % 2 else -1.0 for prompt in prompts])
     rewards = sign * (images[..., :8].mean((1, 2, 3)) - images[..., 8:].mean((1, 2, 3)))

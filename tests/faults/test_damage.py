@@ -64,7 +64,7 @@ def test_goes_on_to_the_same_bits(stopped_run, whole_run, case):
     place, damage, warning = GOES_ON[case]
     path = place(stopped_run) if callable(place) else stopped_run.path / place
     damage(path)
-    stopped_run.start("--resume", "run")
+    stopped_run.resume()
     stopped_run.finish().assert_same(whole_run, metrics="metrics" not in case)
     assert warning in stopped_run.stderr and ("warning:" in stopped_run.stderr) == bool(warning)
 
@@ -91,7 +91,7 @@ def test_is_refused_and_nothing_is_touched(stopped_run, case):
     place, damage, message = REFUSED[case]
     damage(stopped_run.path / place)
     before = stopped_run.content()
-    stopped_run.start("--resume", "run")
+    stopped_run.resume()
     assert stopped_run.wait() == 2, stopped_run.stderr
     assert message in stopped_run.error
     assert stopped_run.content() == before
@@ -101,7 +101,7 @@ def test_both_checkpoints_damaged(stopped_run):
     for number, path in enumerate((stopped_run.path / "checkpoints").iterdir()):
         (flip, cut)[number % 2](path)
     before = stopped_run.content()
-    stopped_run.start("--resume", "run")
+    stopped_run.resume()
     assert stopped_run.wait() == 2 and "no checkpoint in run/checkpoints can be used" in stopped_run.error
     assert stopped_run.stderr.count("skipping damaged checkpoint") == 2
     assert stopped_run.content() == before

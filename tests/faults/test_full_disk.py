@@ -47,10 +47,13 @@ def test_a_full_disk(make_run, whole_run, small_disk, full_at):
     (run.folder / "slow").unlink()
     assert run.wait() == 1
     (small_disk / "filler").unlink()
-    assert "no space left on the disk (No space left on device); nothing is lost; go on with --resume run" in run.error
+    assert (
+        "no space left on the disk (No space left on device); nothing is lost; go on with: noisepolicy-train --resume run"
+        in run.error
+    )
     assert all(path.read_bytes() == data for path, data in kept.items()) and bool(kept) == bool(full_at)
     assert bool(list(whole_checkpoints(run.path / "checkpoints"))) == bool(full_at)
-    run.start("--resume", "run")
+    run.resume()
     run.finish().assert_same(whole_run)
 
 
@@ -58,11 +61,11 @@ def test_files_that_may_not_grow(stopped_run, whole_run):
     """A file-size limit stands in for a full disk where none can be mounted: the history's next row does not fit."""
     checkpoints = list(whole_checkpoints(stopped_run.path / "checkpoints"))
     rows = stopped_run.path / "history" / "rows.bin"
-    stopped_run.start("--resume", "run", max_file_bytes=rows.stat().st_size + 100)
+    stopped_run.resume(max_file_bytes=rows.stat().st_size + 100)
     assert stopped_run.wait() in (1, 2)
     assert "no space left on the disk (File too large)" in stopped_run.error
     assert [checkpoint.progress for checkpoint in whole_checkpoints(stopped_run.path / "checkpoints")] == [
         checkpoint.progress for checkpoint in checkpoints
     ]
-    stopped_run.start("--resume", "run")
+    stopped_run.resume()
     stopped_run.finish().assert_same(whole_run)

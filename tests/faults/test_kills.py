@@ -28,7 +28,7 @@ def evaluated_run(launcher, whole_run, tmp_path_factory):
 
 def go_on(run):
     if (run.path / "config.yaml").exists():
-        run.start("--resume", "run")
+        run.resume()
     else:
         run.start_new(*EVALUATED)
 
@@ -41,7 +41,7 @@ def test_killed_at(make_run, evaluated_run, moment):
         assert run.wait(0) is None, f"it ended before its {moment}"
     run.kill()
     assert run.wait() == -9
-    run.start("--resume", "run")
+    run.resume()
     run.finish().assert_same(evaluated_run[0])
 
 

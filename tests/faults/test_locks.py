@@ -14,7 +14,7 @@ def test_the_second_is_refused(make_run, whole_run):
     first.start_new()
     first.wait_for_iteration(2)
     (first.folder / "slow").touch()
-    second.start("--resume", "run")
+    second.resume()
     assert second.wait() == 2
     assert second.error.endswith(
         f"run is in use by process {first.pid} on {socket.gethostname()}; wait for it, or stop it"
@@ -31,6 +31,6 @@ def test_a_killed_one_holds_nobody_up(make_run, whole_run):
     assert run.wait() == -9
     assert f"process {run.pid}" in (run.path / "lock").read_text()
     (run.path / "checkpoints" / ".half.safetensors.1.tmp").write_bytes(b"half")  # as it leaves where it was writing
-    run.start("--resume", "run")
+    run.resume()
     run.finish().assert_same(whole_run)
     assert not os.path.exists(f"/proc/{run.pid}")  # noqa: PTH110

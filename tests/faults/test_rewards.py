@@ -102,7 +102,10 @@ def test_lying_or_dead(served_run, server, whole_run, case):
     else:
         server.answer = answer
     assert served_run.wait() == 1, served_run.stderr
-    assert message in served_run.error and "nothing is lost; go on with --resume run" in served_run.error
+    assert (
+        message in served_run.error
+        and "nothing is lost; go on with: noisepolicy-train --resume run" in served_run.error
+    )
     assert next(whole_checkpoints(served_run.path / "checkpoints")).progress["iteration"] >= 1
     server.answer = usual
     if answer is None:
@@ -117,8 +120,8 @@ def test_lying_or_dead(served_run, server, whole_run, case):
 )
 def test_not_a_number_from_the_reward_or_the_model(stopped_run, whole_run, file, message):
     (stopped_run.folder / file).touch()
-    stopped_run.start("--resume", "run")
+    stopped_run.resume()
     assert stopped_run.wait() == 1 and message in stopped_run.error
     (stopped_run.folder / file).unlink()
-    stopped_run.start("--resume", "run")
+    stopped_run.resume()
     stopped_run.finish().assert_same(whole_run)

@@ -21,7 +21,7 @@ def test_the_iteration_is_finished_and_kept(make_run, whole_run, number, code):
     assert "interrupted; go on with: noisepolicy-train --resume run" in run.stderr
     newest = next(whole_checkpoints(run.path / "checkpoints"))
     assert newest.progress["iteration"] == run.num_iterations() >= 3
-    run.start("--resume", "run")
+    run.resume()
     run.finish().assert_same(whole_run)
 
 
@@ -31,11 +31,13 @@ def test_a_second_one_ends_it_at_once(make_run, whole_run, number):
     run.start_new()
     run.wait_for_iteration(3)
     (run.folder / "slow").touch()  # the reward does not answer
+    while not (run.folder / "waiting").exists():
+        assert run.wait(0.01) is None, run.stderr
     run.kill(number)
     assert run.wait(0.5) is None
     start = time.monotonic()
     run.kill(number)
     assert run.wait() == -number and time.monotonic() - start < 2
     (run.folder / "slow").unlink()
-    run.start("--resume", "run")
+    run.resume()
     run.finish().assert_same(whole_run)

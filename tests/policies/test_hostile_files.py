@@ -208,6 +208,6 @@ def test_a_policy_in_half_precision_is_read(folder):
 def test_a_table_of_many_prompts_is_refused_without_its_rows(tmp_path, little_memory):
     TablePolicy(latent_shape=(4, 64, 64), prompt_shape=(2, 3), prompts=["a"]).save_pretrained(tmp_path)
     changed(tmp_path, lambda config: config.update(prompts=["a"] * 1_000_000))
-    assert "is of shape (1000000, 4, 64, 64)" in refusal(tmp_path)
+    assert "is of shape (1000000, " in refusal(tmp_path)
     changed(tmp_path, lambda config: config.update(prompts=["a", 5]))
     assert "prompts must be a list of texts" in refusal(tmp_path)
