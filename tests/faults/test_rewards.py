@@ -102,10 +102,7 @@ def test_lying_or_dead(served_run, server, whole_run, case):
     else:
         server.answer = answer
     assert served_run.wait() == 1, served_run.stderr
-    assert (
-        message in served_run.error
-        and "nothing is lost; go on with: noisepolicy-train --resume run" in served_run.error
-    )
+    assert message in served_run.error and "nothing is lost; go on with: " in served_run.error
     assert next(whole_checkpoints(served_run.path / "checkpoints")).progress["iteration"] >= 1
     server.answer = usual
     if answer is None:
