@@ -21,7 +21,7 @@ MAY_CHANGE_ON_RESUME = {
     "num_iterations", "device", "rollout_batch_size", "denoiser", "checkpoint_every", "sample_every",
     "overlap", "timeout",
 }  # fmt: skip
-"""Settings that do not change what a run computes, but for how long it goes on."""
+"""Settings that change no more of what a run computes than its rounding, and for how long it goes on."""
 
 
 class RunFolder:
