@@ -22,7 +22,7 @@ def run(process_counts: Sequence[int], num_iterations: int) -> dict[str, Any]:
         RuntimeError: if a run fails.
     """
     if min(*process_counts, num_iterations) < 1:
-        raise ValueError("--processes and --iterations must be positive")
+        raise ValueError(f"--processes and --iterations must be positive, got {list(process_counts)}, {num_iterations}")
     print("processes | rollout: images/s, of the first | iteration: images/s, of the first | bytes gathered by each")
     rows: list[dict[str, Any]] = []
     for count in process_counts:
