@@ -8,6 +8,8 @@ from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -54,6 +56,12 @@ def browser() -> str:
 def _export_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Exports of the session, its subprocesses' too, go to a folder of their own."""
     os.environ["NOISEPOLICY_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def _import_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reward `module:function` puts the working folder first on the path: for one test, not for those after it."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
 
 
 @pytest.fixture(scope="session")

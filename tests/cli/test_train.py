@@ -120,7 +120,10 @@ BAD_INPUT = {
     "config missing": (["--config", "none.yaml"], "cannot read settings from none.yaml"),
     "bad device": (["--device", "quantum"], "unknown --device 'quantum'"),
     "output is a file": (["--output-dir", "good.txt"], "is a file"),
-    "stochastic scheduler": (["--model", "stochastic", "--prompts", "good.txt"], "is stochastic"),
+    "stochastic scheduler": (
+        ["--model", "stochastic", "--prompts", "good.txt", "--reward", "brightness"],
+        "is stochastic",
+    ),
 }
 
 

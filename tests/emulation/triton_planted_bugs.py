@@ -62,7 +62,7 @@ PLANTED_BUGS = {
     "quads interleaved wrongly": (
         BASE, "tl.join(tl.join(n0, n2), tl.join(n1, n3))", "tl.join(tl.join(n0, n1), tl.join(n2, n3))", check_sample
     ),
-    "rows share a counter": (BASE, "((size + 3) // 4)", "(size // 4)", check_sample),
+    "rows share a counter": (BASE, "(size + 3) // 4", "size // 4", check_sample),
     "high word of the counter lost": (
         BASE, "high = (counter >> 32).to(tl.uint32)", "high = tl.zeros_like(low)", carried_counter
     ),
