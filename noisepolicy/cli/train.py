@@ -88,11 +88,11 @@ class _Session:
         self._sample_prompts = self.task.eval_prompts[:_NUM_SAMPLES] or self.task.train_prompts[:_NUM_SAMPLES]
         self._sample_embeds = self.task.frozen.encode(self._sample_prompts)
         self._eval_embeds = self.task.frozen.encode(self._eval_prompts) if self._eval_prompts else None
+        if arguments.resumed is not None:
+            self.trainer.resume()
         if self.config.drop_text_encoders:
             self.trainer.encode_prompts()
             self.task.frozen.drop_text_encoders()
-        if arguments.resumed is not None:
-            self.trainer.resume()
 
     @property
     def resume_command(self) -> str:
@@ -161,9 +161,7 @@ class _Session:
         write_bytes(self.run.samples / f"iteration_{iteration:06d}.png", image_grid(list(images), len(prompts)))
 
     def finish(self) -> None:
-        """Sweep, `summary.json`, `report.html`, and the table that ends the command; the others do not wait for it."""
-        if not self._is_main:
-            return
+        """Sweep, which all processes share, then `summary.json`, `report.html`, and the table that ends the command."""
         from noisepolicy.cli.sweeping import print_table, run_sweep
         from noisepolicy.evaluation import Sweep, measured_on, write_model_card, write_report
         from noisepolicy.evaluation.figures import before_after
@@ -177,7 +175,10 @@ class _Session:
             sweep = run_sweep(
                 self.trainer.kept_policy(), self.task, self._eval_prompts, self._eval_embeds,
                 step_counts=config.eval_steps, group_size=config.eval_group_size, guidance_scale=config.guidance_scale,
+                processes=self.trainer.processes,
             )  # fmt: skip
+        if not self._is_main:
+            return
         summary = {
             "images_trained": self.trainer.images_trained,
             "train_seconds": self.trainer.train_seconds,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -41,6 +41,7 @@ def evaluate_sweep(
     step_counts: Sequence[int], group_size: int, guidance_scale: float, seed: int,
     eval_rewards: Sequence[Reward] = (), embeds: PromptEmbeds | None = None, num_shown: int = 10,
     on_progress: Callable[[int], None] = lambda num_images: None,
+    rank: int = 0, num_ranks: int = 1, exchange: Callable[[Any], list[Any]] = lambda value: [value],
 ) -> Sweep:  # fmt: skip
     """Generates `len(prompts) * group_size` images with and without the policy at each step count.
 
@@ -50,81 +51,120 @@ def evaluate_sweep(
         seed: of the evaluation's noise; a pair's noise depends on it and on the pair's number alone.
         num_shown: prompts whose first pair is kept for the report, at every step count.
         on_progress: told of each batch of images made.
+        rank: of this process among `num_ranks`, which share the images.
+        exchange: gives each process the values of all, by rank.
     """
     if embeds is None:
         embeds = frozen.encode(prompts)
+    step_counts = list(dict.fromkeys(step_counts))
+    parts = [
+        _Part(steps, start is policy, begin)
+        for steps in step_counts for start in (None, policy) for begin in range(0, len(prompts), _PROMPTS_AT_A_TIME)
+    ]  # fmt: skip
+    mine = sorted(parts, key=lambda part: part.num_inference_steps, reverse=True)[rank::num_ranks]
+    made = {
+        part: _measure_part(
+            policy if part.has_policy else None, frozen, reward, prompts, embeds, begin=part.begin,
+            num_inference_steps=part.num_inference_steps, group_size=group_size, guidance_scale=guidance_scale,
+            seed=seed, eval_rewards=eval_rewards, on_progress=on_progress, num_shown=num_shown,
+        )
+        for part in mine
+    }  # fmt: skip
+    results = {part: result for share in exchange(made) for part, result in share.items()}
     rows, pairs = [], []
-    for num_inference_steps in step_counts:
+    for steps in step_counts:
         base, ours = (
-            measure(
-                start, frozen, reward, prompts, embeds, num_inference_steps=num_inference_steps,
-                group_size=group_size, guidance_scale=guidance_scale, seed=seed, eval_rewards=eval_rewards,
-                on_progress=on_progress,
-            )
-            for start in (None, policy)
-        )  # fmt: skip
-        rows.append(summarise(num_inference_steps, base, ours, [other.name for other in eval_rewards]))
+            Results.join([results[part] for part in parts if part[:2] == (steps, has_policy)])
+            for has_policy in (False, True)
+        )
+        rows.append(summarise(steps, base, ours, [other.name for other in eval_rewards]))
         for shown in range(min(num_shown, len(prompts))):
             (base_image, base_metrics), (policy_image, policy_metrics) = (
                 results.first_of(shown) for results in (base, ours)
             )
-            pairs.append(
-                Pair(prompts[shown], num_inference_steps, base_image, policy_image, base_metrics, policy_metrics)
-            )
+            pairs.append(Pair(prompts[shown], steps, base_image, policy_image, base_metrics, policy_metrics))
     return Sweep(rows, pairs)
 
 
-@torch.no_grad()
+class _Part(NamedTuple):
+    """What one process makes in one go: some prompts, from `begin` on, at a step count, with the policy or without."""
+
+    num_inference_steps: int
+    has_policy: bool
+    begin: int
+
+
 def measure(
     policy: NoisePolicy | None, frozen: FrozenModel, reward: Reward, prompts: Sequence[str], embeds: PromptEmbeds, *,
-    num_inference_steps: int, group_size: int, guidance_scale: float, seed: int, eval_rewards: Sequence[Reward] = (),
-    on_progress: Callable[[int], None] = lambda num_images: None,
+    num_inference_steps: int, group_size: int, guidance_scale: float, seed: int,
 ) -> "Results":  # fmt: skip
     """`group_size` images of each prompt, from the policy's starts or, where there is none, from the prior's."""
-    results = Results()
-    for begin in range(0, len(prompts), _PROMPTS_AT_A_TIME):
-        chunk = slice(begin, min(begin + _PROMPTS_AT_A_TIME, len(prompts)))
-        chunk_embeds = _repeat(embeds[chunk], group_size)
-        offset = begin * group_size * num_counters(frozen.latent_shape)
-        if policy is None:
-            prior = torch.zeros(len(chunk_embeds), *frozen.latent_shape, device=chunk_embeds.prompt_embeds.device)
-            latents, _ = gaussian_sample(prior, prior.new_zeros(()), seed=seed, offset=offset)
-        else:
-            latents = policy.choose(
-                chunk_embeds.prompt_embeds, seed=seed, offset=offset, num_inference_steps=num_inference_steps
-            )
-        chunk_prompts = [prompt for prompt in prompts[chunk] for _ in range(group_size)]
-        images = frozen.generate(
-            latents, chunk_embeds, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale
+    return Results.join([
+        _measure_part(
+            policy, frozen, reward, prompts, embeds, begin=begin, num_inference_steps=num_inference_steps,
+            group_size=group_size, guidance_scale=guidance_scale, seed=seed,
         )
-        others = {other.name: other(images, chunk_prompts) for other in eval_rewards}
-        results.add(images, {**others, **reward.metrics(images, chunk_prompts)}, group_size)
-        on_progress(len(chunk_embeds))
-    return results
+        for begin in range(0, len(prompts), _PROMPTS_AT_A_TIME)
+    ])  # fmt: skip
 
 
+@torch.no_grad()
+def _measure_part(
+    policy: NoisePolicy | None, frozen: FrozenModel, reward: Reward, prompts: Sequence[str], embeds: PromptEmbeds, *,
+    begin: int, num_inference_steps: int, group_size: int, guidance_scale: float, seed: int,
+    eval_rewards: Sequence[Reward] = (), on_progress: Callable[[int], None] = lambda num_images: None,
+    num_shown: int = 0,
+) -> "Results":  # fmt: skip
+    chunk = slice(begin, min(begin + _PROMPTS_AT_A_TIME, len(prompts)))
+    chunk_embeds = _repeat(embeds[chunk], group_size)
+    offset = begin * group_size * num_counters(frozen.latent_shape)
+    if policy is None:
+        prior = torch.zeros(len(chunk_embeds), *frozen.latent_shape, device=chunk_embeds.prompt_embeds.device)
+        latents, _ = gaussian_sample(prior, prior.new_zeros(()), seed=seed, offset=offset)
+    else:
+        latents = policy.choose(
+            chunk_embeds.prompt_embeds, seed=seed, offset=offset, num_inference_steps=num_inference_steps
+        )
+    chunk_prompts = [prompt for prompt in prompts[chunk] for _ in range(group_size)]
+    images = frozen.generate(
+        latents, chunk_embeds, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale
+    )
+    others = {other.name: other(images, chunk_prompts) for other in eval_rewards}
+    metrics = {**others, **reward.metrics(images, chunk_prompts)}
+    groups = images.reshape(-1, group_size, *images.shape[1:]).float().cpu()
+    on_progress(len(chunk_embeds))
+    return Results(
+        {name: values.reshape(-1, group_size).cpu() for name, values in metrics.items()},
+        [mean_pairwise_distance(group[None]) for group in groups],
+        list(groups[: max(0, num_shown - begin), 0].clone()),
+    )
+
+
+@dataclass
 class Results:
     """What one side of a comparison gave, prompt by prompt."""
 
-    def __init__(self) -> None:
-        self._metrics: dict[str, list[torch.Tensor]] = {}
-        self.diversity: list[float] = []
-        """Of each prompt's images: root mean square difference of two, in units of pixels in [0, 1]."""
-        self._first_images: list[torch.Tensor] = []
+    metrics: dict[str, torch.Tensor]
+    """Each `(prompts, images)`."""
+    diversity: list[float]
+    """Of each prompt's images: root mean square difference of two, in units of pixels in [0, 1]."""
+    first_images: list[torch.Tensor]
+    """Of the prompts that are shown."""
 
-    def add(self, images: torch.Tensor, metrics: dict[str, torch.Tensor], group_size: int) -> None:
-        for name, values in metrics.items():
-            self._metrics.setdefault(name, []).append(values.reshape(-1, group_size))
-        groups = images.reshape(-1, group_size, *images.shape[1:]).float().cpu()
-        self.diversity += [mean_pairwise_distance(group[None]) for group in groups]
-        self._first_images += list(groups[:, 0])
+    @classmethod
+    def join(cls, parts: Sequence["Results"]) -> "Results":
+        return cls(
+            {name: torch.cat([part.metrics[name] for part in parts]) for name in parts[0].metrics},
+            [value for part in parts for value in part.diversity],
+            [image for part in parts for image in part.first_images],
+        )
 
     def values(self, name: str) -> torch.Tensor | None:
         """`(prompts, images)`"""
-        return torch.cat(self._metrics[name]) if name in self._metrics else None
+        return self.metrics.get(name)
 
     def first_of(self, prompt: int) -> tuple[torch.Tensor, dict[str, float]]:
-        return self._first_images[prompt], {name: self.values(name)[prompt, 0].item() for name in self._metrics}
+        return self.first_images[prompt], {name: values[prompt, 0].item() for name, values in self.metrics.items()}
 
     def summary(self) -> dict[str, float | None]:
         strict = self.values("strict")

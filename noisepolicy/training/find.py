@@ -11,7 +11,7 @@ of each noise, and its own gradient is followed beside the clipped term.
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,7 @@ class FindTrainer(TrainingLoop):
         self.prompts.add(range(num_prompts))
         embeds = self.prompts[torch.arange(num_prompts)].prompt_embeds
         self._critic: RewardCritic | None = None
+        self._start: NoisePolicy | None = None
         self.policy = self._make_policy(embeds).to(device)
         self.average = self._start_average()
         self._replay = Replay(num_prompts, config.replay * config.group_size, self.policy.action_shape, device)
@@ -72,6 +73,15 @@ class FindTrainer(TrainingLoop):
         self._calibrator_optimizer = torch.optim.AdamW(
             self._calibrator.parameters(), lr=_CALIBRATOR_LEARNING_RATE, fused=True
         )
+
+    @property
+    def _start_copy(self) -> Path:
+        return self.run.path / "init_policy"
+
+    def train(self) -> Iterator[dict[str, Any]]:
+        if self._start is not None and self.processes.is_main:  # now that the folder is this run's
+            self._start.save_pretrained(self._start_copy)
+        return super().train()
 
     def kept_policy(self) -> NoisePolicy:
         """A copy of the averaged table within its KL budget, with the critic it started from, if any, to choose."""
@@ -102,10 +112,9 @@ class FindTrainer(TrainingLoop):
         return policy
 
     def _load_start(self, source: Path) -> NoisePolicy:
-        """The policy to start from: the run's own copy, which is made now if there is none."""
-        copied = self.run.path / "init_policy"
-        if (copied / "config.json").is_file():
-            return NoisePolicy.from_pretrained(copied)
+        """The policy to start from: the run's own copy, if there is one."""
+        if (self._start_copy / "config.json").is_file():
+            return NoisePolicy.from_pretrained(self._start_copy)
         folder = source / "policy" if (source / "policy" / "config.json").is_file() else source
         if not (folder / "config.json").is_file():
             raise ValueError(f"--init-policy {source} holds no policy; give a run's folder or a policy's")
@@ -115,8 +124,7 @@ class FindTrainer(TrainingLoop):
                 f"--init-policy {source} is for latents {start.latent_shape} and prompt embeddings "
                 f"{start.prompt_shape}; this model has {self.task.frozen.latent_shape} and {self.prompt_shape}"
             )
-        if self.processes.is_main:
-            start.save_pretrained(copied)
+        self._start = start
         return start
 
     def _draw_prompts(self, number: int) -> list[int]:

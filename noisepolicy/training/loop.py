@@ -90,6 +90,8 @@ class TrainingLoop:
             RewardError: if the reward fails.
             RuntimeError: if the policy's numbers stop being finite, or the processes lose or contradict one another.
         """
+        if self.processes.is_main:
+            self.prompts.keep(self.run.prompts)
         while self.iteration < self.config.num_iterations:
             start = time.perf_counter()
             metrics = self._iterate()
@@ -126,12 +128,20 @@ class TrainingLoop:
         checkpoint = self.processes.broadcast("'read the checkpoint'", checkpoint)
         if checkpoint is not None and not self.processes.is_main:
             self._restore(checkpoint)
-        # In the batches of the first time: rounding depends on them, and rows on their order.
-        self.encode_prompts(self.iteration)
+        self._restore_prompts(None if checkpoint is None else checkpoint.progress.get("prompts"))
         if self.processes.is_main:
             self.run.truncate_metrics(self.iteration)
             if self.iteration:  # a kill may have come before it was written
                 self.kept_policy().save_pretrained(self.run.policy)
+
+    def _restore_prompts(self, state: dict[str, int] | None) -> None:
+        try:
+            if state is not None:
+                self.prompts.load_state(state, self.run.prompts, is_main=self.processes.is_main)
+        except DamagedFileError as error:
+            warnings.warn(f"{error}; the run's prompts are encoded again", stacklevel=3)
+        # Where they were not: in the batches of the first time, for rounding depends on them, and rows on their order.
+        self.encode_prompts(self.iteration)
 
     def _restore_newest(self) -> Checkpoint | None:
         for checkpoint in whole_checkpoints(self.run.checkpoints):
@@ -255,6 +265,7 @@ class TrainingLoop:
             "train_seconds": self.train_seconds,
             "seconds": self._clock.seconds,
             "settings": self._settings(),
+            "prompts": self.prompts.state(),
         }
         save_checkpoint(self.run.checkpoints, self.iteration, tensors, progress)
         self.kept_policy().save_pretrained(self.run.policy)

@@ -1,19 +1,21 @@
-"""Embeddings of the prompts a run has met: each computed once, when a batch first asks for it.
+"""Embeddings of the prompts a run has met: each computed once, when a batch first asks for it, and kept on disk.
 
-A list of a hundred thousand prompts costs no more at the start than one of a hundred.
+A list of a hundred thousand prompts costs no more at the start than one of a hundred, and memory does not grow with
+those met. A resumed run reads them in RUN/prompts: rounding depends on the batch in which prompts are encoded.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
+import numpy as np
 import torch
 
 from noisepolicy.frozen import FrozenModel, PromptEmbeds
+from noisepolicy.training.row_file import RowFile
 
 
 class PromptStore:
     """Rows of embeddings, in the order in which their prompts were met.
-
-    They lie in the host's memory: thousands of prompts of a large text encoder would fill an accelerator.
 
     Args:
         frozen: encodes.
@@ -24,22 +26,67 @@ class PromptStore:
     def __init__(self, frozen: FrozenModel, prompts: Sequence[str], device: torch.device) -> None:
         self._frozen, self._prompts, self._device = frozen, prompts, device
         self._row_of: dict[int, int] = {}
-        self._rows: list[PromptEmbeds] = []
+        self._no_rows: PromptEmbeds | None = None
+        """Types and shapes of a row, once there is one."""
+        self._rows: RowFile | None = None
 
     def __len__(self) -> int:
         """Prompts met so far."""
-        return len(self._rows)
+        return len(self._row_of)
 
     def add(self, prompt_index: Iterable[int]) -> torch.Tensor:
         """Encodes those not met yet, together; returns each index's row, int64."""
         index = list(prompt_index)
         if new := [i for i in dict.fromkeys(index) if i not in self._row_of]:
             embeds = self._frozen.encode([self._prompts[i] for i in new]).to(torch.device("cpu"))
-            for number, i in enumerate(new):
-                self._row_of[i] = len(self._rows)
-                self._rows.append(embeds[number : number + 1])
+            if self._rows is None:
+                self._no_rows = embeds[:0]
+                self._rows = self._file(None)
+            columns = {name: _as_bytes(tensor) for name, tensor in embeds.tensors().items()}
+            self._rows.append(len(new), {"prompt": np.array(new), **columns})
+            self._row_of |= {i: len(self) + number for number, i in enumerate(new)}
         return torch.tensor([self._row_of[i] for i in index])
 
     def __getitem__(self, rows: torch.Tensor) -> PromptEmbeds:
         """`(len(rows), ...)` embeddings on the store's device."""
-        return PromptEmbeds.cat([self._rows[row] for row in rows.tolist()]).to(self._device)
+        table = self._rows.read(rows.tolist())
+        return PromptEmbeds(**{
+            name: torch.from_numpy(np.ascontiguousarray(table[name])).view(like.dtype).view(len(rows), *like.shape[1:])
+            for name, like in self._no_rows.tensors().items()
+        }).to(self._device)  # fmt: skip
+
+    def keep(self, folder: Path) -> None:
+        """From here on the rows lie in `folder`, RUN/prompts; in the main process only."""
+        if self._rows.folder is None:
+            kept = self._file(folder)
+            kept.copy_from(self._rows)
+            self._rows = kept
+
+    def state(self) -> dict[str, int]:
+        """What a checkpoint holds of it. The rows are on the disk when this returns."""
+        return self._rows.state()
+
+    def load_state(self, state: Mapping[str, int], folder: Path, *, is_main: bool) -> None:
+        """Goes back to the rows of a checkpoint in `folder`, and forgets those beyond them.
+
+        Raises:
+            DamagedFileError: if they are not all there, as they were written; the store is as it was.
+        """
+        rows = self._file(folder if is_main else None)
+        rows.load_state(state, folder)
+        self._rows = rows
+        self._row_of = {int(i): row for row, i in enumerate(rows.column("prompt"))}
+
+    def _file(self, folder: Path | None) -> RowFile:
+        columns = [(name, "u1", (_width(tensor),)) for name, tensor in self._no_rows.tensors().items()]
+        return RowFile(folder, [("prompt", "<i8", ()), *columns])
+
+
+def _width(tensor: torch.Tensor) -> int:
+    """Bytes of a row."""
+    return tensor[:1].new_empty(1, *tensor.shape[1:]).nbytes
+
+
+def _as_bytes(tensor: torch.Tensor) -> np.ndarray:
+    """`(rows, bytes)`"""
+    return tensor.detach().contiguous().flatten(1).view(torch.uint8).numpy()

@@ -1,4 +1,5 @@
-"""The run folder: config.yaml, policy/, checkpoints/, history/, metrics.jsonl, samples/, summary.json and report.html.
+"""The run folder: config.yaml, policy/, checkpoints/, history/, prompts/, metrics.jsonl, samples/, summary.json
+and report.html.
 
 One process at a time writes to it: it holds a lock on RUN/lock, which the system takes back when the process ends,
 however it ends.
@@ -10,6 +11,7 @@ import os
 import socket
 import time
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from noisepolicy.storage import DamagedFileError, file_within, write_text
 from noisepolicy.training.config import TrainConfig, load_config
 
 _RUNS = Path("runs")
+_PLOTTED = ("iteration", "images", "reward", "kl_to_prior")
+"""What a report needs of every line of metrics."""
 MAY_CHANGE_ON_RESUME = {
     "num_iterations", "device", "rollout_batch_size", "denoiser", "checkpoint_every", "sample_every",
     "overlap", "timeout",
@@ -33,6 +37,7 @@ class RunFolder:
         self.policy = path / "policy"
         self.checkpoints = path / "checkpoints"
         self.history = path / "history"
+        self.prompts = path / "prompts"
         self.metrics = path / "metrics.jsonl"
         self.samples = path / "samples"
         self.summary = path / "summary.json"
@@ -150,12 +155,16 @@ class RunFolder:
         """`summary.json`, or what is known of a run that has not ended.
 
         Raises:
-            DamagedFileError: if it is no JSON.
+            DamagedFileError: if it is no summary.
         """
         if self.summary.is_file():
             try:
-                return json.loads(self.summary.read_bytes())
-            except ValueError as error:
+                summary = json.loads(self.summary.read_bytes())
+                numbers = [summary["images_trained"], summary["train_seconds"], *summary["seconds"].values()]
+                if not _are_numbers(numbers):
+                    raise TypeError("what should be a number is none")
+                return summary
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise DamagedFileError(
                     f"{self.summary} is damaged ({error}); write it again with: noisepolicy-train --resume {self.path}"
                 ) from error
@@ -176,7 +185,7 @@ class RunFolder:
                 row = json.loads(line)
             except ValueError:
                 row = None
-            if isinstance(row, dict) and "iteration" in row:
+            if isinstance(row, dict) and _are_numbers([row.get(name) for name in _PLOTTED]):
                 values.append(row)
             elif line.endswith(b"\n"):
                 warnings.warn(f"line {number} of {self.metrics} is damaged and left out", stacklevel=2)
@@ -192,6 +201,10 @@ class RunFolder:
                 stacklevel=2,
             )
         write_text(self.metrics, "".join(json.dumps(values) + "\n" for values in kept))
+
+
+def _are_numbers(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, int | float) for value in values)
 
 
 def check_free(output_dir: Path | None) -> None:

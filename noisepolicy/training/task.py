@@ -143,7 +143,7 @@ def _hold_out(prompts: list[str]) -> tuple[list[str], list[str]]:
     train = [prompt for prompt in prompts if zlib.crc32(prompt.encode()) % 5 != 0]
     if not held_out or not train:
         raise ValueError(
-            f"{len(prompts)} prompts are too few to hold some out for evaluation; give --eval-prompts FILE, "
+            f"too few prompts ({len(prompts)}) to hold some out for evaluation; give --eval-prompts FILE, "
             "or --eval-num-prompts 0 for no evaluation"
         )
     return train, held_out

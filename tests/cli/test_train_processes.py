@@ -1,5 +1,6 @@
 """The real command under the real torchrun: killed processes, failing ones, and who prints."""
 
+import json
 import os
 import signal
 import subprocess
@@ -13,7 +14,8 @@ from noisepolicy.storage import read_tensors
 
 SETTINGS = [
     "--num-iterations", "6", "--batch-size", "8", "--critic-warmup", "8", "--critic-batch-size", "8",
-    "--critic-updates", "2", "--checkpoint-every", "2", "--eval-num-prompts", "0", "--timeout", "120",
+    "--critic-updates", "2", "--checkpoint-every", "2", "--timeout", "120",
+    "--eval-num-prompts", "2", "--eval-group-size", "2", "--eval-steps", "1,2",
 ]  # fmt: skip
 
 
@@ -70,6 +72,8 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(run_train, tmp_path, is_re
     assert (run / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
     expected, ours = (read_tensors(folder / "policy" / "policy.safetensors") for folder in (tmp_path / "whole", run))
     assert all(torch.equal(expected[name], ours[name]) for name in expected)
+    sweeps = [json.loads((folder / "summary.json").read_text())["sweep"] for folder in (tmp_path / "whole", run)]
+    assert sweeps[0] == sweeps[1]
 
 
 def errors_of(err):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -46,6 +48,31 @@ def test_a_policy_is_compared_on_its_own_noise(frozen, policy):
     assert (
         first.rows[1]["base"]
         == sweep(frozen, SpectralPolicy(latent_shape=(8, 8, 8), prompt_shape=(20, 128))).rows[1]["base"]
+    )
+
+
+@pytest.mark.parametrize("num_ranks", [3, 5])
+def test_processes_share_the_images(frozen, policy, num_ranks):
+    """Whatever their number, they come to what one process measures; 5 have four parts to share."""
+    policy.mean.bias.data += 0.3
+    made, barrier = [None] * num_ranks, threading.Barrier(num_ranks)
+
+    def one(rank):
+        def exchange(value):
+            made[rank] = value
+            barrier.wait()
+            return made
+
+        return sweep(frozen, policy, rank=rank, num_ranks=num_ranks, exchange=exchange)
+
+    with ThreadPoolExecutor(num_ranks) as pool:
+        shared = list(pool.map(one, range(num_ranks)))
+    alone = sweep(frozen, policy)
+    assert [len(parts) for parts in made] == ([2, 1, 1] if num_ranks == 3 else [1, 1, 1, 1, 0])
+    assert all(other.rows == alone.rows for other in shared)
+    assert all(
+        torch.equal(ours.policy_image, pair.policy_image) and ours.base_metrics == pair.base_metrics
+        for ours, pair in zip(shared[1].pairs, alone.pairs, strict=True)
     )
 
 

@@ -48,6 +48,8 @@ GOES_ON = {
     "checkpoint emptied": (newest, empty, "is empty"),
     "checkpoint gone": (newest, remove, ""),
     "last row flipped": ("history/rows.bin", lambda path: flip(path, 0.999), "rows.bin is damaged"),
+    "prompts flipped": ("prompts/rows.bin", flip, "the run's prompts are encoded again"),
+    "prompts gone": ("prompts", remove, "the run's prompts are encoded again"),
     "policy gone": ("policy", remove, ""),
     "policy flipped": ("policy/policy.safetensors", flip, ""),
     "metrics gone": ("metrics.jsonl", remove, "metrics.jsonl lacks"),
@@ -124,8 +126,17 @@ def test_a_damaged_policy_is_not_loaded(stopped_run, file, damage):
         NoisePolicy.from_pretrained(run.checked_policy())
 
 
-def test_a_damaged_summary_says_how_to_write_it_again(whole_run, tmp_path):
+@pytest.mark.parametrize(
+    "damage",
+    [
+        cut,
+        lambda path: path.write_text("[]"),
+        lambda path: path.write_text('{"images_trained": 9, "train_seconds": 1.0, "seconds": {"policy": "<b>"}}'),
+    ],
+    ids=["cut", "a list", "a text for a number"],
+)
+def test_a_damaged_summary_says_how_to_write_it_again(whole_run, tmp_path, damage):
     shutil.copytree(whole_run.path, tmp_path / "run")
-    cut(tmp_path / "run" / "summary.json")
+    damage(tmp_path / "run" / "summary.json")
     with pytest.raises(ValueError, match=r"summary.json is damaged .* write it again with: noisepolicy-train --resume"):
         RunFolder(tmp_path / "run").read_summary()

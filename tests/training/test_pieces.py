@@ -122,7 +122,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 def test_metrics_forget_what_a_resumed_run_makes_again(tmp_path):
     run = RunFolder(tmp_path)
     for iteration in (1, 2, 3):
-        run.append_metrics({"iteration": iteration})
+        run.append_metrics({"iteration": iteration, "images": 0, "reward": 0.0, "kl_to_prior": 0.0})
     with open(run.metrics, "a") as file:
         file.write('{"iterat')
     run.truncate_metrics(2)

@@ -1,0 +1,156 @@
+"""Rows of one kind in a file that grows: read where they are needed, so that memory does not grow with them.
+
+A folder holds `header.json`, which says what a row is, and `rows.bin`: the rows one after another, each with a CRC-32
+of its own. A checkpoint remembers how many rows there were and their digest; rows beyond it are written again.
+"""
+
+import json
+import os
+import tempfile
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from noisepolicy.storage import DamagedFileError, write_json
+
+_VERSION = 1
+_BLOCK_BYTES = 2**24
+
+
+class RowFile:
+    """A growing table of rows in a file.
+
+    Args:
+        folder: None is a file of this process' own that goes with it, for a process that is not the main.
+        columns: name, NumPy type and shape of each.
+    """
+
+    def __init__(self, folder: Path | None, columns: Sequence[tuple[str, str, tuple[int, ...]]]) -> None:
+        self.size = 0
+        self.folder, self.columns = folder, columns
+        self._row = np.dtype([*columns, ("crc32", "<u4")])
+        self._body = self._row.itemsize - 4  # what the CRC is of
+        self._header = {"version": _VERSION, "columns": [[*column[:2], list(column[2])] for column in columns]}
+        self._digest = 0
+        self._file: Any = None
+        self._path = folder / "rows.bin" if folder else "a file of this process' own"
+
+    def append(self, count: int, rows: Mapping[str, np.ndarray]) -> None:
+        """Adds `count` rows; one array for each column.
+
+        Raises:
+            OSError: if the disk is full; the rows before are as they were.
+        """
+        table = np.empty(count, self._row)
+        for name, _, _ in self.columns:
+            table[name] = rows[name]
+        data, digest = bytearray(table.tobytes()), self._digest
+        for start in range(0, len(data), self._row.itemsize):
+            crc = zlib.crc32(memoryview(data)[start : start + self._body]).to_bytes(4, "little")
+            data[start + self._body : start + self._row.itemsize] = crc
+            digest = zlib.crc32(crc, digest)
+        if self._file is None:
+            self._open()
+        self._write(data, self.size)
+        self.size, self._digest = self.size + count, digest
+
+    def read(self, index: Sequence[int]) -> np.ndarray:
+        """Rows by their numbers, as an array with a field for each column.
+
+        Raises:
+            DamagedFileError: if a row is not what was written.
+        """
+        size = self._row.itemsize
+        data = bytearray(len(index) * size)
+        for place, row in enumerate(index):
+            piece = os.pread(self._file.fileno(), size, row * size)
+            if len(piece) < size or zlib.crc32(piece[: self._body]) != int.from_bytes(piece[self._body :], "little"):
+                raise DamagedFileError(f"row {row} of {self._path} is damaged")
+            data[place * size : (place + 1) * size] = piece
+        return np.frombuffer(data, self._row)
+
+    def column(self, name: str) -> np.ndarray:
+        """One column of all rows."""
+        return np.memmap(self._file, self._row, "r", shape=(self.size,))[name].copy() if self.size else np.empty(0)
+
+    def state(self) -> dict[str, int]:
+        """What a checkpoint holds of it. The rows are on the disk when this returns."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+        return {"rows": self.size, "digest": self._digest}
+
+    def load_state(self, state: Mapping[str, int], folder: Path) -> None:
+        """Goes back to the rows of a checkpoint, and forgets those beyond them.
+
+        Args:
+            folder: the main process', which others copy.
+
+        Raises:
+            DamagedFileError: if they are not all there, as they were written.
+        """
+        try:
+            header = json.loads((folder / "header.json").read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise DamagedFileError(f"{folder / 'header.json'} cannot be read ({error})") from error
+        if header != self._header:
+            raise DamagedFileError(f"{folder / 'header.json'} is not this run's: {header}")
+        self.size = self._digest = 0
+        if self.folder is None:
+            self._open()
+        path = folder / "rows.bin"
+        try:
+            with open(path, "rb") as file:
+                for data in self._blocks(file, path, state["rows"]):
+                    if self.folder is None:
+                        self._write(data, self.size)
+                    self.size += len(data) // self._row.itemsize
+        except OSError as error:
+            raise DamagedFileError(f"{path} cannot be read ({error.strerror})") from error
+        if self._digest != state["digest"]:
+            raise DamagedFileError(f"{path} holds other rows than the checkpoint's")
+        if self.folder is not None:
+            self._open()
+
+    def copy_from(self, other: "RowFile") -> None:
+        """Takes over the rows of another file, in place of its own."""
+        self.size = self._digest = 0
+        self._open()
+        other._file.seek(0)
+        for data in self._blocks(other._file, other._path, other.size):
+            self._write(data, self.size)
+            self.size += len(data) // self._row.itemsize
+
+    def _blocks(self, file: Any, path: Path | str, count: int) -> Iterable[bytes]:
+        """The first `count` rows of a file, checked, some at a time; adds them to the digest."""
+        size, row = self._row.itemsize, 0
+        while row < count:
+            data = file.read(min(count - row, max(1, _BLOCK_BYTES // size)) * size)
+            data = data[: len(data) // size * size]
+            if not data:
+                raise DamagedFileError(f"{path} is cut short: {row} rows of {count}")
+            for start in range(0, len(data), size):
+                crc = data[start + self._body : start + size]
+                if zlib.crc32(memoryview(data)[start : start + self._body]) != int.from_bytes(crc, "little"):
+                    raise DamagedFileError(f"row {row} of {path} is damaged")
+                self._digest = zlib.crc32(crc, self._digest)
+                row += 1
+            yield data
+
+    def _write(self, data: bytes | bytearray, row: int) -> None:
+        position, rest = row * self._row.itemsize, memoryview(data)
+        while rest:
+            written = os.pwrite(self._file.fileno(), rest, position)
+            position, rest = position + written, rest[written:]
+
+    def _open(self) -> None:
+        """Opens the file to add to, without what lies beyond the rows there are."""
+        if self.folder is None:
+            self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  # as long as the run
+            return
+        write_json(self.folder / "header.json", self._header)
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        self._file = open(descriptor, "r+b", buffering=0)  # noqa: SIM115
+        os.ftruncate(descriptor, self.size * self._row.itemsize)
