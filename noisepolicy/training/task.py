@@ -1,9 +1,7 @@
 """What a run is about: a frozen model, a reward, and prompts for training and for evaluation."""
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -11,10 +9,10 @@ from noisepolicy import moving_shapes, shapes
 from noisepolicy.frozen import FrozenDiffusersPipeline, FrozenModel
 from noisepolicy.rewards import Reward, load_reward
 from noisepolicy.training.config import TrainConfig
+from noisepolicy.training.prompt_list import PromptList
 
 _EMBEDDED = {"shapes": shapes, "moving_shapes": moving_shapes}
 """Worlds with a `model_folder()`, `train_scenes()`, `held_out_scenes()`, and a reward of the same name."""
-_PROMPT_FILES = (".txt", ".csv", ".json", ".jsonl", ".yaml", ".md")
 
 
 @dataclass(frozen=True)
@@ -22,8 +20,8 @@ class Task:
     frozen: FrozenModel
     reward: Reward
     eval_rewards: list[Reward]
-    train_prompts: list[str]
-    eval_prompts: list[str]
+    train_prompts: Sequence[str]
+    eval_prompts: Sequence[str]
 
 
 def load_task(config: TrainConfig, device: torch.device) -> Task:
@@ -39,12 +37,12 @@ def load_task(config: TrainConfig, device: torch.device) -> Task:
         raise ValueError(f"--model {config.model} needs --reward, e.g. pickscore")
     if config.algorithm == "find" and not config.prompts:
         raise ValueError("--algorithm find needs --prompts: it learns each on its own")
-    train = read_prompts(config.prompts) if config.prompts else [scene.caption for scene in world.train_scenes()]
+    train = PromptList(config.prompts) if config.prompts else [scene.caption for scene in world.train_scenes()]
     if config.algorithm == "find":
         train = list(dict.fromkeys(train))
         held_out = train
     elif config.eval_prompts:
-        held_out = read_prompts(config.eval_prompts)
+        held_out = PromptList(config.eval_prompts)
     elif not config.prompts:
         held_out = [scene.caption for scene in world.held_out_scenes()]
     elif config.eval_num_prompts:
@@ -100,50 +98,12 @@ def load_frozen(config: TrainConfig, device: torch.device) -> FrozenDiffusersPip
     return frozen
 
 
-def read_prompts(sources: Sequence[str]) -> list[str]:
-    """The prompts of files, one a line (blank lines are skipped), and those given as they are.
-
-    Raises:
-        ValueError: if a file is missing, empty or not UTF-8.
-    """
-    prompts = []
-    for source in sources:
-        if _is_file(source) or source.endswith(_PROMPT_FILES) or ("/" in source and " " not in source):
-            prompts += _read_file(Path(source))
-        elif source.strip():
-            prompts.append(source.strip())
-        else:
-            raise ValueError("a prompt is empty; give a text, or a file of one prompt a line")
-    return prompts
-
-
-def _is_file(source: str) -> bool:
-    try:
-        return Path(source).is_file()
-    except OSError:  # a long prompt is no name of a file
-        return False
-
-
-def _read_file(path: Path) -> list[str]:
-    try:
-        text = path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"prompt file {path} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
-    except OSError as error:
-        raise ValueError(f"cannot read prompt file {path}: {error.strerror}") from error
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
-    if not prompts:
-        raise ValueError(f"prompt file {path} holds no prompt; expected one a line")
-    return prompts
-
-
-def _hold_out(prompts: list[str]) -> tuple[list[str], list[str]]:
+def _hold_out(prompts: PromptList) -> tuple[PromptList, PromptList]:
     """A fifth of the user's prompts for evaluation, chosen by their text, so it is the same in every run."""
-    held_out = [prompt for prompt in prompts if zlib.crc32(prompt.encode()) % 5 == 0]
-    train = [prompt for prompt in prompts if zlib.crc32(prompt.encode()) % 5 != 0]
-    if not held_out or not train:
+    is_held_out = prompts.crc32 % 5 == 0
+    if is_held_out.all() or not is_held_out.any():
         raise ValueError(
             f"too few prompts ({len(prompts)}) to hold some out for evaluation; give --eval-prompts FILE, "
             "or --eval-num-prompts 0 for no evaluation"
         )
-    return train, held_out
+    return prompts.select(~is_held_out), prompts.select(is_held_out)

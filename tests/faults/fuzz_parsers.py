@@ -23,7 +23,7 @@ with atheris.instrument_imports(include=["noisepolicy", "yaml"]):
     from noisepolicy.policies import NoisePolicy, SpectralPolicy
     from noisepolicy.storage import read_tensors
     from noisepolicy.training.config import load_config
-    from noisepolicy.training.task import read_prompts
+    from noisepolicy.training.prompt_list import PromptList
 
 FOLDER = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
 PNG = (
@@ -57,7 +57,7 @@ def config_yaml(data: bytes) -> None:
 def prompt_file(data: bytes) -> None:
     path = FOLDER / "prompts.txt"
     path.write_bytes(data)
-    prompts = read_prompts([str(path)])
+    prompts = PromptList([str(path)])
     assert prompts and all(prompt.strip() for prompt in prompts)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import zlib
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from stub_world import StubModel, left_or_right
 from noisepolicy.rewards import Reward
 from noisepolicy.training.config import TrainConfig
 from noisepolicy.training.history import History
+from noisepolicy.training.prompt_list import PromptList
 from noisepolicy.training.run_folder import RunFolder
 from noisepolicy.training.task import Task
 from noisepolicy.training.trainer import Trainer
@@ -88,3 +90,18 @@ def test_a_long_history_takes_disk_and_no_memory(tmp_path, request):
     state = history.state()
     History(tmp_path, (4, 8, 8), (3, 16, 16), torch.device("cpu")).load_state(state, tmp_path)
     assert resident_bytes() - memory < 64 * 2**20
+
+
+@pytest.mark.slow
+def test_a_long_list_of_prompts_stays_on_disk(tmp_path, soak):
+    count = 10_000_000 if soak else 300_000
+    path = tmp_path / "prompts.txt"
+    with open(path, "w") as file:
+        file.writelines(f"a photograph of {number} lighthouses at the end of a long pier\n" for number in range(count))
+    PromptList(["a cat"])
+    memory = resident_bytes()
+    prompts = PromptList([str(path)])
+    assert len(prompts) == count and prompts[count - 1].startswith(f"a photograph of {count - 1} ")
+    kept = prompts.select(prompts.crc32 % 5 != 0)
+    assert kept[0] == next(prompt for prompt in prompts if zlib.crc32(prompt.encode()) % 5)
+    assert resident_bytes() - memory < 60 * count + 8 * 2**20  # 18 bytes each in three copies: building, all, kept
