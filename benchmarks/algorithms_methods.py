@@ -37,7 +37,7 @@ METHODS = (
     Method("find_amortised", "FIND from the default's policy", "find", 100, starts_from="default"),
     Method("cross_entropy", "cross-entropy method", "cross_entropy", 400),
     Method("random_search", "random search", "random_search", 400),
-    Method("video_default", "video, the default", "policy", 12_000, model="moving_shapes"),
+    Method("video_ppo", "video, Noise PPO", "policy", 12_000, {"algorithm": "ppo"}, model="moving_shapes"),
     Method("video_find", "video, FIND", "find", 400, model="moving_shapes"),
 )
 

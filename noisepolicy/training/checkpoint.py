@@ -20,6 +20,11 @@ class Checkpoint(NamedTuple):
     progress: dict[str, Any]
     """JSON values: iteration, images, seconds and the like."""
 
+    @property
+    def iteration(self) -> int:
+        """By its name."""
+        return int(self.path.stem.rpartition("_")[2])
+
 
 def save_checkpoint(
     folder: Path, iteration: int, tensors: Mapping[str, torch.Tensor], progress: Mapping[str, Any]
@@ -46,11 +51,18 @@ def whole_checkpoints(folder: Path) -> Iterator[Checkpoint]:
     for path in checkpoint_paths(folder):
         try:
             tensors, metadata = read_tensors_and_metadata(path, needs_digest=True)
-            checkpoint = Checkpoint(path, tensors, json.loads(metadata["progress"]))
+            checkpoint = Checkpoint(path, tensors, _parse_progress(metadata["progress"]))
         except (DamagedFileError, KeyError, ValueError, OSError) as error:
             skip_checkpoint(path, error)
         else:
             yield checkpoint
+
+
+def _parse_progress(text: str) -> dict[str, Any]:
+    progress = json.loads(text)
+    if not isinstance(progress, dict) or not isinstance(progress.get("settings", {}), dict):
+        raise DamagedFileError("its progress is not a run's")
+    return progress
 
 
 def skip_checkpoint(path: Path, error: Exception) -> None:

@@ -149,7 +149,7 @@ class TrainingLoop:
             try:
                 self._restore(checkpoint)
                 return checkpoint
-            except (DamagedFileError, KeyError, RuntimeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:  # a shape, a type
                 skip_checkpoint(checkpoint.path, error)
         # A policy is written after each checkpoint.
         if checkpoint_paths(self.run.checkpoints) or self.run.policy.exists():
@@ -190,6 +190,8 @@ class TrainingLoop:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         tensors, progress = checkpoint.tensors, checkpoint.progress
+        if progress["iteration"] != checkpoint.iteration:
+            raise DamagedFileError(f"it says that its iteration is {progress['iteration']}")
         self.policy.load_state_dict(without_prefix("policy", tensors))
         self.average.load_state_dict(without_prefix("average", tensors))
         self._load_state(tensors, progress)

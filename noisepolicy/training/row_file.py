@@ -91,6 +91,8 @@ class RowFile:
         Raises:
             DamagedFileError: if they are not all there, as they were written.
         """
+        if not isinstance(state, dict) or not all(type(state.get(name)) is int for name in ("rows", "digest")):
+            raise DamagedFileError(f"the checkpoint does not say what {folder} held")
         try:
             header = json.loads((folder / "header.json").read_text("utf-8"))
         except (OSError, ValueError) as error:

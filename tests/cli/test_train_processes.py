@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from noisepolicy.storage import read_tensors
+from noisepolicy.training.checkpoint import whole_checkpoints
 
 SETTINGS = [
     "--num-iterations", "6", "--batch-size", "8", "--critic-warmup", "8", "--critic-batch-size", "8",
@@ -48,22 +49,30 @@ def wait_for(condition, launcher):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("is_restarted", [True, False], ids=["restarted", "resumed"])
-def test_a_killed_run_ends_as_if_nothing_had_happened(run_train, tmp_path, is_restarted):
+@pytest.mark.parametrize("end", ["killed and restarted", "killed and resumed", "stopped and resumed"])
+def test_an_interrupted_run_ends_as_if_nothing_had_happened(run_train, tmp_path, end):
     """A rank is killed after the first checkpoint. torchrun starts both again and the run, whose folder was not named,
-    goes on by itself; or one process resumes it. One process that nobody kills comes to the same bits."""
-    launcher = start(*SETTINGS, cwd=tmp_path, max_restarts=int(is_restarted))
+    goes on by itself; or one process resumes it. Or torchrun is told to stop, and passes it on. One process that nobody
+    interrupts comes to the same bits."""
+    launcher = start(*SETTINGS, cwd=tmp_path, max_restarts=int(end == "killed and restarted"))
     runs = tmp_path / "runs"
     wait_for(lambda: any(path.read_text().count("\n") >= 3 for path in runs.glob("*/metrics.jsonl")), launcher)
-    os.kill(process_of_rank(launcher, 1), signal.SIGKILL)
+    if end == "stopped and resumed":
+        launcher.terminate()
+    else:
+        os.kill(process_of_rank(launcher, 1), signal.SIGKILL)
     out, err = launcher.communicate(timeout=200)
     (run,) = runs.iterdir()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if is_restarted:
+    if end == "killed and restarted":
         assert launcher.returncode == 0, err
         assert out.count("run folder") == 2
     else:
         assert launcher.returncode != 0
+        if end == "stopped and resumed":
+            assert err.count("interrupted; go on with: noisepolicy-train --resume") == 1, err
+            newest = next(whole_checkpoints(run / "checkpoints"))
+            assert newest.progress["iteration"] == len((run / "metrics.jsonl").read_text().splitlines()) >= 3
         resumed = run_train("--resume", str(run), env=environment)
         assert resumed.returncode == 0, resumed.stderr
 

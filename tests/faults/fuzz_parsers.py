@@ -10,8 +10,10 @@ import os
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import atheris
 
@@ -20,11 +22,14 @@ with atheris.instrument_imports(include=["noisepolicy", "yaml"]):
     import noisepolicy.rewards.registry
     import noisepolicy.rewards.wire
     import noisepolicy.shapes.captions
+    import noisepolicy.training.trainer
     from noisepolicy.policies import NoisePolicy, SpectralPolicy
-    from noisepolicy.storage import read_tensors
+    from noisepolicy.storage import read_tensors, write_tensors
+    from noisepolicy.training.checkpoint import whole_checkpoints
     from noisepolicy.training.config import load_config
     from noisepolicy.training.prompt_list import PromptList
 
+STOPPED: dict[str, Any] = {}
 FOLDER = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
 PNG = (
     b"iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"
@@ -46,6 +51,22 @@ def safetensors(data: bytes) -> None:
     path = FOLDER / "a.safetensors"
     path.write_bytes(len(data).to_bytes(8, "little") + data + bytes(64))
     read_tensors(path)
+
+
+def make_stopped_run() -> None:
+    """A trainer of a run with one checkpoint."""
+    from test_in_one_process import make_trainer
+
+    trainer = make_trainer(FOLDER / "run", num_iterations=2)
+    list(trainer.train())
+    STOPPED.update(trainer=trainer, checkpoint=next(whole_checkpoints(trainer.run.checkpoints)))
+
+
+def checkpoint_progress(data: bytes) -> None:
+    """The bytes are the JSON in a checkpoint whose digest is right."""
+    checkpoint = STOPPED["checkpoint"]
+    write_tensors(checkpoint.path, checkpoint.tensors, {"progress": data.decode("utf-8", "replace")})
+    STOPPED["trainer"].resume()
 
 
 def config_yaml(data: bytes) -> None:
@@ -101,6 +122,7 @@ TARGETS: dict[str, tuple[Callable[[bytes], None], list[bytes]]] = {
             b'{"a":{"dtype":"F8_E4M3","shape":[64],"data_offsets":[0,64]}}',
         ],
     ),
+    "checkpoint_progress": (checkpoint_progress, []),  # its seed is a real checkpoint's
     "config_yaml": (
         config_yaml,
         [
@@ -146,6 +168,10 @@ def fuzz(name: str, seconds: int) -> None:
         for folder in ("policy", "weights"):
             policy.save_pretrained(FOLDER / folder)
         seeds = [(FOLDER / "policy" / file).read_bytes() for file in ("config.json", "policy.safetensors")]
+    if name == "checkpoint_progress":
+        warnings.simplefilter("ignore")  # each damaged checkpoint is warned of
+        make_stopped_run()
+        seeds = [json.dumps(STOPPED["checkpoint"].progress).encode()]
     corpus = FOLDER / f"corpus_{name}"
     corpus.mkdir()
     for number, seed in enumerate(seeds):

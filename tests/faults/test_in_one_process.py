@@ -1,5 +1,6 @@
 """The trainer itself on the stub model: weights that are not numbers, and what many iterations leave behind."""
 
+import json
 import os
 import resource
 import zlib
@@ -11,6 +12,8 @@ from accelerate import Accelerator
 from stub_world import StubModel, left_or_right
 
 from noisepolicy.rewards import Reward
+from noisepolicy.storage import write_tensors
+from noisepolicy.training.checkpoint import whole_checkpoints
 from noisepolicy.training.config import TrainConfig
 from noisepolicy.training.history import History
 from noisepolicy.training.prompt_list import PromptList
@@ -49,6 +52,35 @@ def test_weights_that_are_no_numbers_stop_the_run_and_are_not_kept(tmp_path, par
     for name, value in whole.policy.state_dict().items():
         assert torch.equal(value, resumed.policy.state_dict()[name]), name
     assert whole.run.read_metrics() == resumed.run.read_metrics()
+
+
+@pytest.mark.filterwarnings("ignore:skipping damaged checkpoint", "ignore:the checkpoint does not say")
+def test_a_checkpoint_of_any_content_is_read_or_skipped(tmp_path):
+    trainer = make_trainer(tmp_path, num_iterations=2)
+    list(trainer.train())
+    checkpoint = next(whole_checkpoints(trainer.run.checkpoints))
+    outcomes = set()
+    for name in (
+        "iteration",
+        "kl_coef",
+        "diversity_coef",
+        "train_seconds",
+        "seconds",
+        "history",
+        "prompts",
+        "settings",
+    ):
+        for value in (None, "1", [1], {}, {"rows": "1", "digest": None}, -1, 1e300, 2**70):
+            write_tensors(checkpoint.path, checkpoint.tensors, {
+                "progress": json.dumps(checkpoint.progress | {name: value})
+            })  # fmt: skip
+            try:
+                make_trainer(tmp_path, num_iterations=2).resume()
+                outcomes.add("read")
+            except ValueError as error:
+                assert "no checkpoint in" in str(error)
+                outcomes.add("refused")
+    assert outcomes == {"read", "refused"}
 
 
 def resident_bytes():
