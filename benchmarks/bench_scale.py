@@ -2,6 +2,7 @@
 
 Each number of processes is a real torchrun of the default recipe on the embedded model, one thread a process. A rollout
 (images, rewards, gathering) is what processes share; an iteration has the updates too, which each process makes whole.
+Then what checkpoints, resuming and a slow reward take in the first of these runs.
 """
 
 import json
@@ -34,6 +35,15 @@ def run(process_counts: Sequence[int], num_iterations: int) -> dict[str, Any]:
             f"| {row['iteration_images_per_s']:19.1f}, {row['iteration_speedup']:10.2f}x "
             f"| {row['bytes_per_iteration']:,.0f}", flush=True,
         )  # fmt: skip
+    print(
+        f"a checkpoint takes {rows[0]['save_s']:.3f} s, {rows[0]['save_share']:.2%} of the ten iterations before it; "
+        f"resuming takes {rows[0]['resume_s']:.2f} s beyond loading the model"
+    )
+    if overlap := rows[0]["overlap"]:
+        print(
+            f"with a reward as slow as generation ({overlap['generation_s']:.2f} s) a rollout takes "
+            f"{overlap['in_turn_s']:.2f} s, with --overlap {overlap['overlapped_s']:.2f} s"
+        )
     return {"iterations": num_iterations, "scale": rows}
 
 

@@ -113,27 +113,32 @@ def shrink_pictures(images: torch.Tensor, shape: CriticShape) -> torch.Tensor:
 
 
 class _Sketch(nn.Module):
-    """A pre-normalised residual convolutional network on the action's grid, scaled and shifted by the prompt (FiLM)."""
+    """A pre-normalised residual convolutional network on the action's grid, scaled and shifted by the prompt (FiLM).
+
+    For video the grid has frames, and the convolutions go over them too: what moves is one map in every frame.
+    """
 
     _NUM_BLOCKS = 3
     _NUM_GROUPS = 4
 
     def __init__(self, shape: CriticShape, channels: int, hidden_width: int) -> None:
         super().__init__()
-        self._shape = shape
-        *planes, height, width = shape.action_shape
-        self._grid = (torch.Size(planes).numel(), height, width)
+        self._is_spectral = shape.is_spectral
+        first, *self._extent = shape.action_shape
+        convolution = nn.Conv3d if len(self._extent) == 3 else nn.Conv2d
         self.reader = PromptReader(shape.prompt_shape, token_width=32, hidden_width=hidden_width)
         self.steps = nn.Embedding(len(shape.step_counts), hidden_width)
         # What the prompt alone says of each place, in a few channels.
-        self._layout = (channels // 4, height, width)
+        self._layout = (channels // 4, *self._extent)
         self.layout = nn.Linear(hidden_width, torch.Size(self._layout).numel())
-        self.first = nn.Conv2d(self._grid[0] + channels // 4, channels, 3, padding=1)
+        self.first = convolution(first + channels // 4, channels, 3, padding=1)
         self.norms = nn.ModuleList(nn.GroupNorm(self._NUM_GROUPS, channels) for _ in range(self._NUM_BLOCKS + 1))
-        self.convolutions = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(self._NUM_BLOCKS))
+        self.convolutions = nn.ModuleList(
+            convolution(channels, channels, 3, padding=1) for _ in range(self._NUM_BLOCKS)
+        )
         self.contexts = nn.ModuleList(nn.Linear(channels, channels) for _ in range(self._NUM_BLOCKS))
         self.films = nn.ModuleList(nn.Linear(hidden_width, 2 * channels) for _ in range(self._NUM_BLOCKS + 1))
-        self.last = nn.Conv2d(channels, shape.sketch_shape[0] * _SKETCH_SCALE**2, 3, padding=1)
+        self.last = convolution(channels, 3 * _SKETCH_SCALE**2, 3, padding=1)
 
     def forward(self, prompt_embeds: torch.Tensor, action: torch.Tensor, step_index: torch.Tensor) -> torch.Tensor:
         prompt = self.reader(prompt_embeds) + self.steps(step_index)
@@ -143,18 +148,20 @@ class _Sketch(nn.Module):
             self.norms[:-1], self.films[:-1], self.convolutions, self.contexts, strict=True
         ):
             change = _modulate(norm(field), film(prompt))
-            field = field + convolution(change) + context(change.mean((2, 3)))[:, :, None, None]
-        field = _modulate(self.norms[-1](field), self.films[-1](prompt))
-        return F.pixel_shuffle(self.last(field), _SKETCH_SCALE)
+            summary = context(change.flatten(2).mean(2))
+            field = field + convolution(change) + summary.reshape(*summary.shape, *[1] * len(self._extent))
+        field = self.last(_modulate(self.norms[-1](field), self.films[-1](prompt)))
+        if field.ndim == 4:
+            return F.pixel_shuffle(field, _SKETCH_SCALE)
+        return F.pixel_shuffle(field.transpose(1, 2), _SKETCH_SCALE).transpose(1, 2).flatten(1, 2)
 
     def _to_grid(self, action: torch.Tensor) -> torch.Tensor:
-        """Coefficients as a small picture of the noise, so that a convolution sees places; latents as they are."""
-        grid = action.reshape(-1, *self._grid)
-        if not self._shape.is_spectral:
-            return grid
-        height, width = self._grid[1:]
-        rows, columns = dct_basis(height, height, action.device), dct_basis(width, width, action.device)
-        return rows.T @ grid @ columns
+        """Coefficients as a small view of the noise, so that a convolution sees places; latents as they are."""
+        if not self._is_spectral:
+            return action
+        *frames, rows, columns = (dct_basis(size, size, action.device) for size in self._extent)
+        grid = rows.T @ action @ columns
+        return torch.einsum("gf,bcghw->bcfhw", frames[0], grid) if frames else grid
 
 
 class _Reader(nn.Module):
@@ -203,5 +210,5 @@ class _Reader(nn.Module):
 
 
 def _modulate(field: torch.Tensor, film: torch.Tensor) -> torch.Tensor:
-    scale, shift = film[:, :, None, None].chunk(2, 1)
+    scale, shift = film.reshape(*film.shape, *[1] * (field.ndim - 2)).chunk(2, 1)
     return F.silu(field * (1 + scale) + shift)
