@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from noisepolicy.ops import gaussian_kl, gaussian_log_prob, gaussian_sample
+from noisepolicy.ops import dct_basis, gaussian_kl, gaussian_log_prob, gaussian_sample
 from noisepolicy.policies import DensePolicy, NoisePolicy, SpectralPolicy
 from noisepolicy.policies.base import power_preserving
 from noisepolicy.policies.critic import CriticShape, RewardCritic
@@ -72,6 +72,23 @@ def test_critic_is_saved_with_the_policy(policy, embeds, tmp_path):
         assert torch.equal(latents[row], draws[best].latents[row])
     policy.save_pretrained(tmp_path)
     assert torch.equal(NoisePolicy.from_pretrained(tmp_path).choose(embeds, seed=7, num_inference_steps=8), latents)
+
+
+@pytest.mark.parametrize("extent", [(6, 8), (5, 6, 8)], ids=["picture", "clip"])
+def test_a_critic_sees_places_in_the_coefficients(extent):
+    """With every frequency there is, a spectral critic's sketch is the dense one's of the noise itself."""
+    noise = torch.randn(2, 3, *extent, generator=torch.Generator().manual_seed(0))
+    coefficients = noise
+    for dim, size in enumerate(extent, 2):
+        coefficients = (coefficients.movedim(dim, -1) @ dct_basis(size, size, noise.device).T).movedim(-1, dim)
+    sketches = []
+    for is_spectral, action in ((True, coefficients), (False, noise)):
+        torch.manual_seed(0)
+        critic = RewardCritic(CriticShape(PROMPT_SHAPE, noise.shape[1:], is_spectral, (1,)), size=2, channels=8)
+        sketches.append(critic.sketch(torch.zeros(2, *PROMPT_SHAPE), action, torch.zeros(2, dtype=torch.int64)))
+    torch.testing.assert_close(*sketches)
+    frames = extent[0] if len(extent) == 3 else 1
+    assert sketches[0].shape == (2, 3 * frames, 12, 16) == (2, *critic.shape.sketch_shape)
 
 
 def test_critic_takes_the_nearest_step_count():
