@@ -51,7 +51,7 @@ class PromptStore:
         """`(len(rows), ...)` embeddings on the store's device."""
         table = self._rows.read(rows.tolist())
         return PromptEmbeds(**{
-            name: torch.from_numpy(np.ascontiguousarray(table[name])).view(like.dtype).view(len(rows), *like.shape[1:])
+            name: torch.from_numpy(table[name].copy()).view(like.dtype).view(len(rows), *like.shape[1:])
             for name, like in self._no_rows.tensors().items()
         }).to(self._device)  # fmt: skip
 

@@ -19,4 +19,4 @@ def test_only_value_errors_come_out(soak, tmp_path):
         capture_output=True, text=True, check=False, timeout=300 + 20 * seconds,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr[-8000:]
-    assert done.stdout.count("ended with 0") == 10
+    assert done.stdout.count("ended with 0") == 11

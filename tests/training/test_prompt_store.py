@@ -45,7 +45,9 @@ class TypedModel:
     def encode(self, prompts):
         values = torch.tensor([float(len(prompt)) / 3 for prompt in prompts])
         return PromptEmbeds(
-            values[:, None, None].expand(-1, 2, 3).bfloat16(), values[:, None].half(), torch.ones(len(prompts), 2) > 0
+            values[:, None, None].expand(-1, 2, 3).bfloat16(),
+            values[:, None].half(),
+            torch.ones(len(prompts), 2).long(),
         )
 
 
@@ -65,7 +67,8 @@ def test_rows_come_back_to_the_bit_with_nothing_encoded(tmp_path):
         assert resumed.add([3, 2, 1]).tolist() == [2, 0, 1] and len(resumed) == 3
         ours = resumed[torch.tensor([2, 0, 1])].tensors()
         assert all(torch.equal(ours[name], expected[name]) for name in expected)
-        assert [tensor.dtype for tensor in ours.values()] == [torch.bfloat16, torch.float16, torch.bool]
+        assert [tensor.dtype for tensor in ours.values()] == [torch.bfloat16, torch.float16, torch.int64]
+        assert all(len(tensor) == 1 for tensor in resumed[torch.tensor([1])].tensors().values())
         assert resumed.state() == state
 
 
