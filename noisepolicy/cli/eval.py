@@ -40,6 +40,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from noisepolicy.evaluation import measured_on, write_report
     from noisepolicy.policies import NoisePolicy
     from noisepolicy.storage import write_json
+    from noisepolicy.training.processes import Processes
     from noisepolicy.training.run_folder import RunFolder
     from noisepolicy.training.task import load_task
 
@@ -63,7 +64,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     config = with_denoiser(config, arguments)
     config.check()
     policy = NoisePolicy.from_pretrained(run.checked_policy())
-    device = make_accelerator(config.device).device
+    accelerator = make_accelerator(config.device)
+    device = accelerator.device
     task = load_task(config, device)
     prompts = task.eval_prompts[: config.eval_num_prompts]
     if not prompts:
@@ -71,7 +73,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     sweep = run_sweep(
         policy.to(device), task, prompts, task.frozen.encode(prompts), step_counts=config.eval_steps,
         group_size=config.eval_group_size, guidance_scale=config.guidance_scale,
+        processes=Processes(accelerator, config.timeout),
     )  # fmt: skip
+    if not accelerator.is_main_process:
+        return
     summary = run.read_summary() | {"frozen_sha256_after": task.frozen.weights_sha256(), "sweep": sweep.rows}
     folder = arguments.output_dir or run.within("evaluation")
     write_json(folder / "summary.json", summary)

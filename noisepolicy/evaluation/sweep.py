@@ -41,7 +41,7 @@ def evaluate_sweep(
     step_counts: Sequence[int], group_size: int, guidance_scale: float, seed: int,
     eval_rewards: Sequence[Reward] = (), embeds: PromptEmbeds | None = None, num_shown: int = 10,
     on_progress: Callable[[int], None] = lambda num_images: None,
-    rank: int = 0, num_ranks: int = 1, exchange: Callable[[Any], list[Any]] = lambda value: [value],
+    rank: int = 0, num_ranks: int = 1, collect: Callable[[Any], list[Any] | None] = lambda value: [value],
 ) -> Sweep:  # fmt: skip
     """Generates `len(prompts) * group_size` images with and without the policy at each step count.
 
@@ -52,7 +52,7 @@ def evaluate_sweep(
         num_shown: prompts whose first pair is kept for the report, at every step count.
         on_progress: told of each batch of images made.
         rank: of this process among `num_ranks`, which share the images.
-        exchange: gives each process the values of all, by rank.
+        collect: gives one process the values of all, and the others None: their sweep is empty.
     """
     if embeds is None:
         embeds = frozen.encode(prompts)
@@ -70,7 +70,10 @@ def evaluate_sweep(
         )
         for part in mine
     }  # fmt: skip
-    results = {part: result for share in exchange(made) for part, result in share.items()}
+    shares = collect(made)
+    if shares is None:
+        return Sweep([], [])
+    results = {part: result for share in shares for part, result in share.items()}
     rows, pairs = [], []
     for steps in step_counts:
         base, ours = (

@@ -120,6 +120,14 @@ class Processes:
         self._meet(phase, lambda: dist.all_gather_object(values, value, group=self._group))
         return values
 
+    def collect(self, phase: str, value: Any) -> list[Any] | None:
+        """Each process's `value`, in the main process; None in the others."""
+        if self.count == 1:
+            return [value]
+        values = [None] * self.count if self.is_main else None
+        self._meet(phase, lambda: dist.gather_object(value, values, dst=0, group=self._group))
+        return values
+
     def _meet(self, phase: str, exchange: Callable[[], Any]) -> None:
         self._num_meetings += 1
         start = time.monotonic()

@@ -26,7 +26,7 @@ class PromptList(Sequence[str]):
 
     def __init__(self, sources: Sequence[str]) -> None:
         self._sources: list[BinaryIO | str] = []
-        columns = array("H"), array("q"), array("I"), array("I")
+        columns = array("I"), array("q"), array("I"), array("I")
         for number, source in enumerate(sources):
             if _is_file(source) or source.endswith(_SUFFIXES) or ("/" in source and " " not in source):
                 file = _open(Path(source))

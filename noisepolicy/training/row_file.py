@@ -8,7 +8,7 @@ import json
 import os
 import tempfile
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,16 +99,12 @@ class RowFile:
             raise DamagedFileError(f"{folder / 'header.json'} cannot be read ({error})") from error
         if header != self._header:
             raise DamagedFileError(f"{folder / 'header.json'} is not this run's: {header}")
-        self.size = self._digest = 0
         if self.folder is None:
             self._open()
         path = folder / "rows.bin"
         try:
             with open(path, "rb") as file:
-                for data in self._blocks(file, path, state["rows"]):
-                    if self.folder is None:
-                        self._write(data, self.size)
-                    self.size += len(data) // self._row.itemsize
+                self._take(file, path, state["rows"], is_copied=self.folder is None)
         except OSError as error:
             raise DamagedFileError(f"{path} cannot be read ({error.strerror})") from error
         if self._digest != state["digest"]:
@@ -118,28 +114,29 @@ class RowFile:
 
     def copy_from(self, other: "RowFile") -> None:
         """Takes over the rows of another file, in place of its own."""
-        self.size = self._digest = 0
+        self.size = 0
         self._open()
         other._file.seek(0)
-        for data in self._blocks(other._file, other._path, other.size):
-            self._write(data, self.size)
-            self.size += len(data) // self._row.itemsize
+        self._take(other._file, other._path, other.size, is_copied=True)
 
-    def _blocks(self, file: Any, path: Path | str, count: int) -> Iterable[bytes]:
-        """The first `count` rows of a file, checked, some at a time; adds them to the digest."""
-        size, row = self._row.itemsize, 0
-        while row < count:
-            data = file.read(min(count - row, max(1, _BLOCK_BYTES // size)) * size)
-            data = data[: len(data) // size * size]
-            if not data:
-                raise DamagedFileError(f"{path} is cut short: {row} rows of {count}")
-            for start in range(0, len(data), size):
+    def _take(self, file: Any, path: Path | str, count: int, *, is_copied: bool) -> None:
+        """Checks the first `count` rows of a file, and has them in place of its own."""
+        size = self._row.itemsize
+        self.size = self._digest = 0
+        while self.size < count:
+            data = file.read(min(count - self.size, max(1, _BLOCK_BYTES // size)) * size)
+            num_rows = len(data) // size
+            if not num_rows:
+                raise DamagedFileError(f"{path} is cut short: {self.size} rows of {count}")
+            for row in range(num_rows):
+                start = row * size
                 crc = data[start + self._body : start + size]
                 if zlib.crc32(memoryview(data)[start : start + self._body]) != int.from_bytes(crc, "little"):
-                    raise DamagedFileError(f"row {row} of {path} is damaged")
+                    raise DamagedFileError(f"row {self.size + row} of {path} is damaged")
                 self._digest = zlib.crc32(crc, self._digest)
-                row += 1
-            yield data
+            if is_copied:
+                self._write(data[: num_rows * size], self.size)
+            self.size += num_rows
 
     def _write(self, data: bytes | bytearray, row: int) -> None:
         position, rest = row * self._row.itemsize, memoryview(data)

@@ -53,26 +53,26 @@ def test_a_policy_is_compared_on_its_own_noise(frozen, policy):
 
 @pytest.mark.parametrize("num_ranks", [3, 5])
 def test_processes_share_the_images(frozen, policy, num_ranks):
-    """Whatever their number, they come to what one process measures; 5 have four parts to share."""
+    """Whatever their number, the first comes to what one alone measures; 5 have four parts to share."""
     policy.mean.bias.data += 0.3
     made, barrier = [None] * num_ranks, threading.Barrier(num_ranks)
 
     def one(rank):
-        def exchange(value):
+        def collect(value):
             made[rank] = value
             barrier.wait()
-            return made
+            return None if rank else made
 
-        return sweep(frozen, policy, rank=rank, num_ranks=num_ranks, exchange=exchange)
+        return sweep(frozen, policy, rank=rank, num_ranks=num_ranks, collect=collect)
 
     with ThreadPoolExecutor(num_ranks) as pool:
-        shared = list(pool.map(one, range(num_ranks)))
+        shared, *others = pool.map(one, range(num_ranks))
     alone = sweep(frozen, policy)
     assert [len(parts) for parts in made] == ([2, 1, 1] if num_ranks == 3 else [1, 1, 1, 1, 0])
-    assert all(other.rows == alone.rows for other in shared)
+    assert shared.rows == alone.rows and not any(other.rows or other.pairs for other in others)
     assert all(
         torch.equal(ours.policy_image, pair.policy_image) and ours.base_metrics == pair.base_metrics
-        for ours, pair in zip(shared[1].pairs, alone.pairs, strict=True)
+        for ours, pair in zip(shared.pairs, alone.pairs, strict=True)
     )
 
 
