@@ -2,8 +2,6 @@
 
 import dataclasses
 import subprocess
-import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -55,18 +53,16 @@ def test_a_policy_is_compared_on_its_own_noise(frozen, policy):
 def test_processes_share_the_images(frozen, policy, num_ranks):
     """Whatever their number, the first comes to what one alone measures; 5 have four parts to share."""
     policy.mean.bias.data += 0.3
-    made, barrier = [None] * num_ranks, threading.Barrier(num_ranks)
+    made = [None] * num_ranks
 
-    def one(rank):
+    def share(rank):
         def collect(value):
             made[rank] = value
-            barrier.wait()
             return None if rank else made
 
         return sweep(frozen, policy, rank=rank, num_ranks=num_ranks, collect=collect)
 
-    with ThreadPoolExecutor(num_ranks) as pool:
-        shared, *others = pool.map(one, range(num_ranks))
+    *others, shared = [share(rank) for rank in reversed(range(num_ranks))]
     alone = sweep(frozen, policy)
     assert [len(parts) for parts in made] == ([2, 1, 1] if num_ranks == 3 else [1, 1, 1, 1, 0])
     assert shared.rows == alone.rows and not any(other.rows or other.pairs for other in others)
