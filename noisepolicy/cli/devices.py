@@ -1,11 +1,15 @@
 """The Accelerate engine on the device a user asked for."""
 
+import dataclasses
 from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 
 from noisepolicy.cli.launch import join_processes, num_ranks
+from noisepolicy.training.config import TrainConfig
+
+_DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
 
 
 def make_accelerator(device: str, *, timeout_s: float = 1800.0) -> Accelerator:
@@ -40,3 +44,22 @@ def make_accelerator(device: str, *, timeout_s: float = 1800.0) -> Accelerator:
     # By gloo on any device: what processes tell one another is small, see training/processes.py.
     group = InitProcessGroupKwargs(backend="gloo", timeout=timedelta(seconds=timeout_s))
     return Accelerator(cpu=wanted.type == "cpu", kwargs_handlers=[group])
+
+
+def with_mixed_precision(config: TrainConfig, accelerator: Accelerator) -> TrainConfig:
+    """`config` with what `accelerate launch --mixed_precision` asks of the frozen model; what is trained is float32.
+
+    Raises:
+        ValueError: if the configuration asks for another dtype, or there is none of that name here.
+    """
+    wanted = accelerator.mixed_precision
+    if wanted == "no":
+        return config
+    if wanted not in _DTYPES:
+        raise ValueError(f"accelerate's --mixed_precision must be no, fp16 or bf16 here, got {wanted}")
+    if config.dtype not in (None, dtype := _DTYPES[wanted]):
+        raise ValueError(
+            f"accelerate's --mixed_precision {wanted} and dtype {config.dtype} contradict each other; "
+            f"give --dtype {dtype}, or --mixed_precision no"
+        )
+    return dataclasses.replace(config, dtype=dtype)

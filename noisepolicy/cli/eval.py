@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     quiet_loading()
-    from noisepolicy.cli.devices import make_accelerator
+    from noisepolicy.cli.devices import make_accelerator, with_mixed_precision
     from noisepolicy.cli.sweeping import print_table, run_sweep
     from noisepolicy.evaluation import measured_on, write_report
     from noisepolicy.policies import NoisePolicy
@@ -65,6 +65,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     config.check()
     policy = NoisePolicy.from_pretrained(run.checked_policy())
     accelerator = make_accelerator(config.device)
+    config = with_mixed_precision(config, accelerator)
     device = accelerator.device
     task = load_task(config, device)
     prompts = task.eval_prompts[: config.eval_num_prompts]

@@ -67,7 +67,7 @@ def _export(arguments: argparse.Namespace) -> None:
         if policy.kind == "table":
             raise ValueError(f"{arguments.source} is a run of FIND: its policy is a table, in policy/, not a network")
     config.denoiser, config.denoiser_dtype = "eager", None
-    config.dtype = arguments.dtype or config.dtype
+    config.dtype = arguments.dtype or config.dtype or "float32"
     frozen = load_frozen(config, make_accelerator(arguments.device).device)
     guidance = arguments.guidance_scale
     if guidance is None:

@@ -52,7 +52,7 @@ class _Session:
 
     def __init__(self, arguments: Arguments) -> None:
         quiet_loading()
-        from noisepolicy.cli.devices import make_accelerator
+        from noisepolicy.cli.devices import make_accelerator, with_mixed_precision
         from noisepolicy.training.find import FindTrainer
         from noisepolicy.training.processes import Processes
         from noisepolicy.training.run_folder import RunFolder, check_free
@@ -61,6 +61,7 @@ class _Session:
 
         self.config = arguments.config
         self.accelerator = make_accelerator(self.config.device, timeout_s=self.config.timeout)
+        self.config = with_mixed_precision(self.config, self.accelerator)
         processes = Processes(self.accelerator, self.config.timeout)
         if arguments.resumed and processes.is_main:
             arguments.resumed.lock()

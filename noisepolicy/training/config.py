@@ -80,8 +80,9 @@ class TrainConfig:
     """Of everything random: prompts, noise, initial weights."""
     device: str = "auto"
     """'auto' (CUDA where there is one, else CPU), 'cpu', 'cuda' or 'cuda:N'."""
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Of the frozen model. Latents, log-probs and the policy are float32 always."""
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """Of the frozen model; None is what `accelerate launch --mixed_precision` says, else float32. Latents, log-probs
+    and the policy are float32 always."""
 
     denoiser: Literal["auto", "eager", "compile", "onnx", "openvino", "tensorrt", "tensorrt-rtx"] = "eager"
     """What runs the frozen model's denoiser and VAE decoder: PyTorch as it is or compiled, ONNX Runtime, OpenVINO on a
@@ -142,6 +143,8 @@ class TrainConfig:
     """FIND: iterations whose images are used again."""
     max_log_ratio: float = 1.0
     """FIND: historical images whose log-ratio is further from 0 have left the trust region and are dropped."""
+    gradient_accumulation_steps: int = 1
+    """Parts of a batch that the policy's gradient is summed over, for memory; the step is the same but for rounding."""
     target_kl: float | None = None
     """Nats: an iteration's updates stop once KL(old policy, new policy) passes this; looked at before each."""
     kl_budget: float | None = None
@@ -208,6 +211,7 @@ class TrainConfig:
         values = {name: value for name, value in recipe.items() if getattr(self, name) is None}
         resolved = dataclasses.replace(self, **values)
         resolved.reward = resolved.reward or resolved.model
+        resolved.dtype = resolved.dtype or "float32"
         if resolved.batch_size is None:
             resolved.batch_size = num_prompts * resolved.group_size
         return resolved
@@ -224,7 +228,7 @@ class TrainConfig:
             "num_iterations", "batch_size", "group_size", "rollout_batch_size", "bands", "learning_rate",
             "num_updates", "clip_range", "target_kl", "kl_budget", "kl_training_budget", "max_grad_norm",
             "critic_updates", "critic_batch_size", "critic_learning_rate", "num_candidates", "replay", "max_log_ratio",
-            "eval_group_size", "checkpoint_every", "sample_every", "timeout",
+            "eval_group_size", "checkpoint_every", "sample_every", "timeout", "gradient_accumulation_steps",
         )  # fmt: skip
         for name in positive:
             if (value := getattr(self, name)) is not None and not value > 0:
@@ -248,12 +252,16 @@ class TrainConfig:
         batch_size = self.batch_size or recipe.get("batch_size", group_size)
         if batch_size % group_size:
             raise ValueError(f"--group-size {group_size} must divide --batch-size {batch_size}")
+        if (parts := self.gradient_accumulation_steps) > batch_size:
+            raise ValueError(f"--gradient-accumulation-steps {parts} is more than the {batch_size} images of a batch")
         if self.algorithm != "critic" and group_size < 2:
             raise ValueError(
                 f"--algorithm {self.algorithm} compares images of one prompt: --group-size must be at least 2, got 1"
             )
         if self.init_policy is not None and self.algorithm != "find":
             raise ValueError(f"--init-policy is for --algorithm find, not {self.algorithm}")
+        if self.gradient_accumulation_steps > 1 and self.algorithm == "find":
+            raise ValueError("--gradient-accumulation-steps is not for FIND, whose policy is a table, not a network")
         if self.eval_prompts and self.algorithm == "find":
             raise ValueError("FIND is measured on the prompts it was made for; no others can be given")
         if self.critic_size < 2:

@@ -23,7 +23,7 @@ _PLOTTED = ("iteration", "images", "reward", "kl_to_prior")
 """What a report needs of every line of metrics."""
 MAY_CHANGE_ON_RESUME = {
     "num_iterations", "device", "rollout_batch_size", "denoiser", "checkpoint_every", "sample_every",
-    "overlap", "timeout",
+    "gradient_accumulation_steps", "overlap", "timeout",
 }  # fmt: skip
 """Settings that change no more of what a run computes than its rounding, and for how long it goes on."""
 

@@ -74,8 +74,8 @@ def load_frozen(config: TrainConfig, device: torch.device) -> FrozenDiffusersPip
     try:
         frozen = FrozenDiffusersPipeline.from_pretrained(
             config.model if world is None else world.model_folder(), device=device,
-            dtype=getattr(torch, config.dtype), rollout_batch_size=config.rollout_batch_size, height=config.height,
-            width=config.width, num_frames=num_frames, negative_prompt=config.negative_prompt,
+            dtype=getattr(torch, config.dtype or "float32"), rollout_batch_size=config.rollout_batch_size,
+            height=config.height, width=config.width, num_frames=num_frames, negative_prompt=config.negative_prompt,
             max_sequence_length=config.max_sequence_length, scheduler=config.scheduler,
             timestep_spacing=config.timestep_spacing,
             vae_slicing=config.vae_slicing, vae_tiling=config.vae_tiling, cpu_offload=config.cpu_offload,

@@ -60,6 +60,7 @@ def update_policy(
 
     Args:
         prompts: those met so far; fresh samples are of these.
+        config: its `gradient_accumulation_steps` cuts the batch for PPO's gradient, not the fresh samples.
         kl_coef: reward per nat.
         diversity_coef: reward per unit of difference between two pictures of a prompt (root mean square of pixels in
             [0, 1]).
@@ -82,23 +83,29 @@ def update_policy(
             predicted = critic(batch_embeds, rollout.action, rollout.step_index).mean(0)
             advantages = residual(rollout.reward, predicted)
     reward_std = rollout.reward.std().item()
+    ppo_kl_coef = kl_coef / (reward_std + 1e-6) if critic is None else 0.0
+    # For memory: the graph of a part of the batch at a time.
+    parts = torch.arange(len(rollout.reward)).tensor_split(config.gradient_accumulation_steps)
     start = [parameter.detach().clone() for parameter in policy.parameters()]
     for _ in range(config.num_updates):
-        mean, log_std = policy(batch_embeds)
-        with torch.no_grad():
-            step_kl = gaussian_kl(old_mean, old_log_std, mean, log_std).mean().item()
-        if step_kl > config.target_kl:
-            break
-        ppo_kl_coef = kl_coef / (reward_std + 1e-6) if critic is None else 0.0
-        ppo_loss, stats = ppo_clip_loss(
-            rollout.action, mean, log_std, old_log_prob, advantages,
-            clip_range=config.clip_range, kl_coef=ppo_kl_coef,
-        )  # fmt: skip
-        loss = reward_std * ppo_loss
-        if critic is not None:
-            loss = loss + _critic_loss(policy, critic, prompts, config, kl_coef, diversity_coef, generator)
         optimizer.zero_grad()
-        loss.backward()
+        step_kl, clip_fraction = [], 0.0
+        for rows in parts:
+            mean, log_std = policy(batch_embeds[rows])
+            with torch.no_grad():
+                before = old_mean[rows], old_log_std[rows] if old_log_std.ndim else old_log_std
+                step_kl.append(gaussian_kl(*before, mean, log_std))
+            ppo_loss, stats = ppo_clip_loss(
+                rollout.action[rows], mean, log_std, old_log_prob[rows], advantages[rows],
+                clip_range=config.clip_range, kl_coef=ppo_kl_coef,
+            )  # fmt: skip
+            share = len(rows) / len(rollout.reward)
+            clip_fraction += share * stats.clip_fraction.item()
+            (share * reward_std * ppo_loss).backward()
+        if torch.cat(step_kl).mean().item() > config.target_kl:
+            break
+        if critic is not None:
+            _critic_loss(policy, critic, prompts, config, kl_coef, diversity_coef, generator).backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
         optimizer.step()
     with torch.no_grad():
@@ -106,7 +113,7 @@ def update_policy(
         metrics = {
             "kl_to_prior": gaussian_kl(mean, log_std).mean().item(),
             "step_kl": gaussian_kl(old_mean, old_log_std, mean, log_std).mean().item(),
-            "clip_fraction": stats.clip_fraction.item(),
+            "clip_fraction": clip_fraction,
         }
         if critic is not None:
             metrics["diversity_kept"] = _diversity_kept(mean, log_std, critic, batch_embeds, rollout, generator)

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+import yaml
 
 from noisepolicy.storage import read_tensors
 from noisepolicy.training.checkpoint import whole_checkpoints
@@ -107,3 +108,22 @@ def test_a_reward_that_fails_on_one_rank_names_it(tmp_path):
     _, err = launcher.communicate(timeout=200)
     assert launcher.returncode != 0
     assert len(errors_of(err)) == 1 and "rank 1: reward 'lame:reward' raised ZeroDivision" in errors_of(err)[0], err
+
+
+@pytest.mark.slow
+def test_the_mixed_precision_of_accelerate_is_the_frozen_models(tmp_path):
+    def launch(*arguments):
+        command = [
+            sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--mixed_precision", "bf16",
+            "-m", "noisepolicy.cli.train", *SETTINGS, "--num-iterations", "1", "--device", "cpu", *arguments,
+        ]  # fmt: skip
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+
+    done = launch("--output-dir", "run")
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["dtype"] == "bfloat16"
+    weights = read_tensors(tmp_path / "run" / "policy" / "policy.safetensors").values()
+    assert all(weight.dtype == torch.float32 for weight in weights if weight.is_floating_point())
+    refused = launch("--output-dir", "other", "--dtype", "float32")
+    assert refused.returncode != 0 and not (tmp_path / "other").exists()
+    assert len(errors := errors_of(refused.stderr)) == 1 and "give --dtype bfloat16" in errors[0], refused.stderr

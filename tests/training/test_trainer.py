@@ -44,6 +44,29 @@ def test_resumed_run_is_bit_identical(make_trainer, tmp_path, algorithm, monkeyp
     assert resumed.run.read_metrics() == all_metrics
 
 
+@pytest.mark.parametrize(
+    "settings", [{"algorithm": "critic"}, {"algorithm": "ppo", "std": "one"}, {"algorithm": "ppo", "policy": "dense"}]
+)
+def test_gradient_accumulation_takes_the_same_steps(make_trainer, tmp_path, settings, monkeypatch):
+    """In parts of 11, 11 and 10 of the 32 rows."""
+    sizes = set()
+
+    def watched(latents, *arguments, **options):
+        sizes.add(len(latents))
+        return ppo_clip_loss(latents, *arguments, **options)
+
+    whole = make_trainer(tmp_path / "whole", num_iterations=4, **settings)
+    list(whole.train())
+    monkeypatch.setattr("noisepolicy.training.updates.ppo_clip_loss", watched)
+    parts = make_trainer(tmp_path / "parts", num_iterations=4, gradient_accumulation_steps=3, **settings)
+    list(parts.train())
+    assert sizes == {11, 10}
+    for expected, ours in zip(whole.run.read_metrics(), parts.run.read_metrics(), strict=True):
+        assert ours == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    embeds = whole.task.frozen.encode(whole.task.train_prompts).prompt_embeds
+    assert torch.allclose(whole.policy(embeds)[0], parts.policy(embeds)[0], atol=1e-4)
+
+
 def test_seeds_differ_and_repeat(make_trainer, tmp_path):
     def final(folder, seed):
         trainer = make_trainer(tmp_path / folder, seed=seed, num_iterations=4)
