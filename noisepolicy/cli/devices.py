@@ -59,7 +59,7 @@ def with_mixed_precision(config: TrainConfig, accelerator: Accelerator) -> Train
         raise ValueError(f"accelerate's --mixed_precision must be no, fp16 or bf16 here, got {wanted}")
     if config.dtype not in (None, dtype := _DTYPES[wanted]):
         raise ValueError(
-            f"accelerate's --mixed_precision {wanted} and dtype {config.dtype} contradict each other; "
-            f"give --dtype {dtype}, or --mixed_precision no"
+            f"accelerate's --mixed_precision {wanted} contradicts dtype {config.dtype}; "
+            f"launch with --mixed_precision no, or train with --dtype {dtype}"
         )
     return dataclasses.replace(config, dtype=dtype)

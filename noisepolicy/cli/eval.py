@@ -64,7 +64,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     config = with_denoiser(config, arguments)
     config.check()
     policy = NoisePolicy.from_pretrained(run.checked_policy())
-    accelerator = make_accelerator(config.device)
+    accelerator = make_accelerator(config.device, timeout_s=config.timeout)
     config = with_mixed_precision(config, accelerator)
     device = accelerator.device
     task = load_task(config, device)

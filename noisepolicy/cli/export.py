@@ -49,7 +49,7 @@ def _export(arguments: argparse.Namespace) -> None:
     quiet_loading()
     import torch
 
-    from noisepolicy.cli.devices import make_accelerator
+    from noisepolicy.cli.devices import make_accelerator, with_mixed_precision
     from noisepolicy.export.spec import denoiser_part, policy_part, vae_decoder_part
     from noisepolicy.policies import NoisePolicy
     from noisepolicy.training.config import TrainConfig
@@ -67,12 +67,14 @@ def _export(arguments: argparse.Namespace) -> None:
         if policy.kind == "table":
             raise ValueError(f"{arguments.source} is a run of FIND: its policy is a table, in policy/, not a network")
     config.denoiser, config.denoiser_dtype = "eager", None
-    config.dtype = arguments.dtype or config.dtype or "float32"
-    frozen = load_frozen(config, make_accelerator(arguments.device).device)
+    config.dtype = arguments.dtype or config.dtype
+    accelerator = make_accelerator(arguments.device)
+    config = with_mixed_precision(config, accelerator)
+    frozen = load_frozen(config, accelerator.device)
     guidance = arguments.guidance_scale
     if guidance is None:
         guidance = config.guidance_scale if policy is not None else 1.0
-    dtype = getattr(torch, config.dtype)
+    dtype = getattr(torch, config.dtype or "float32")
     rows = 2 * arguments.max_batch if guidance > 1 else arguments.max_batch
     denoiser = denoiser_part(frozen, guidance_scale=guidance, dynamic_size=arguments.dynamic_size)
     _export_part(denoiser, "denoiser", dtype, rows, arguments)

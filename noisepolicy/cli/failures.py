@@ -7,6 +7,8 @@ import traceback
 import warnings
 from collections.abc import Callable
 
+from noisepolicy.cli.launch import leave, may_report_error, rank, silence_all_but_the_first
+
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -43,13 +45,17 @@ def report_failure(command: str, error: Exception, *, is_debug: bool, hint: str 
 
 
 def run_command(command: str, body: Callable[[], None], *, is_debug: bool) -> int:
-    """Exit codes: 0 done, 2 bad input, 1 failed on the way, 130 interrupted."""
+    """Exit codes: 0 done, 2 bad input, 1 failed on the way, 130 interrupted. Of several processes, one speaks."""
+    silence_all_but_the_first()
+    code = 0
     try:
         body()
-        return 0
     except KeyboardInterrupt:
         print(f"\n{command}: interrupted", file=sys.stderr)
-        return 130
+        code = 130
     except (ValueError, RuntimeError, OSError) as error:
-        report_failure(command, error, is_debug=is_debug)
-        return 2 if isinstance(error, ValueError) else 1
+        if may_report_error():
+            report_failure(command, error, is_debug=is_debug, rank=rank())
+        code = 2 if isinstance(error, ValueError) else 1
+    leave(code)
+    return code

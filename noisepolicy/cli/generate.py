@@ -35,7 +35,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     quiet_loading()
     import torch
 
-    from noisepolicy.cli.devices import make_accelerator
+    from noisepolicy.cli.devices import make_accelerator, with_mixed_precision
     from noisepolicy.evaluation.figures import base_above_policy, picture_bytes
     from noisepolicy.ops import gaussian_sample
     from noisepolicy.policies import NoisePolicy
@@ -45,7 +45,8 @@ def _generate(arguments: argparse.Namespace) -> None:
 
     run, config = RunFolder.open(arguments.run)
     policy = NoisePolicy.from_pretrained(run.checked_policy())
-    device = make_accelerator(arguments.device or config.device).device
+    accelerator = make_accelerator(arguments.device or config.device)
+    config, device = with_mixed_precision(config, accelerator), accelerator.device
     frozen = load_frozen(with_denoiser(config, arguments), device)
     steps = arguments.steps or config.num_inference_steps[0]
     guidance = config.guidance_scale if arguments.guidance_scale is None else arguments.guidance_scale

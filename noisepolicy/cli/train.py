@@ -40,7 +40,7 @@ def _run(argv: list[str], *, is_debug: bool) -> int:
             if may_report_error():
                 hint = f"; nothing is lost; go on with: {session.resume_command}" if session else ""
                 report_failure("noisepolicy-train", error, is_debug=is_debug, hint=hint, rank=rank())
-            return 1 if session else 2
+            return 2 if session is None and isinstance(error, ValueError) else 1
         if may_report_error():
             resume = f"; go on with: {session.resume_command}" if session else ""
             print(f"\nnoisepolicy-train: interrupted{resume}", file=sys.stderr)
@@ -91,6 +91,8 @@ class _Session:
         self._eval_embeds = self.task.frozen.encode(self._eval_prompts) if self._eval_prompts else None
         if arguments.resumed is not None:
             self.trainer.resume()
+            if self._is_main:
+                self.config.save(self.run.config)  # what was changed now is the run's from here on
         if self.config.drop_text_encoders:
             self.trainer.encode_prompts()
             self.task.frozen.drop_text_encoders()

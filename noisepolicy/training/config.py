@@ -24,6 +24,8 @@ StepCounts = Annotated[
 ]
 """Denoising step counts; on the command line 1,2,4,8."""
 
+_MAX_TIMEOUT_S = 10_000_000
+
 RECIPES: dict[str, dict[str, Any]] = {
     "critic": {
         "policy": "spectral", "bands": 8, "std": "power", "num_iterations": 125, "batch_size": 96, "group_size": 2,
@@ -144,7 +146,8 @@ class TrainConfig:
     max_log_ratio: float = 1.0
     """FIND: historical images whose log-ratio is further from 0 have left the trust region and are dropped."""
     gradient_accumulation_steps: int = 1
-    """Parts of a batch that the policy's gradient is summed over, for memory; the step is the same but for rounding."""
+    """Parts of a batch that PPO's gradient is summed over, for memory; the step is the same but for rounding. With a
+    critic, `critic_batch_size` samples of its own term are held at once too."""
     target_kl: float | None = None
     """Nats: an iteration's updates stop once KL(old policy, new policy) passes this; looked at before each."""
     kl_budget: float | None = None
@@ -233,6 +236,8 @@ class TrainConfig:
         for name in positive:
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"{_flag(name)} must be positive, got {value}")
+        if self.timeout > _MAX_TIMEOUT_S:
+            raise ValueError(f"--timeout must be at most {_MAX_TIMEOUT_S:,} seconds, got {self.timeout}")
         for name in ("seed", "eval_num_prompts", "critic_warmup", "critic_weight_decay", "diversity_coef", "kl_coef"):
             if (value := getattr(self, name)) is not None and value < 0:
                 raise ValueError(f"{_flag(name)} must not be negative, got {value}")

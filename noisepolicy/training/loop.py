@@ -242,11 +242,15 @@ class TrainingLoop:
     def _warn_of_idle_processes(self) -> None:
         num_chunks = len(split_batch(self._step_index(0), self.config.rollout_batch_size))
         if self.processes.is_main and num_chunks < self.processes.count:
-            fitting = max(self.config.batch_size // self.processes.count, 1)
-            warnings.warn(
-                f"a batch has {num_chunks} chunks for {self.processes.count} processes, so some have nothing to do; "
-                f"--rollout-batch-size {fitting} gives each a share", stacklevel=3,
+            batch_size, count = self.config.batch_size, self.processes.count
+            remedy = (
+                f"--rollout-batch-size {batch_size // count} gives each a share"
+                if batch_size >= count else f"there are only {batch_size} images"
             )  # fmt: skip
+            warnings.warn(
+                f"a batch has {num_chunks} chunks for {count} processes, so some have nothing to do; {remedy}",
+                stacklevel=3,
+            )
 
     def _start_average(self) -> NoisePolicy:
         return copy.deepcopy(self.policy).eval().requires_grad_(False)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-_MAX_PENDING = 2  # chunks of images in memory beside the one being made: the one being scored, and the next
+_MAX_PENDING = 2  # chunks handed over before the caller waits: then one is scored while the next is made
 
 
 class Scorer:

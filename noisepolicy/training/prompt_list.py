@@ -1,4 +1,4 @@
-"""Prompts of files, read line by line where they are needed: ten million take some 200 MB of memory and no more."""
+"""Prompts of files, read line by line where they are needed: ten million take some 200 MB of memory."""
 
 import os
 import stat
@@ -44,7 +44,8 @@ class PromptList(Sequence[str]):
                     column.append(value)
             else:
                 raise ValueError("a prompt is empty; give a text, or a file of one prompt a line")
-        self._source, self._start, self._length, self.crc32 = (np.array(column) for column in columns)
+        arrays = (np.frombuffer(column, column.typecode) for column in columns)
+        self._source, self._start, self._length, self.crc32 = arrays
 
     def select(self, is_wanted: np.ndarray) -> "PromptList":
         """Those of them where `is_wanted`, bool `(prompts,)`."""

@@ -1,7 +1,8 @@
 """Embeddings of the prompts a run has met: each computed once, when a batch first asks for it, and kept on disk.
 
-A list of a hundred thousand prompts costs no more at the start than one of a hundred, and memory does not grow with
-those met. A resumed run reads them in RUN/prompts: rounding depends on the batch in which prompts are encoded.
+A list of a hundred thousand prompts costs no more at the start than one of a hundred, and memory does not grow with the
+embeddings of those met. A resumed run reads them in RUN/prompts: rounding depends on the batch in which prompts are
+encoded.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -21,11 +21,13 @@ from noisepolicy.training.config import TrainConfig, load_config
 _RUNS = Path("runs")
 _PLOTTED = ("iteration", "images", "reward", "kl_to_prior")
 """What a report needs of every line of metrics."""
+_HALF_WRITTEN = ".*.[0-9]*.tmp"
+"""How `storage` names a file that is being written."""
 MAY_CHANGE_ON_RESUME = {
     "num_iterations", "device", "rollout_batch_size", "denoiser", "checkpoint_every", "sample_every",
     "gradient_accumulation_steps", "overlap", "timeout",
 }  # fmt: skip
-"""Settings that change no more of what a run computes than its rounding, and for how long it goes on."""
+"""Settings that change no more of what a run computes than its rounding, and for how long it goes on; it keeps them."""
 
 
 class RunFolder:
@@ -67,20 +69,30 @@ class RunFolder:
         """An existing run and its settings.
 
         Raises:
-            ValueError: if `path` does not hold a run.
+            ValueError: if `path` does not hold a run, or its settings cannot work.
         """
         run = cls(path)
         if not run.config.is_file():
             raise ValueError(f"{path} is not a run folder (there is no {run.config})")
-        return run, load_config(file_within(path, run.config.name))
+        config = load_config(file_within(path, run.config.name))
+        try:
+            config.check()
+        except ValueError as error:
+            raise ValueError(f"{run.config}: {error}") from error
+        return run, config
 
     def lock(self) -> None:
         """Keeps other processes from writing here until this one ends, and clears what killed ones left half-written.
 
         Raises:
-            ValueError: if another process holds the lock.
+            ValueError: if another process holds the lock, or something that a run writes to is a link.
         """
         self.path.mkdir(parents=True, exist_ok=True)
+        folders = (self.policy, self.checkpoints, self.history, self.prompts, self.samples, self.tensorboard)
+        inside = [path for folder in folders for path in folder.glob("*")]
+        for path in (self.path / "lock", self.metrics, *folders, *inside):
+            if path.is_symlink():
+                raise ValueError(f"{path} is a link; a run writes to files of its own folder only")
         descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o666)
         self._lock = open(descriptor, "r+", encoding="utf-8")  # noqa: SIM115  # held until the process ends
         try:
@@ -92,8 +104,9 @@ class RunFolder:
         self._lock.truncate()
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self._lock.flush()
-        for path in self.path.rglob(".*.tmp"):
-            path.unlink()
+        for path in (*self.path.glob(_HALF_WRITTEN), *inside):
+            if path.match(_HALF_WRITTEN) and path.is_file():
+                path.unlink()
 
     @classmethod
     def find(cls, config: TrainConfig, launch_id: str | None, *, is_restart: bool) -> "RunFolder | None":

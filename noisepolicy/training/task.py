@@ -1,5 +1,6 @@
 """What a run is about: a frozen model, a reward, and prompts for training and for evaluation."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -50,7 +51,7 @@ def load_task(config: TrainConfig, device: torch.device) -> Task:
     else:
         held_out = []
     if world is not None and config.reward in (None, config.model):
-        for prompt in (*train, *held_out):
+        for prompt in itertools.chain(train, held_out):
             world.parse_caption(prompt)
     reward = load_reward(config.reward or config.model, device=device)
     eval_rewards = [load_reward(spec, device=device) for spec in config.eval_rewards]

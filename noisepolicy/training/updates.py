@@ -72,8 +72,8 @@ def update_policy(
     batch_embeds = prompts[rollout.prompt_row].prompt_embeds.float()
     with torch.no_grad():
         old_mean, old_log_std = policy(batch_embeds)
-        # Taken anew by the op that the loss uses, so the first ratio is 1 to the bit; float32 log-probs of hundreds of
-        # dimensions are exact to 1e-4 only.
+        # Taken anew by the op that the loss uses, so the first ratio is 1 (to the bit where the batch is one part);
+        # float32 log-probs of hundreds of dimensions are exact to 1e-4 only.
         old_log_prob = gaussian_log_prob(rollout.action, old_mean, old_log_std)
         if (drift := (old_log_prob - rollout.log_prob).abs().max().item()) > _MAX_LOG_PROB_DRIFT:
             raise RuntimeError(f"log-probs of the rollout and of its update differ by {drift:.3g}; the ratio would lie")

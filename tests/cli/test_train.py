@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+import yaml
 
 from noisepolicy.policies import NoisePolicy
 from noisepolicy.storage import read_tensors
@@ -207,6 +208,17 @@ def test_resume_refuses_what_would_change_the_run(run_train, tmp_path):
     (tmp_path / "run" / "config.yaml").write_text("bands: 4\n")
     result = run_train("--resume", "run", "--bands", "8")
     assert result.returncode == 2 and "--bands cannot change in a resumed run" in result.stderr
+
+
+@pytest.mark.slow
+def test_what_a_resumed_run_was_given_is_kept(run_train, tmp_path):
+    settings = [*SHORT, "--num-iterations", "1", "--eval-num-prompts", "0", "--output-dir", "run"]
+    assert run_train(*settings).returncode == 0
+    assert run_train("--resume", "run", "--num-iterations", "2").returncode == 0
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert saved["num_iterations"] == 2 and saved["batch_size"] == 8
+    again = run_train("--resume", "run")
+    assert again.returncode == 0 and "2/2" in again.stderr
 
 
 def test_help_names_every_setting(run_train):

@@ -21,10 +21,10 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-def start(*arguments, cwd, num_processes=2, max_restarts=0):
+def start(*arguments, cwd, num_processes=2, max_restarts=0, module="train"):
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes),
-        "--max-restarts", str(max_restarts), "-m", "noisepolicy.cli.train", *arguments,
+        "--max-restarts", str(max_restarts), "-m", f"noisepolicy.cli.{module}", *arguments,
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(cwd)}
     return subprocess.Popen(
@@ -99,6 +99,13 @@ def test_a_mistake_is_told_once(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_mistake_in_evaluating_is_told_once(tmp_path):
+    out, err = (launcher := start("nothing", cwd=tmp_path, module="eval")).communicate(timeout=200)
+    assert launcher.returncode != 0 and out == ""
+    assert err.count("noisepolicy-eval: error: ") == 1 and "not a run folder" in err, err
+
+
+@pytest.mark.slow
 def test_a_reward_that_fails_on_one_rank_names_it(tmp_path):
     (tmp_path / "lame.py").write_text(
         "import os\n\n\ndef reward(images, prompts):\n"
@@ -126,4 +133,4 @@ def test_the_mixed_precision_of_accelerate_is_the_frozen_models(tmp_path):
     assert all(weight.dtype == torch.float32 for weight in weights if weight.is_floating_point())
     refused = launch("--output-dir", "other", "--dtype", "float32")
     assert refused.returncode != 0 and not (tmp_path / "other").exists()
-    assert len(errors := errors_of(refused.stderr)) == 1 and "give --dtype bfloat16" in errors[0], refused.stderr
+    assert len(errors := errors_of(refused.stderr)) == 1 and "train with --dtype bfloat16" in errors[0], refused.stderr

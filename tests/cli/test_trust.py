@@ -1,6 +1,7 @@
 """Somebody else's run folder: nothing in it runs, is sent away, or is written elsewhere, unless the user says so."""
 
 import importlib
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -115,3 +116,36 @@ def test_what_is_outside(spec, parts):
             outside_parts(spec)
     else:
         assert outside_parts(spec) == parts
+
+
+@pytest.mark.parametrize(
+    "name", ["lock", "metrics.jsonl", "policy", "checkpoints", "samples", "history/rows.bin", "prompts/rows.bin"]
+)
+def test_a_resumed_run_writes_through_no_links(run_folder, command, tmp_path, name):
+    run, victim = run_folder(), tmp_path / "victim"
+    if "." in name or name == "lock":
+        victim.write_text("precious")
+    else:
+        victim.mkdir()
+        (victim / "config.json").write_text("precious")
+        shutil.rmtree(run / name, ignore_errors=True)
+    (run / name).parent.mkdir(exist_ok=True)
+    (run / name).symlink_to(victim)
+    refused(command("train", "--resume", run), f"{run / name} is a link")
+    (path,) = victim.iterdir() if victim.is_dir() else [victim]
+    assert path.read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("dtype: nn", "--dtype must be one of"),
+        ("num_inference_steps: []", "--num-inference-steps must be"),
+        ("rollout_batch_size: -3", "--rollout-batch-size must be positive"),
+    ],
+)
+def test_settings_that_cannot_work(run_folder, command, text, message):
+    run = run_folder()
+    (run / "config.yaml").write_text(text)
+    for arguments in (("generate", run, PROMPT), ("export", run, "--output-dir", "out"), ("eval", run)):
+        refused(command(*arguments), "config.yaml", message)

@@ -5,9 +5,10 @@ import socket
 
 import pytest
 
-pytestmark = pytest.mark.slow
+from noisepolicy.training.run_folder import RunFolder
 
 
+@pytest.mark.slow
 def test_the_second_is_refused(make_run, whole_run):
     first = make_run()
     second = type(first)(first._launcher, first.folder)
@@ -23,6 +24,7 @@ def test_the_second_is_refused(make_run, whole_run):
     first.finish().assert_same(whole_run)
 
 
+@pytest.mark.slow
 def test_a_killed_one_holds_nobody_up(make_run, whole_run):
     run = make_run()
     run.start_new()
@@ -34,3 +36,14 @@ def test_a_killed_one_holds_nobody_up(make_run, whole_run):
     run.resume()
     run.finish().assert_same(whole_run)
     assert not os.path.exists(f"/proc/{run.pid}")  # noqa: PTH110
+
+
+def test_what_is_not_the_runs_is_left_alone(tmp_path):
+    (tmp_path / "notes").mkdir()
+    theirs = [tmp_path / ".draft.tmp", tmp_path / "notes" / ".report.txt.7.tmp", tmp_path / ".cache.1.tmp"]
+    theirs[2].mkdir()
+    for path in theirs[:2]:
+        path.touch()
+    (ours := tmp_path / ".config.yaml.7.tmp").touch()
+    RunFolder(tmp_path).lock()
+    assert all(path.exists() for path in theirs) and not ours.exists()

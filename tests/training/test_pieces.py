@@ -79,6 +79,7 @@ def test_bad_config_files(tmp_path, text, message):
         ({"diversity_target": 80.0}, r"--diversity-target must be in \[0, 1\], got 80.0"),
         ({"diversity_coef": -1.0}, "--diversity-coef must not be negative"),
         ({"seed": -1}, "--seed must not be negative"),
+        ({"timeout": float("inf")}, "--timeout must be at most 10,000,000 seconds, got inf"),
         ({"gradient_accumulation_steps": 97}, "97 is more than the 96 images"),
         ({"algorithm": "find", "gradient_accumulation_steps": 2}, "is not for FIND"),
     ],
