@@ -100,7 +100,7 @@ def update_policy(
                 clip_range=config.clip_range, kl_coef=ppo_kl_coef,
             )  # fmt: skip
             share = len(rows) / len(rollout.reward)
-            clip_fraction += share * stats.clip_fraction.item()
+            clip_fraction = clip_fraction + share * stats.clip_fraction
             (share * reward_std * ppo_loss).backward()
         if torch.cat(step_kl).mean().item() > config.target_kl:
             break
@@ -113,7 +113,7 @@ def update_policy(
         metrics = {
             "kl_to_prior": gaussian_kl(mean, log_std).mean().item(),
             "step_kl": gaussian_kl(old_mean, old_log_std, mean, log_std).mean().item(),
-            "clip_fraction": clip_fraction,
+            "clip_fraction": float(clip_fraction),
         }
         if critic is not None:
             metrics["diversity_kept"] = _diversity_kept(mean, log_std, critic, batch_embeds, rollout, generator)
