@@ -15,7 +15,7 @@ _NUM_SAMPLES = 8
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 bad input, 1 failed during the run, 130 and 143 stopped by Ctrl-C and SIGTERM."""
+    """Exit codes: 0 done, 2 bad input, 1 failed on the way, 130 and 143 stopped by Ctrl-C and SIGTERM."""
     argv = list(sys.argv[1:] if argv is None else argv)
     is_debug = "--debug" in argv
     argv = [argument for argument in argv if argument != "--debug"]
