@@ -15,6 +15,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+HALF_WRITTEN = ".*.[0-9]*.tmp"
+"""Names of files that are being written, or were when their process was killed."""
 _DIGEST = "sha256"
 
 

@@ -15,14 +15,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from noisepolicy.storage import DamagedFileError, file_within, write_text
+from noisepolicy.storage import HALF_WRITTEN, DamagedFileError, file_within, write_text
 from noisepolicy.training.config import TrainConfig, load_config
 
 _RUNS = Path("runs")
 _PLOTTED = ("iteration", "images", "reward", "kl_to_prior")
 """What a report needs of every line of metrics."""
-_HALF_WRITTEN = ".*.[0-9]*.tmp"
-"""How `storage` names a file that is being written."""
 MAY_CHANGE_ON_RESUME = {
     "num_iterations", "device", "rollout_batch_size", "denoiser", "checkpoint_every", "sample_every",
     "gradient_accumulation_steps", "overlap", "timeout",
@@ -104,8 +102,8 @@ class RunFolder:
         self._lock.truncate()
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self._lock.flush()
-        for path in (*self.path.glob(_HALF_WRITTEN), *inside):
-            if path.match(_HALF_WRITTEN) and path.is_file():
+        for path in (*self.path.glob(HALF_WRITTEN), *inside):
+            if path.match(HALF_WRITTEN) and path.is_file():
                 path.unlink()
 
     @classmethod

@@ -5,6 +5,7 @@ update is a thousandth of the cost of the images.
 """
 
 import math
+from itertools import pairwise, starmap
 
 import torch
 
@@ -84,8 +85,9 @@ def update_policy(
             advantages = residual(rollout.reward, predicted)
     reward_std = rollout.reward.std().item()
     ppo_kl_coef = kl_coef / (reward_std + 1e-6) if critic is None else 0.0
-    # For memory: the graph of a part of the batch at a time.
-    parts = torch.arange(len(rollout.reward)).tensor_split(config.gradient_accumulation_steps)
+    # For memory: the graph of a part of the batch at a time. Slices are views, where indices would copy embeddings.
+    batch, num_parts = len(rollout.reward), config.gradient_accumulation_steps
+    parts = list(starmap(slice, pairwise(batch * number // num_parts for number in range(num_parts + 1))))
     start = [parameter.detach().clone() for parameter in policy.parameters()]
     for _ in range(config.num_updates):
         optimizer.zero_grad()
@@ -99,7 +101,7 @@ def update_policy(
                 rollout.action[rows], mean, log_std, old_log_prob[rows], advantages[rows],
                 clip_range=config.clip_range, kl_coef=ppo_kl_coef,
             )  # fmt: skip
-            share = len(rows) / len(rollout.reward)
+            share = (rows.stop - rows.start) / batch
             clip_fraction = clip_fraction + share * stats.clip_fraction
             (share * reward_std * ppo_loss).backward()
         if torch.cat(step_kl).mean().item() > config.target_kl:

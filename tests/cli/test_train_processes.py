@@ -118,7 +118,7 @@ def test_a_reward_that_fails_on_one_rank_names_it(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_mixed_precision_of_accelerate_is_the_frozen_models(tmp_path):
+def test_the_mixed_precision_of_accelerate_is_the_frozen_models(frozen, tmp_path):
     def launch(*arguments):
         command = [
             sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--mixed_precision", "bf16",
@@ -129,6 +129,8 @@ def test_the_mixed_precision_of_accelerate_is_the_frozen_models(tmp_path):
     done = launch("--output-dir", "run")
     assert done.returncode == 0, done.stderr
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["dtype"] == "bfloat16"
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["frozen_sha256_before"] != frozen.weights_sha256()  # which is in float32
     weights = read_tensors(tmp_path / "run" / "policy" / "policy.safetensors").values()
     assert all(weight.dtype == torch.float32 for weight in weights if weight.is_floating_point())
     refused = launch("--output-dir", "other", "--dtype", "float32")

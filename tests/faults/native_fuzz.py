@@ -27,7 +27,7 @@ import torch  # noqa: E402  # after the module is in its place
 from noisepolicy import ops  # noqa: E402
 
 EDGES = (0, 1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 33, 63, 65, 255, 1023, 1024, 1025)
-HUGE = (2**40, 2**62, 2**63 - 1)
+HUGE = (2**40, 2**62, 2**63 - 1)  # more than any machine holds: 2**31 elements would be computed
 DTYPES = (torch.float32, torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int32, torch.complex64)
 REFUSALS = (ValueError, RuntimeError, TypeError, OverflowError, NotImplementedError, IndexError, AttributeError)
 """What Python and torch raise of arguments that are none; the ops' own checks raise the first two."""

@@ -48,7 +48,7 @@ def test_resumed_run_is_bit_identical(make_trainer, tmp_path, algorithm, monkeyp
     "settings", [{"algorithm": "critic"}, {"algorithm": "ppo", "std": "one"}, {"algorithm": "ppo", "policy": "dense"}]
 )
 def test_gradient_accumulation_takes_the_same_steps(make_trainer, tmp_path, settings, monkeypatch):
-    """In parts of 11, 11 and 10 of the 32 rows."""
+    """In parts of 10, 11 and 11 of the 32 rows."""
     sizes = set()
 
     def watched(latents, *arguments, **options):
