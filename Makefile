@@ -1,5 +1,5 @@
 # make train: a virtual environment, the package, and a policy for the embedded model.
-# make test:  the same with the test extras, then the whole suite, on up to four cores.
+# make test:  the same with the test extras, then the whole suite, on up to four cores; a test that hangs fails.
 PYTHON ?= python3
 VENV ?= .venv
 
@@ -8,7 +8,7 @@ train: $(VENV)/train.stamp
 	$(VENV)/bin/noisepolicy-train
 
 test: $(VENV)/test.stamp
-	$(VENV)/bin/pytest -n auto --maxprocesses 4 --dist worksteal
+	$(VENV)/bin/pytest -n auto --maxprocesses 4 --dist worksteal -o faulthandler_exit_on_timeout=true
 
 SOURCES := setup.py pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc noisepolicy export benchmarks -type f -not -path '*__pycache__*' -not -name '*.so')
 

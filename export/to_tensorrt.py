@@ -24,9 +24,9 @@ from noisepolicy.frozen.tensorrt_files import (
     capability,
     check_engine,
     load_tensorrt,
-    make_log,
     read_sidecar,
     sidecar_path,
+    the_log,
 )
 from noisepolicy.storage import file_sha256, write_bytes, write_json
 
@@ -66,7 +66,8 @@ def build_engine(
     capabilities = capabilities_of(targets, flavor)
     if not onnx_path.is_file():
         raise ValueError(f"there is no ONNX file {onnx_path}")
-    log = make_log(trt)
+    log = the_log(trt)
+    log.forget()
     builder = trt.Builder(log)
     # A release without the flag knows no other networks.
     is_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)

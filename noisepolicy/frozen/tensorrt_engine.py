@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from noisepolicy.frozen.tensorrt_files import DTYPES, Shape, check_engine, load_tensorrt, make_log
+from noisepolicy.frozen.tensorrt_files import DTYPES, Shape, check_engine, load_tensorrt, the_log
 
 _MAX_GRAPHS = 8
 _ALIGNMENT = 256
@@ -98,7 +98,8 @@ class TensorRTEngine:
         self._stream = _Stream(torch.device(device))
         self._use_cuda_graph, self._has_warned = use_cuda_graph, False
         self._graphs: OrderedDict[tuple[Shape, ...], _Graph] = OrderedDict()
-        self._log = make_log(self._trt)
+        self._log = the_log(self._trt)
+        self._log.forget()
         with self._stream.joined():
             self._runtime = self._trt.Runtime(self._log)
             self._engine = self._runtime.deserialize_cuda_engine(self._path.read_bytes())

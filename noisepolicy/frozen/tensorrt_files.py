@@ -4,7 +4,9 @@ The two share every line but the import. Building is in `noisepolicy.export.to_t
 `tensorrt_engine.py`.
 """
 
+import functools
 import json
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -70,14 +72,23 @@ def load_tensorrt(flavor: str) -> ModuleType:
     return require(MODULES[flavor], flavor)
 
 
-def make_log(trt: ModuleType) -> Any:
-    """A logger for TensorRT that prints nothing and keeps `errors` and `warnings`; `reason()` is the first error."""
+@functools.cache
+def the_log(trt: ModuleType) -> Any:
+    """TensorRT's logger, which prints nothing and keeps what it was told; one for the life of the process.
+
+    TensorRT itself knows one logger. A second one is ignored while anything of the first lives, and is told so under a
+    lock that the end of a builder takes too: where the garbage collector, run by Python's own logging code, frees a
+    forgotten builder, the process hangs.
+    """
 
     class Log(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-            self.warnings: list[str] = []
+            self.forget()
+
+        def forget(self) -> None:
+            self.errors: deque[str] = deque(maxlen=64)
+            self.warnings: deque[str] = deque(maxlen=64)
 
         def log(self, severity: Any, msg: str) -> None:
             if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
@@ -86,7 +97,10 @@ def make_log(trt: ModuleType) -> Any:
                 self.warnings.append(" ".join(msg.split()))
 
         def reason(self) -> str:
-            return self.errors[0][:500] if self.errors else "it gives no reason"
+            """The first error since the last call, or since `forget`."""
+            said = self.errors[0][:500] if self.errors else "it gives no reason"
+            self.forget()
+            return said
 
     return Log()
 

@@ -223,6 +223,38 @@ def test_onnx_files_that_are_refused(gemm, tmp_path):
         build_engine(tmp_path / "none.onnx", tmp_path / "layer.engine", flavor=FLAVOR, shapes=GEMM_SHAPES)
 
 
+FORGOTTEN_BUILDER = """
+import gc, sys
+from noisepolicy.export.to_tensorrt import build_engine
+
+def build(**options):
+    try:
+        build_engine(sys.argv[1], "e", flavor="tensorrt-rtx", shapes={"sample": ((1, 4), (2, 4), (8, 4))}, **options)
+    except RuntimeError as error:
+        return [error]
+
+gc.disable()
+kept = build(refit=True)
+print(kept[0])
+print(build(refit=True)[0])
+kept.append(kept)
+del kept
+sys.settrace(lambda frame, *_: gc.collect() if frame.f_code.co_name == "log" else None)
+print(build())
+"""
+
+
+@needs_no_gpu
+def test_a_builder_that_still_lives(gemm, tmp_path):
+    """The second build is told its own reason; the third ends though logging frees the builder of the first."""
+    process = subprocess.run(
+        [sys.executable, "-c", FORGOTTEN_BUILDER, gemm], cwd=tmp_path, capture_output=True, text=True, timeout=100
+    )
+    assert process.returncode == 0, process.stderr
+    first, second, third = process.stdout.splitlines()
+    assert (first, third) == (second, "None") and "it gives no reason" not in first
+
+
 @pytest.fixture
 def as_tensorrt(monkeypatch) -> dict:
     """Options of a build by `"tensorrt"` on a GPU; TensorRT-RTX does the work."""
