@@ -1,5 +1,7 @@
 """The embedded model on every engine that runs here, exported once into a cache of the session's own."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -39,3 +41,22 @@ def prompts() -> list[str]:
 @pytest.fixture(scope="session")
 def latents(frozen: FrozenDiffusersPipeline) -> torch.Tensor:
     return torch.randn(NUM_ROWS, *frozen.latent_shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def gemm(tmp_path) -> Path:
+    """A layer in ONNX, which is built in a tenth of a second."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    weight = onnx.numpy_helper.from_array(torch.randn(4, 4).numpy(), "weight")
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["sample", "weight"], ["out_sample"])],
+        "layer",
+        [helper.make_tensor_value_info("sample", TensorProto.FLOAT, ["batch", 4])],
+        [helper.make_tensor_value_info("out_sample", TensorProto.FLOAT, ["batch", 4])],
+        [weight],
+    )
+    path = tmp_path / "layer.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+    return path

@@ -7,10 +7,8 @@ import sys
 from pathlib import Path
 
 import diffusers
-import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper
 from torch import nn
 
 from noisepolicy.export.to_tensorrt import EngineMismatch, build_engine, check_engine, load_tensorrt, read_sidecar
@@ -63,22 +61,6 @@ def embedded(tmp_path_factory) -> tuple[Path, dict]:
     }  # fmt: skip
     path = tmp_path_factory.mktemp("embedded") / "unet.onnx"
     return export(unet, inputs, path, torch.float32), profile(inputs, 64)
-
-
-@pytest.fixture
-def gemm(tmp_path) -> Path:
-    """A layer in ONNX, which is built in a tenth of a second."""
-    weight = onnx.numpy_helper.from_array(torch.randn(4, 4).numpy(), "weight")
-    graph = helper.make_graph(
-        [helper.make_node("MatMul", ["sample", "weight"], ["out_sample"])],
-        "layer",
-        [helper.make_tensor_value_info("sample", TensorProto.FLOAT, ["batch", 4])],
-        [helper.make_tensor_value_info("out_sample", TensorProto.FLOAT, ["batch", 4])],
-        [weight],
-    )
-    path = tmp_path / "layer.onnx"
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
-    return path
 
 
 @pytest.fixture
@@ -221,38 +203,6 @@ def test_onnx_files_that_are_refused(gemm, tmp_path):
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match=r"there is no ONNX file .*none\.onnx"):
         build_engine(tmp_path / "none.onnx", tmp_path / "layer.engine", flavor=FLAVOR, shapes=GEMM_SHAPES)
-
-
-FORGOTTEN_BUILDER = """
-import gc, sys
-from noisepolicy.export.to_tensorrt import build_engine
-
-def build(**options):
-    try:
-        build_engine(sys.argv[1], "e", flavor="tensorrt-rtx", shapes={"sample": ((1, 4), (2, 4), (8, 4))}, **options)
-    except RuntimeError as error:
-        return [error]
-
-gc.disable()
-kept = build(refit=True)
-print(kept[0])
-print(build(refit=True)[0])
-kept.append(kept)
-del kept
-sys.settrace(lambda frame, *_: gc.collect() if frame.f_code.co_name == "log" else None)
-print(build())
-"""
-
-
-@needs_no_gpu
-def test_a_builder_that_still_lives(gemm, tmp_path):
-    """The second build is told its own reason; the third ends though logging frees the builder of the first."""
-    process = subprocess.run(
-        [sys.executable, "-c", FORGOTTEN_BUILDER, gemm], cwd=tmp_path, capture_output=True, text=True, timeout=100
-    )
-    assert process.returncode == 0, process.stderr
-    first, second, third = process.stdout.splitlines()
-    assert (first, third) == (second, "None") and "it gives no reason" not in first
 
 
 @pytest.fixture
