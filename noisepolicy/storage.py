@@ -28,8 +28,9 @@ def write_bytes(path: Path, data: bytes) -> None:
     """Writes `data` to `path` atomically, creating parent folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:  # follows no link that somebody laid there
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

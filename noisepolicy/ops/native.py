@@ -23,6 +23,11 @@ def unavailable_reason() -> str | None:
     return f"the compiled extension did not load ({_LOAD_ERROR}); reinstall with `pip install .`"
 
 
+def _empty(*shape):
+    """What a kernel writes to: float32 on the CPU, whatever torch's defaults are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
 def _policy(mean, log_std):
     """The arguments that every kernel begins with."""
     return mean.data_ptr(), log_std.data_ptr(), _STORAGE[mean.dtype], *row_sizes(mean, log_std)
@@ -30,7 +35,7 @@ def _policy(mean, log_std):
 
 def gaussian_sample(mean, log_std, seed, offset):
     latents = torch.empty_like(mean, dtype=torch.float32)
-    log_prob = torch.empty(mean.shape[0])
+    log_prob = _empty(mean.shape[0])
     _C.gaussian_sample(
         *_policy(mean, log_std), seed, offset, torch.get_num_threads(), latents.data_ptr(), log_prob.data_ptr()
     )
@@ -38,9 +43,9 @@ def gaussian_sample(mean, log_std, seed, offset):
 
 
 def spectral_sample(mean, log_std, spectrum: Spectrum, seed, offset):
-    latents = torch.empty(mean.shape[0], spectrum.channels, *spectrum.extent)
-    coefficients = torch.empty(mean.shape)
-    log_prob = torch.empty(mean.shape[0])
+    latents = _empty(mean.shape[0], spectrum.channels, *spectrum.extent)
+    coefficients = _empty(*mean.shape)
+    log_prob = _empty(mean.shape[0])
     basis = [dct_basis(b, n, mean.device) for b, n in zip(spectrum.bands, spectrum.extent, strict=True)]
     _C.spectral_sample(
         *_policy(mean, log_std), spectrum.channels, spectrum.extent, spectrum.bands, [b.data_ptr() for b in basis],
@@ -50,7 +55,7 @@ def spectral_sample(mean, log_std, spectrum: Spectrum, seed, offset):
 
 
 def gaussian_log_prob(latents, mean, log_std):
-    log_prob = torch.empty(mean.shape[0])
+    log_prob = _empty(mean.shape[0])
     _C.gaussian_log_prob(*_policy(mean, log_std), torch.get_num_threads(), latents.data_ptr(), log_prob.data_ptr())
     return log_prob
 
@@ -70,7 +75,7 @@ def _ppo_clip_loss(
     latents, mean, log_std, old_log_prob, advantages, clip_range, kl_coef, grad_mean, grad_log_std
 ) -> PpoForward:
     batch = mean.shape[0]
-    out = PpoForward(torch.empty(3), torch.empty(batch), torch.empty(batch), torch.empty(batch), torch.empty(batch))
+    out = PpoForward(_empty(3), _empty(batch), _empty(batch), _empty(batch), _empty(batch))
     _C.ppo_clip_loss(
         *_policy(mean, log_std), torch.get_num_threads(), latents.data_ptr(), old_log_prob.data_ptr(),
         advantages.data_ptr(), clip_range, kl_coef, *(tensor.data_ptr() for tensor in out),

@@ -1,6 +1,7 @@
 """CLIP encoders and the rewards that are a cosine of theirs: CLIPScore and PickScore."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,14 +48,14 @@ class FrozenClip:
         """Both encoders, from safetensors."""
         from transformers import CLIPModel
 
-        return cls(CLIPModel.from_pretrained(model, use_safetensors=True), processor or model, device=device)
+        return cls(_load_whole(CLIPModel, model), processor or model, device=device)
 
     @classmethod
     def load_vision(cls, model: str, *, device: torch.device | str) -> "FrozenClip":
         """The image encoder alone, from the safetensors of the whole."""
         from transformers import CLIPVisionModelWithProjection
 
-        return cls(CLIPVisionModelWithProjection.from_pretrained(model, use_safetensors=True), model, device=device)
+        return cls(_load_whole(CLIPVisionModelWithProjection, model), model, device=device)
 
     @torch.no_grad()
     def embed_images(self, images: torch.Tensor) -> torch.Tensor:
@@ -121,3 +122,14 @@ class PickScore:
         """`(batch,)`; 18 to 24 is common."""
         check_images(images, prompts)
         return self._clip.model.logit_scale.exp() * self._clip.cosine(images, prompts)
+
+
+def _load_whole(kind: Any, model: str) -> Any:
+    """The model with every weight from its files; transformers itself would make up what they lack."""
+    loaded, info = kind.from_pretrained(model, use_safetensors=True, output_loading_info=True)
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"{model} lacks {len(missing)} of the weights of a {kind.__name__}, among them {', '.join(missing[:3])}; "
+            "expected a whole checkpoint"
+        )
+    return loaded

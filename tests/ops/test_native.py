@@ -179,3 +179,16 @@ def test_the_loss_allocates_nothing_of_the_actions_size_but_its_gradients():
     gradients = 2 * mean.nbytes
     assert gradients <= allocated("cpp") < gradients + 1024 * batch
     assert allocated("torch") > 2 * gradients, "the profiler would see more"
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_torchs_defaults_change_nothing(default):
+    mean, log_std = torch.randn(4, 64), torch.zeros(4, 64)
+    expected = native.gaussian_sample(mean, log_std, 1, 0)
+    torch.set_default_dtype(default)
+    try:
+        with torch.device("meta"):
+            got = native.gaussian_sample(mean, log_std, 1, 0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(got, expected, strict=True))

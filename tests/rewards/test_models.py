@@ -1,17 +1,20 @@
 """Each reward with weights, on a tiny checkpoint of the real classes, against the plain library."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoTokenizer, BertTokenizer, CLIPModel
 from transformers.models.blip.configuration_blip import BlipTextConfig, BlipVisionConfig
 from transformers.models.blip.modeling_blip import BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 from noisepolicy.rewards import RewardError, load_reward
+from noisepolicy.rewards.clip import FrozenClip
 
 PROMPTS = ["a red circle", "a blue square and a green triangle", "a circle " * 40]
 
@@ -186,3 +189,15 @@ def test_models_are_frozen_and_float32(clip_folder):
     clip = load_reward(f"clipscore({clip_folder})")._function._clip.model
     assert not clip.training
     assert all(not p.requires_grad and p.dtype == torch.float32 for p in clip.parameters())
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(clip_folder, tmp_path):
+    """Transformers would fill them with noise."""
+    folder = tmp_path / "partial"
+    shutil.copytree(clip_folder, folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["visual_projection.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    for load in (FrozenClip.load, FrozenClip.load_vision):
+        with pytest.raises(ValueError, match=r"partial lacks 1 of the weights of a CLIP.*visual_projection\.weight"):
+            load(str(folder), device="cpu")
