@@ -30,7 +30,9 @@ class Engine(Protocol):
 
 
 class OnnxRuntimeEngine:
-    """ONNX Runtime; on CUDA inputs and output are bound where they lie, on the caller's stream.
+    """ONNX Runtime; on CUDA inputs and output are bound where they lie, and the host waits before and after a call.
+
+    It cannot be given torch's default stream, whose handle is 0 and means none to it, and would run beside it.
 
     Args:
         path: of the ONNX file.
@@ -52,7 +54,7 @@ class OnnxRuntimeEngine:
         output_shape: Callable[[Mapping[str, Sequence[int]]], tuple[int, ...]] | None = None,
     ) -> None:
         ort = require("onnxruntime", "onnx-gpu" if device.type == "cuda" else "onnx")
-        self._ort, self._device, self._output_shape = ort, device, output_shape
+        self._device, self._output_shape = device, output_shape
         provider = provider or ("CUDAExecutionProvider" if device.type == "cuda" else "CPUExecutionProvider")
         if provider not in ort.get_available_providers():
             raise RuntimeError(
@@ -66,7 +68,6 @@ class OnnxRuntimeEngine:
         settings: dict[str, str] = {}
         if provider != "CPUExecutionProvider":
             settings["device_id"] = str(device.index or 0)
-            settings["user_compute_stream"] = str(torch.cuda.current_stream(device).cuda_stream)
         try:
             providers = [(provider, settings)]
             if provider == "TensorrtExecutionProvider":  # what TensorRT cannot do stays on the GPU
@@ -82,9 +83,6 @@ class OnnxRuntimeEngine:
         self.input_names = tuple(self._types)
         (output,) = self._session.get_outputs()
         self._output_name, self._output_type = output.name, _ONNX_DTYPES[output.type]
-        self._run_options = ort.RunOptions()
-        if device.type == "cuda":
-            self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
     def run(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         inputs = {name: inputs[name].to(self._device, kind).contiguous() for name, kind in self._types.items()}
@@ -100,7 +98,9 @@ class OnnxRuntimeEngine:
         for name, tensor in inputs.items():
             binding.bind_input(name, *self._place(tensor))
         binding.bind_output(self._output_name, *self._place(output))
-        self._session.run_with_iobinding(binding, self._run_options)
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()  # the inputs are there; ONNX Runtime waits at its end
+        self._session.run_with_iobinding(binding)
         return output
 
     def _place(self, tensor: torch.Tensor) -> tuple[str, int, Any, list[int], int]:

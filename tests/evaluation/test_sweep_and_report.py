@@ -104,6 +104,16 @@ def test_report_is_self_contained_and_escaped(report):
     assert html.count("data:image/png;base64,") == 2 * len(PROMPTS) and html.count("<svg") == 2
 
 
+def test_report_says_which_model_was_measured(report):
+    path, summary = report
+    assert "The model's weights did not change (SHA-256 abababababab…, before and after)" in path.read_text("utf-8")
+    config = dataclasses.asdict(TrainConfig(output_dir=None)) | {"eval_steps": [1, 2], "num_inference_steps": [2]}
+    other = summary | {"frozen_sha256_after": "cd" * 32}
+    write_report(path, config=config, summary=other, metrics=[], pairs=[])
+    html = path.read_text("utf-8")
+    assert "did not change" not in html and "(SHA-256 cdcdcdcdcdcd…) is not the one it was trained with" in html
+
+
 @pytest.mark.browser
 def test_report_opens_in_a_browser(report, tmp_path, browser):
     path, _ = report
