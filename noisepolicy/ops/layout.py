@@ -129,8 +129,8 @@ def make_spectrum(action_shape: tuple[int, ...], latent_shape: tuple[int, ...]) 
 @lru_cache(maxsize=64)
 def dct_basis(bands: int, extent: int, device: torch.device) -> torch.Tensor:
     """The lowest `bands` rows of the orthonormal DCT-II of length `extent`, float32 `(bands, extent)`."""
-    frequency = torch.arange(bands, dtype=torch.float64)[:, None]
-    place = torch.arange(extent, dtype=torch.float64)[None, :]
+    frequency = torch.arange(bands, dtype=torch.float64, device="cpu")[:, None]
+    place = torch.arange(extent, dtype=torch.float64, device="cpu")[None, :]
     basis = torch.cos(math.pi * (2 * place + 1) * frequency / (2 * extent)) * math.sqrt(2 / extent)
     basis[0] /= math.sqrt(2)
     return basis.to(device, torch.float32)

@@ -16,6 +16,7 @@ from noisepolicy.ops import (
     reference,
     spectral_sample,
 )
+from noisepolicy.ops.layout import dct_basis, make_spectrum
 
 BACKENDS = ["cpp", "torch"]
 LOG_STD_SHAPES = [(8, 3, 64, 67), (8, 3, 1, 1), (8, 1, 1, 1)]
@@ -183,12 +184,22 @@ def test_the_loss_allocates_nothing_of_the_actions_size_but_its_gradients():
 
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
 def test_torchs_defaults_change_nothing(default):
-    mean, log_std = torch.randn(4, 64), torch.zeros(4, 64)
-    expected = native.gaussian_sample(mean, log_std, 1, 0)
+    """Kernels are given addresses: a result of half the size would be written past its end."""
+    mean, log_std, zeros = torch.randn(4, 1, 8, 8), torch.zeros(4, 1, 8, 8), torch.zeros(4)
+    spectrum = make_spectrum((1, 8, 8), (1, 32, 32))
+
+    def results():
+        latents, log_prob = native.gaussian_sample(mean, log_std, 1, 0)
+        loss = native.ppo_clip_loss(latents, mean, log_std, zeros, zeros, 0.2, 0.1)
+        spectral = native.spectral_sample(mean, log_std, spectrum, 1, 0)
+        return [latents, log_prob, *loss, *spectral, native.gaussian_log_prob(latents, mean, log_std)]
+
+    expected = results()
+    dct_basis.cache_clear()
     torch.set_default_dtype(default)
     try:
         with torch.device("meta"):
-            got = native.gaussian_sample(mean, log_std, 1, 0)
+            got = results()
     finally:
         torch.set_default_dtype(torch.float32)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(got, expected, strict=True))
