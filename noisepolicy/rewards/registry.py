@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import torch
+from safetensors import SafetensorError
 
 from noisepolicy.rewards.base import Reward
 from noisepolicy.rewards.weighted_sum import WeightedSum
@@ -188,7 +189,7 @@ def _make(name: str, entry: _Entry, argument: str, device: torch.device | str) -
         return maker(inner if inner is not None else argument)
     except KeyError as error:
         raise ValueError(f"reward {name!r}: its weights have no {error}") from error
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         hint = ""
         if entry.takes == "models" and not models:
             hint = f" (weights already on disk: {name}(FOLDER))"
@@ -218,11 +219,13 @@ def _import_function(name: str) -> Any:
     if folder not in sys.path:
         sys.path.insert(0, folder)
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except ImportError as error:
-        raise ValueError(f"reward {name!r}: cannot import {module_name!r} ({error})") from error
-    except AttributeError as error:
-        raise ValueError(f"reward {name!r}: module {module_name!r} has no {function_name!r}") from error
+        module = importlib.import_module(module_name)
+    except Exception as error:  # a user's module may raise anything, and so may a name that is none
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"reward {name!r}: cannot import {module_name!r} ({reason})") from error
+    if not hasattr(module, function_name):
+        raise ValueError(f"reward {name!r}: module {module_name!r} has no {function_name!r}")
+    function = getattr(module, function_name)
     if not callable(function):
         raise ValueError(f"reward {name!r}: {function_name!r} is not callable")
     return function

@@ -149,3 +149,26 @@ def test_nothing_heavy_is_imported_before_it_is_needed():
 def test_bad_results_stop_with_the_rewards_name(function, message):
     with pytest.raises(RewardError, match=f"reward 'mine' {message}"):
         Reward("mine", function)(IMAGES, PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("import os; os.environ['NO_SUCH_TOKEN']", "KeyError: 'NO_SUCH_TOKEN'"),
+        ("def f(:", "SyntaxError: invalid syntax"),
+        ("import os; os.no_such", "AttributeError: module 'os' has no attribute 'no_such'"),
+    ],
+)
+def test_a_module_that_cannot_be_imported_says_why(source, reason, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    name = f"broken_{reason.partition(':')[0].lower()}"
+    (tmp_path / f"{name}.py").write_text(source)
+    with pytest.raises(ValueError, match=rf"cannot import '{name}' \({reason}") as error:
+        load_reward(f"{name}:f")
+    assert "\n" not in str(error.value)
+
+
+def test_a_path_is_no_module():
+    with pytest.raises(ValueError, match=r"cannot import '\./my_reward\.py' \(TypeError"):
+        load_reward("./my_reward.py:f")
