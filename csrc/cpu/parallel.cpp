@@ -10,6 +10,10 @@
 #include <thread>
 #include <vector>
 
+#ifdef __linux__
+#include <sched.h>
+#endif
+
 namespace noisepolicy::cpu {
 namespace {
 
@@ -35,14 +39,25 @@ bool came_soon(Condition condition) {
   return false;
 }
 
+// CPUs that this thread may run on.
+int num_cpus() {
+#ifdef __linux__
+  cpu_set_t allowed;
+  if (sched_getaffinity(0, sizeof(allowed), &allowed) == 0) return CPU_COUNT(&allowed);
+#endif
+  return static_cast<int>(std::thread::hardware_concurrency());
+}
+
 // Threads are started when first wanted. Between calls that follow at once they look for work, which is sooner than
-// being woken; then they sleep, so that they do not steal time from the frozen model's own threads.
+// being woken; then they sleep, so that they do not steal time from the frozen model's own threads. Where there are more
+// threads than CPUs they sleep at once: the thread that they wait for needs the CPU.
 class Pool {
  public:
   using Job = std::function<void()>;
 
   // Runs the job here and on `num_helpers` helpers.
   void run(int num_helpers, const Job& job) {
+    const bool can_spin = num_helpers < num_cpus();
     {
       std::lock_guard<std::mutex> lock(mutex_);
       while (static_cast<int>(threads_.size()) < num_helpers) {
@@ -51,30 +66,35 @@ class Pool {
       }
       job_ = &job;
       wanted_ = num_helpers;
+      can_spin_ = can_spin;
       unfinished_ = num_helpers;
       ++generation_;
     }
     wake_.notify_all();
     job();
-    if (came_soon([this] { return unfinished_ == 0; })) return;
+    if (can_spin && came_soon([this] { return unfinished_ == 0; })) return;
     std::unique_lock<std::mutex> lock(mutex_);
     done_.wait(lock, [this] { return unfinished_ == 0; });
   }
 
  private:
   void work(int index, uint64_t seen) {
+    std::unique_lock<std::mutex> lock(mutex_);
     while (true) {
-      came_soon([&] { return generation_ != seen; });
-      std::unique_lock<std::mutex> lock(mutex_);
       wake_.wait(lock, [&] { return generation_ != seen; });
       seen = generation_;
       if (index >= wanted_) continue;
       const Job& job = *job_;
+      const bool can_spin = can_spin_;
       lock.unlock();
       job();
-      if (--unfinished_ > 0) continue;
-      lock.lock();  // the caller has either not looked yet or is asleep
-      done_.notify_one();
+      if (--unfinished_ == 0) {
+        lock.lock();  // the caller has either not looked yet or is asleep
+        done_.notify_one();
+        lock.unlock();
+      }
+      if (can_spin) came_soon([&] { return generation_ != seen; });
+      lock.lock();
     }
   }
 
@@ -83,6 +103,7 @@ class Pool {
   std::vector<std::thread> threads_;
   const Job* job_ = nullptr;
   int wanted_ = 0;
+  bool can_spin_ = false;
   std::atomic<int> unfinished_{0};
   std::atomic<uint64_t> generation_{0};
 };
