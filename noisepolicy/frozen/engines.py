@@ -65,6 +65,9 @@ class OnnxRuntimeEngine:
         options.log_severity_level = 4  # what goes wrong is raised
         options.intra_op_num_threads = torch.get_num_threads()
         options.inter_op_num_threads = 1
+        # By default idle threads spin for milliseconds, which slows the working one beside another busy process.
+        # Versions before 1.26 ignore this entry.
+        options.add_session_config_entry("session.intra_op.spin_duration_us", "20")
         settings: dict[str, str] = {}
         if provider != "CPUExecutionProvider":
             settings["device_id"] = str(device.index or 0)
