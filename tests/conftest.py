@@ -8,6 +8,7 @@ from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # tests run side by side; what they start inherits it
 if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
