@@ -143,4 +143,4 @@ def score_population(
             rows[row], embeds[prompt], num_inference_steps=num_inference_steps, guidance_scale=guidance_scale
         )
         rewards.append(reward(images, [prompts[i] for i in prompt.tolist()]))
-    return torch.cat(rewards).to(latents.device).reshape(latents.shape[:2])
+    return torch.cat(rewards).float().to(latents.device).reshape(latents.shape[:2])

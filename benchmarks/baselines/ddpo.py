@@ -173,8 +173,8 @@ class Ddpo:
                 if std > 0:
                     log_prob[index, rows] = gaussian_log_prob(latents[index + 1, rows], mean, self._log_std(index))
             images.append(self._decode(latents[-1, rows]))
-        reward = self._reward(torch.cat(images), [self._prompts[row] for row in prompt_row.tolist()]).to(self._device)
-        return Trajectories(prompt_row, latents, log_prob, reward)
+        reward = self._reward(torch.cat(images), [self._prompts[row] for row in prompt_row.tolist()])
+        return Trajectories(prompt_row, latents, log_prob, reward.float().to(self._device))
 
     def step_mean(self, latents: torch.Tensor, index: int, prompt_row: torch.Tensor) -> torch.Tensor:
         """Where step `index` leads from `latents` without its noise, float32 `(batch, *latent_shape)`, differentiable.

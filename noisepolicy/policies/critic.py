@@ -62,9 +62,38 @@ class RewardCritic(nn.Module):
         }  # fmt: skip
         self.sketch = _Sketch(shape, channels, hidden_width)
         self.readers = nn.ModuleList(_Reader(shape, hidden_width) for _ in range(size))
+        self.register_buffer("reward_center", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("reward_spread", torch.zeros((), dtype=torch.float64))
+
+    @torch.no_grad()
+    def set_scale(self, center: float, spread: float) -> None:
+        """Says what a prediction of 0 and of 1 are in the reward's own units; what was predicted before stays the same.
+
+        The readers' last layers change with the scale, as in PopArt (van Hasselt et al., arXiv 1602.07714).
+        """
+        if not spread:
+            return
+        old_center, old_spread = self.reward_center.item(), self.reward_spread.item()
+        if old_spread:
+            for reader in self.readers:
+                last = reader.body[-1]
+                last.weight *= old_spread / spread
+                last.bias.mul_(old_spread / spread).add_((old_center - center) / spread)
+        self.reward_center.fill_(center)
+        self.reward_spread.fill_(spread)
+
+    def in_reward_units(self, predicted: torch.Tensor) -> torch.Tensor:
+        """Standardised predictions in the reward's own units, float64."""
+        return self.reward_center + self.reward_spread * predicted
 
     def forward(self, prompt_embeds: torch.Tensor, action: torch.Tensor, step_index: torch.Tensor) -> torch.Tensor:
-        """Predicted rewards, `(size, batch)`, from `(batch, tokens, width)`, `(batch, *action_shape)`, `(batch,)`."""
+        """Predicted standardised rewards, `(size, batch)`.
+
+        Args:
+            prompt_embeds: `(batch, tokens, width)`
+            action: `(batch, *action_shape)`
+            step_index: into the shape's step counts, int64 `(batch,)`
+        """
         return self._read(prompt_embeds, self.sketch(prompt_embeds, action, step_index))
 
     def _read(self, prompt_embeds: torch.Tensor, sketch: torch.Tensor) -> torch.Tensor:
@@ -89,18 +118,17 @@ class RewardCritic(nn.Module):
 
         Args:
             picture: from `shrink_pictures`.
-            reward: `(batch,)`, of at least two.
+            reward: standardised, `(batch,)`, of at least two.
         """
         sketch = self.sketch(prompt_embeds, action, step_index)
         loss = F.mse_loss(sketch, picture) / picture.var(0).mean().clamp(min=1e-6)
         half = len(picture) // 2
         seen = torch.cat([picture[:half], sketch[half:].detach()])
-        scale = reward.var().clamp(min=1e-6)
-        error = torch.zeros_like(scale)
+        error = loss.new_zeros(())
         for reader in self.readers:
             surprise = (reader(prompt_embeds, seen) - reward) ** 2
             error = error + surprise[half:].detach().mean() / len(self.readers)
-            loss = loss + 2 * surprise.mean() / scale
+            loss = loss + 2 * surprise.mean()
         return loss, error
 
 

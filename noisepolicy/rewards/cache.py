@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from noisepolicy.prompt import metadata_of
 from noisepolicy.rewards.base import Reward
 
 _MAX_ITEMS = 65_536
@@ -14,8 +15,8 @@ _MAX_ITEMS = 65_536
 class CachedReward:
     """Scores each pair of image and prompt once; the last 65,536 scores are kept in memory.
 
-    Pairs are told apart by BLAKE2b of the image's bytes, its shape and the prompt. Only for rewards that give the same
-    score to the same image, whatever else is in the batch.
+    Pairs are told apart by BLAKE2b of the image's bytes, its shape, the prompt and its metadata. Only for
+    rewards that give the same score to the same image, whatever else is in the batch.
     """
 
     def __init__(self, reward: Reward, *, max_items: int = _MAX_ITEMS) -> None:
@@ -43,11 +44,11 @@ class CachedReward:
             self._scores.move_to_end(key)
         while len(self._scores) > self._max_items:
             self._scores.popitem(last=False)
-        return {name: torch.tensor([known[key][name] for key in keys]) for name in known[keys[0]]}
+        return {name: torch.tensor([known[key][name] for key in keys], dtype=torch.float64) for name in known[keys[0]]}
 
 
 def _key(image: torch.Tensor, prompt: str) -> bytes:
     pixels = image.detach().cpu().float().contiguous()
     digest = hashlib.blake2b(pixels.numpy(), digest_size=32)
-    digest.update(f"{tuple(pixels.shape)} {prompt}".encode())
+    digest.update(f"{tuple(pixels.shape)} {metadata_of(prompt)} {prompt}".encode())
     return digest.digest()

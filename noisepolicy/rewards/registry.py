@@ -4,8 +4,8 @@
                                                 |  [weight *] module:function
                                                 |  [weight *] http://... | https://...
 
-An argument is a local folder, a hub id, or, for `frames` and `cached`, another reward. What a name needs is imported
-when its reward is made.
+An argument is a local folder, a hub id, for `frames` and `cached` another reward, or for `pil` a module:function.
+What a name needs is imported when its reward is made.
 """
 
 import importlib
@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import torch
 from safetensors import SafetensorError
 
-from noisepolicy.rewards.base import Reward
+from noisepolicy.rewards.base import Reward, torch_settings_kept
 from noisepolicy.rewards.weighted_sum import WeightedSum
 
 _MAX_DEPTH = 8
@@ -33,7 +33,7 @@ class _Entry:
     module: str
     maker: str
     takes: str = "nothing"
-    """"nothing", "models" (folders or hub ids, all optional), "reward" or "address" (one, required)."""
+    """"nothing", "models" (folders or hub ids, all optional), "reward", "function" or "address" (one, required)."""
     max_models: int = 0
 
 
@@ -55,6 +55,7 @@ _REGISTRY: dict[str, _Entry] = {
     "temporal_consistency": _Entry("video", "TemporalConsistency", "models", 1),
     "frames": _Entry("video", "FrameMean", "reward"),
     "cached": _Entry("cache", "CachedReward", "reward"),
+    "pil": _Entry("pil", "PilReward", "function"),
     "raw": _Entry("http_client", "RawHttpReward", "address"),
 }
 
@@ -72,7 +73,7 @@ def load_reward(spec: str, *, device: torch.device | str = "cpu") -> Reward:
     if len(terms) == 1 and terms[0][0] is None:
         return _load_named(names[0], device)
     parts = [(1.0 if weight is None else weight, _load_named(name, device)) for weight, name in terms]
-    return Reward(spec, WeightedSum(parts))
+    return WeightedSum(spec, parts)
 
 
 def outside_parts(spec: str) -> list[str]:
@@ -88,7 +89,7 @@ def outside_parts(spec: str) -> list[str]:
         entry, argument = _find(name)
         if entry is None:
             parts.append(name)
-        elif entry.takes == "address" and not _is_of_this_machine(argument):
+        elif entry.takes == "function" or (entry.takes == "address" and not _is_of_this_machine(argument)):
             parts.append(argument)
         elif entry.takes == "reward" and argument:
             parts += outside_parts(argument)
@@ -176,17 +177,21 @@ def _make(name: str, entry: _Entry, argument: str, device: torch.device | str) -
     if entry.takes == "nothing" and argument:
         raise ValueError(f"reward {name!r}: {name.partition('(')[0]} takes no argument")
     models = list(_models(argument, name, entry.max_models)) if entry.takes == "models" else []
-    if entry.takes in ("reward", "address") and not argument:
-        what = "a reward" if entry.takes == "reward" else "an address"
-        raise ValueError(f"reward {name!r}: it needs {what} in parentheses")
-    inner = load_reward(argument, device=device) if entry.takes == "reward" else None
+    needed = {"reward": "a reward", "function": "a function, module:function,", "address": "an address"}
+    if entry.takes in needed and (not argument or (entry.takes == "function" and ":" not in argument)):
+        raise ValueError(f"reward {name!r}: it needs {needed[entry.takes]} in parentheses")
+    given: Any = argument
+    if entry.takes == "reward":
+        given = load_reward(argument, device=device)
+    elif entry.takes == "function":
+        given = _import_function(argument)
     try:
         maker = getattr(importlib.import_module(f"noisepolicy.rewards.{entry.module}"), entry.maker)
         if entry.takes == "nothing":
             return maker()
         if entry.takes == "models":
             return maker(*models, device=device)
-        return maker(inner if inner is not None else argument)
+        return maker(given)
     except KeyError as error:
         raise ValueError(f"reward {name!r}: its weights have no {error}") from error
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
@@ -219,7 +224,8 @@ def _import_function(name: str) -> Any:
     if folder not in sys.path:
         sys.path.insert(0, folder)
     try:
-        module = importlib.import_module(module_name)
+        with torch_settings_kept():
+            module = importlib.import_module(module_name)
     except Exception as error:  # a user's module may raise anything, and so may a name that is none
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ValueError(f"reward {name!r}: cannot import {module_name!r} ({reason})") from error

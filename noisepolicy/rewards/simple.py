@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from noisepolicy.rewards.base import check_images
+from noisepolicy.rewards.pil import pil_images
 
 _JPEG_QUALITY = 95
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
@@ -21,8 +22,7 @@ class JpegIncompressibility:
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         check_images(images, prompts)
-        pixels = (images.detach().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        return torch.tensor([_jpeg_bytes(Image.fromarray(image)) / 1000 for image in pixels])
+        return torch.tensor([_jpeg_bytes(image) / 1000 for image in pil_images(images)])
 
 
 class JpegCompressibility(JpegIncompressibility):

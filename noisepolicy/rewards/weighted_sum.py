@@ -7,24 +7,38 @@ import torch
 from noisepolicy.rewards.base import Reward
 
 
-class WeightedSum:
-    """`sum_k weight_k * reward_k`; no part is rescaled, so the weights carry the units."""
+class WeightedSum(Reward):
+    """`sum_k weight_k * reward_k` in the rewards' own units; training may bring the parts to one unit first.
 
-    def __init__(self, parts: Sequence[tuple[float, Reward]]) -> None:
-        self._parts = list(parts)
+    Args:
+        name: of the sum, for messages and reports.
+        parts: a weight and a reward each; no two rewards have the same name.
+    """
+
+    def __init__(self, name: str, parts: Sequence[tuple[float, Reward]]) -> None:
+        super().__init__(name, self.__call__)
+        self._rewards = [reward for _, reward in parts]
+        self._weights = {reward.name: weight for weight, reward in parts}
+
+    @property
+    def weights(self) -> dict[str, float]:
+        return dict(self._weights)
+
+    def parts(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        return torch.stack([reward(images, prompts) for reward in self._rewards], 1)
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """`(batch,)`"""
-        return torch.stack([weight * reward(images, prompts) for weight, reward in self._parts]).sum(0)
+        return weigh(self.parts(images, prompts), self._weights)
 
     def metrics(self, images: torch.Tensor, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         """The sum as `reward`, each part's own value under its name, and `strict` where one part alone defines it."""
-        results = [reward.metrics(images, prompts) for _, reward in self._parts]
-        terms = [weight * result["reward"] for (weight, _), result in zip(self._parts, results, strict=True)]
-        values = {"reward": torch.stack(terms).sum(0)}
-        for (_, reward), result in zip(self._parts, results, strict=True):
-            values[reward.name] = result["reward"]
+        results = [reward.metrics(images, prompts) for reward in self._rewards]
+        parts = torch.stack([result["reward"] for result in results], 1)
+        values = {**dict(zip(self._weights, parts.unbind(1), strict=True)), "reward": weigh(parts, self._weights)}
         strict = [result["strict"] for result in results if "strict" in result]
-        if len(strict) == 1:
-            values["strict"] = strict[0]
-        return values
+        return values | {"strict": strict[0]} if len(strict) == 1 else values
+
+
+def weigh(parts: torch.Tensor, weights: dict[str, float]) -> torch.Tensor:
+    """The weighted sum over the last axis: `(batch,)` from `(batch, parts)`, float64."""
+    return (parts * parts.new_tensor(list(weights.values()))).sum(-1)

@@ -202,6 +202,6 @@ def _numbers(name: str, values: Any, num_prompts: int) -> torch.Tensor:
     if len(values) != num_prompts:
         raise WireError(f"{len(values)} values of {name} for {num_prompts} prompts")
     try:
-        return torch.tensor([float(value) for value in values])
+        return torch.tensor([float(value) for value in values], dtype=torch.float64)
     except OverflowError as error:
         raise WireError(f"{name} holds a number that is too large") from error

@@ -26,18 +26,10 @@ class RewardCalibrator(nn.Module):
         self.prompt = PromptReader(prompt_shape, token_width=16, hidden_width=hidden_width)
         self.distribution = nn.Linear(planes * (math.prod(self._places) + 1), hidden_width)
         self.out = nn.Linear(2 * hidden_width, num_steps)
-        self.register_buffer("center", torch.zeros(()))
-        self.register_buffer("spread", torch.ones(()))
-
-    def measure(self, reward: torch.Tensor) -> None:
-        """Takes the scale of the rewards from the first of them."""
-        self.center.copy_(reward.mean())
-        self.spread.copy_(reward.std().clamp(min=1e-6))
 
     def forward(self, prompt_embeds: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
-        """`(batch, steps)` from `(batch, tokens, width)` and two of `(batch, *action_shape)`."""
+        """Standardised rewards, `(batch, steps)`, from `(batch, tokens, width)` and two of `(batch, *action_shape)`."""
         planes = mean.reshape(len(mean), -1, *mean.shape[-2:])
         loudness = log_std.expand_as(mean).reshape_as(planes).mean((2, 3))
         seen = torch.cat([F.adaptive_avg_pool2d(planes, self._places).flatten(1), loudness], 1)
-        value = self.out(torch.cat([self.prompt(prompt_embeds), F.silu(self.distribution(seen))], 1))
-        return self.center + self.spread * value
+        return self.out(torch.cat([self.prompt(prompt_embeds), F.silu(self.distribution(seen))], 1))

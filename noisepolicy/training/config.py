@@ -30,12 +30,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     "critic": {
         "policy": "spectral", "bands": 8, "std": "power", "num_iterations": 125, "batch_size": 96, "group_size": 2,
         "learning_rate": 1e-3, "average_decay": 0.95, "num_updates": 8, "clip_range": 0.2, "target_kl": 1.0,
-        "kl_budget": 14.0, "kl_training_budget": 30.0, "kl_coef": 1e-3,
+        "kl_budget": 14.0, "kl_training_budget": 30.0, "kl_coef": 4e-3,
     },
     "ppo": {
         "policy": "spectral", "bands": 8, "std": "power", "num_iterations": 300, "batch_size": 96, "group_size": 8,
         "learning_rate": 2e-3, "average_decay": 0.98, "num_updates": 8, "clip_range": 0.2, "target_kl": 0.3,
-        "kl_budget": 45.0, "kl_training_budget": 120.0, "kl_coef": 1e-3,
+        "kl_budget": 45.0, "kl_training_budget": 120.0, "kl_coef": 4e-3,
     },
     "find": {
         "policy": "dense", "bands": 8, "std": "power", "num_iterations": 20, "group_size": 20,
@@ -56,6 +56,10 @@ class TrainConfig:
     reward: str | None = None
     """What is trained for: a name, a weighted sum ('0.7*pickscore + 0.3*aesthetic'), 'module:function' or an http(s)
     address; see docs/rewards.md. None is an embedded model's own."""
+    normalize_rewards: Literal["each", "sum", "none"] = "each"
+    """How rewards of different units are brought to one. 'each': every part of a weighted sum is divided by its own
+    spread between images of a prompt, then weighted, so weights are shares. 'sum': the parts keep their units, and the
+    weighted sum is divided by its spread. 'none': KL and variety are weighed against the reward in its own units."""
     eval_rewards: tuple[str, ...] = ()
     """Further rewards, measured in the final sweep only: those not trained for show whether the reward was hacked."""
     prompts: tuple[str, ...] = ()
@@ -156,13 +160,13 @@ class TrainConfig:
     kl_training_budget: float | None = None
     """Nats: how far the policy may go in training, where its scale is free; the penalty adapts to it."""
     kl_coef: float | None = None
-    """The penalty per nat of KL to the prior to start from, in units of reward."""
+    """The penalty per nat of KL to the prior to start from, in spreads of the reward between images of a prompt."""
     diversity_target: float = 0.82
     """With a critic: the share of the base model's variety between pictures of one prompt, as the critic's sketches
     show it, that the policy in training is held to."""
-    diversity_coef: float = 1.2
-    """What a unit of that variety (root mean square of pixels in [0, 1]) is worth to start from, in units of reward; it
-    adapts to the target. 0 lets the policy give up variety for reward."""
+    diversity_coef: float = 4.6
+    """How many spreads of the reward a unit of that variety (root mean square of pixels in [0, 1]) is worth at the
+    start; the value adapts to the target. 0 lets the policy give up variety for reward."""
     max_grad_norm: float = 1.0
     """Gradients of policy and critic are each clipped to this norm."""
 
@@ -257,6 +261,10 @@ class TrainConfig:
         batch_size = self.batch_size or recipe.get("batch_size", group_size)
         if batch_size % group_size:
             raise ValueError(f"--group-size {group_size} must divide --batch-size {batch_size}")
+        if batch_size < 2:
+            raise ValueError(
+                f"--batch-size must be at least 2, got {batch_size}: an image is good or bad beside another one only"
+            )
         if (parts := self.gradient_accumulation_steps) > batch_size:
             raise ValueError(f"--gradient-accumulation-steps {parts} is more than the {batch_size} images of a batch")
         if self.algorithm != "critic" and group_size < 2:

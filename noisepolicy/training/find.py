@@ -28,6 +28,7 @@ from noisepolicy.training.checkpoint import with_prefix, without_prefix
 from noisepolicy.training.config import TrainConfig
 from noisepolicy.training.loop import TrainingLoop
 from noisepolicy.training.replay import Replay
+from noisepolicy.training.reward_scale import RewardScale
 from noisepolicy.training.rollout import Rollout
 from noisepolicy.training.run_folder import RunFolder
 from noisepolicy.training.seeding import stream_generator, stream_seed
@@ -35,9 +36,9 @@ from noisepolicy.training.task import Task
 
 _MAX_CALIBRATOR_UPDATES = 100
 _CALIBRATOR_LEARNING_RATE = 5e-3
-_CALIBRATOR_ERROR = 1e-4  # mean square, in units of the first rewards' variance, at which it is taught enough
+_CALIBRATOR_ERROR = 1e-4  # mean square of standardised rewards, at which it is taught enough
 _CRITIC_SAMPLES = 8  # of a row, for the critic's gradient
-_MIN_SPREAD = 0.1  # of the first rewards' spread: a prompt that is solved has none of its own
+_MIN_SPREAD = 0.1  # of the spread of all rewards: a prompt that is solved has none of its own
 _MAX_NUMBERS = 2**26  # of the actions that are updated at a time
 
 
@@ -64,7 +65,14 @@ class FindTrainer(TrainingLoop):
         self._start: NoisePolicy | None = None
         self.policy = self._make_policy(embeds).to(device)
         self.average = self._start_average()
-        self._replay = Replay(num_prompts, config.replay * config.group_size, self.policy.action_shape, device)
+        self._scale = RewardScale(task.reward.weights, config.group_size, config.normalize_rewards)
+        self._replay = Replay(
+            num_prompts,
+            config.replay * config.group_size,
+            self.policy.action_shape,
+            num_parts=len(task.reward.weights),
+            device=device,
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed(config.seed, "calibrator weights"))
             self._calibrator = RewardCalibrator(
@@ -138,21 +146,16 @@ class FindTrainer(TrainingLoop):
         with self._clock.phase("policy"):
             group = config.group_size
             prompt = rollout.prompt_row[::group].to(rollout.reward.device)
+            self._scale.update(rollout.parts)
+            self._scale.warn_if_nothing_to_learn()
             self._replay.append(
                 prompt,
                 action=rollout.action.unflatten(0, (-1, group)),
                 log_prob=rollout.log_prob.unflatten(0, (-1, group)),
-                reward=rollout.reward.unflatten(0, (-1, group)),
+                parts=rollout.parts.unflatten(0, (-1, group)),
                 step_index=rollout.step_index.unflatten(0, (-1, group)),
             )
-            metrics = {
-                "iteration": number + 1,
-                "images": (number + 1) * config.batch_size,
-                "reward": rollout.reward.mean().item(),
-                "reward_std": rollout.reward.std().item(),
-            }
-            if number == 0:
-                self._calibrator.measure(rollout.reward)
+            metrics = self._batch_metrics(rollout)
             if self._critic is None:
                 metrics["calibration_error"] = self._calibrate(prompt, rollout)
             metrics |= self._update(prompt, stream_generator(config.seed, "policy update", number))
@@ -161,7 +164,7 @@ class FindTrainer(TrainingLoop):
 
     def _calibrate(self, prompt: torch.Tensor, rollout: Rollout) -> float:
         """Teaches the calibrator what the current distributions are worth; returns its relative error before."""
-        reward = rollout.reward.unflatten(0, (-1, self.config.group_size)).mean(1)
+        reward = self._scale.standardise(rollout.parts).unflatten(0, (-1, self.config.group_size)).mean(1)
         step_index = rollout.step_index[:: self.config.group_size, None]
         embeds = self.prompts[prompt].prompt_embeds.float()
         with torch.no_grad():
@@ -169,7 +172,7 @@ class FindTrainer(TrainingLoop):
         errors = []
         while len(errors) < _MAX_CALIBRATOR_UPDATES and (not errors or errors[-1] > _CALIBRATOR_ERROR):
             foreseen = self._calibrator(embeds, mean, log_std).gather(1, step_index)[:, 0]
-            loss = F.mse_loss(foreseen, reward) / self._calibrator.spread**2
+            loss = F.mse_loss(foreseen, reward)
             errors.append(loss.item())
             self._calibrator_optimizer.zero_grad()
             loss.backward()
@@ -188,7 +191,7 @@ class FindTrainer(TrainingLoop):
     def _update_rows(self, prompt: torch.Tensor, generator: torch.Generator) -> dict[str, float]:
         """A few natural-gradient steps on the prompts' rows; a row whose KL from where it was passes its target rests.
 
-        The loss of a row, with a critic between brackets, in units of the spread of its rewards:
+        The loss of a row, with a critic between brackets, in units of the spread of its own rewards:
 
             ppo_clip_loss(advantages of its samples in the trust region) [- mean critic.lower_bound] + kl_coef KL(prior)
         """
@@ -198,10 +201,11 @@ class FindTrainer(TrainingLoop):
         capacity = is_filled.shape[1]
         with torch.no_grad():
             old_mean, old_log_std = self.policy.distribution(prompt)
-            surprise = samples["reward"] - self._foreseen(embeds, samples, old_mean, old_log_std)
+            reward = self._scale.standardise(samples["parts"].flatten(0, 1)).view_as(is_filled)
+            surprise = reward - self._foreseen(embeds, samples, old_mean, old_log_std)
             # What the critic foresaw is part of the rewards' spread, what the step count explains is not.
-            varied = surprise if self._critic is None else samples["reward"]
-            spread = _spread(varied, is_filled).clamp(min=_MIN_SPREAD * self._calibrator.spread)
+            varied = surprise if self._critic is None else reward
+            spread = _spread(varied, is_filled).clamp(min=_MIN_SPREAD)
             advantages = surprise / spread
         action, old_log_prob = samples["action"].flatten(0, 1), samples["log_prob"].flatten()
         for _ in range(config.num_updates):
@@ -220,7 +224,7 @@ class FindTrainer(TrainingLoop):
                 action, means, log_stds, old_log_prob, (advantages * weight).flatten(), clip_range=config.clip_range
             )
             # A mean over prompts: times their number it is each row's own.
-            loss = len(prompt) * loss + config.kl_coef * (gaussian_kl(mean, log_std) / spread[:, 0]).sum()
+            loss = len(prompt) * loss + config.kl_coef * gaussian_kl(mean, log_std).sum()
             if self._critic is not None:
                 loss = loss - (self._promise(embeds, mean, log_std, generator) / spread[:, 0]).sum()
             self.policy.zero_grad()
@@ -238,15 +242,19 @@ class FindTrainer(TrainingLoop):
     def _foreseen(
         self, embeds: torch.Tensor, samples: Mapping[str, torch.Tensor], mean: torch.Tensor, log_std: torch.Tensor
     ) -> torch.Tensor:
-        """The reward to expect: of each sample's own noise by the critic, or of the distribution by the calibrator."""
+        """The standardised reward to expect of each sample's own noise (critic) or of the distribution (calibrator)."""
         if self._critic is None:
             return self._calibrator(embeds, mean, log_std).gather(1, samples["step_index"])
-        count = samples["reward"].shape[1]
+        count = samples["step_index"].shape[1]
         values = self._critic(
             embeds.repeat_interleave(count, 0), samples["action"].flatten(0, 1),
             self._critic_steps(samples["step_index"].flatten()),
         )  # fmt: skip
-        return values.mean(0).unflatten(0, (-1, count))
+        return self._restandardised(values.mean(0)).unflatten(0, (-1, count))
+
+    def _restandardised(self, predicted: torch.Tensor) -> torch.Tensor:
+        """The critic's predictions, standardised as in the run that trained it, as this run standardises them."""
+        return self._scale.standardise_sum(self._critic.in_reward_units(predicted))
 
     def _critic_steps(self, step_index: torch.Tensor) -> torch.Tensor:
         """This run's step counts as the critic's, which was trained at its own."""
@@ -256,7 +264,7 @@ class FindTrainer(TrainingLoop):
     def _promise(
         self, embeds: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor, generator: torch.Generator
     ) -> torch.Tensor:
-        """The critic's lower bound of the rows' rewards, over fresh noise; `(prompts,)`, with gradient."""
+        """The critic's lower bound of the rows' standardised rewards, over fresh noise; `(prompts,)`, with gradient."""
         means, log_stds = (_repeat(value, _CRITIC_SAMPLES) for value in (mean, log_std))
         noise = torch.randn(means.shape, generator=generator).to(means.device)
         count = len(self.config.num_inference_steps)
@@ -264,17 +272,19 @@ class FindTrainer(TrainingLoop):
         values, _ = self._critic.lower_bound(
             embeds.repeat_interleave(_CRITIC_SAMPLES, 0), means + log_stds.exp() * noise, self._critic_steps(step_index)
         )
-        return values.unflatten(0, (-1, _CRITIC_SAMPLES)).mean(1)
+        return self._restandardised(values).unflatten(0, (-1, _CRITIC_SAMPLES)).mean(1)
 
     def _state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         tensors = with_prefix("replay", self._replay.state())
         tensors |= with_prefix("calibrator", self._calibrator.state_dict())
+        tensors |= with_prefix("reward_scale", self._scale.state())
         tensors |= optimizer_tensors(self._calibrator_optimizer, "calibrator_optimizer")
         return tensors, {}
 
     def _load_state(self, tensors: Mapping[str, torch.Tensor], progress: Mapping[str, Any]) -> None:
         self._replay.load_state(without_prefix("replay", tensors))
         self._calibrator.load_state_dict(without_prefix("calibrator", tensors))
+        self._scale.load_state(without_prefix("reward_scale", tensors))
         load_optimizer_tensors(self._calibrator_optimizer, tensors, "calibrator_optimizer")
 
 

@@ -19,15 +19,17 @@ class History:
         folder: RUN/history; None for a process that is not the main.
         action_shape: of one action, float32.
         picture_shape: of one small picture, kept as float16.
+        num_parts: of the reward, kept as float64 before they are weighted; their units are a matter of the present.
         device: where drawn rows go, but for the prompts' rows, which stay on the CPU.
     """
 
     def __init__(
-        self, folder: Path | None, action_shape: tuple[int, ...], picture_shape: tuple[int, ...], device: torch.device
-    ) -> None:
+        self, folder: Path | None, action_shape: tuple[int, ...], picture_shape: tuple[int, ...], num_parts: int,
+        device: torch.device,
+    ) -> None:  # fmt: skip
         self._device = device
         self._rows = RowFile(folder, [
-            ("prompt_row", "<i8", ()), ("step_index", "<i8", ()), ("reward", "<f4", ()),
+            ("prompt_row", "<i8", ()), ("step_index", "<i8", ()), ("parts", "<f8", (num_parts,)),
             ("action", "<f4", action_shape), ("picture", "<f2", picture_shape),
         ])  # fmt: skip
 
@@ -41,7 +43,7 @@ class History:
         Raises:
             OSError: if the disk is full; the rows before are as they were.
         """
-        self._rows.append(len(rows["reward"]), {name: values.cpu().numpy() for name, values in rows.items()})
+        self._rows.append(len(rows["parts"]), {name: values.cpu().numpy() for name, values in rows.items()})
 
     def draw(self, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """`count` rows, uniformly and with replacement.

@@ -233,6 +233,18 @@ class TrainingLoop:
             is_overlapped=config.overlap,
         )  # fmt: skip
 
+    def _batch_metrics(self, rollout: Rollout) -> dict[str, Any]:
+        """Metrics of a batch as it was made, in the reward's own units."""
+        weights = self.task.reward.weights
+        means = dict(zip(weights, rollout.parts.mean(0).tolist(), strict=True)) if len(weights) > 1 else {}
+        return {
+            "iteration": self.iteration + 1,
+            "images": (self.iteration + 1) * self.config.batch_size,
+            "reward": rollout.reward.mean().item(),
+            "reward_std": rollout.reward.std().item(),
+            **{f"reward/{name}": mean for name, mean in means.items()},
+        }
+
     def _step_index(self, number: int) -> torch.Tensor:
         """Row -> index into the denoising step counts: as many groups of each, adjacent, and places take turns."""
         num_steps, num_groups = len(self.config.num_inference_steps), self.config.batch_size // self.config.group_size

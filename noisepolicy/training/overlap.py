@@ -14,7 +14,7 @@ class Scorer:
     """Scores chunks in the order they are added, by the same calls with and without a thread.
 
     Args:
-        score: `(images, prompts) -> (batch,)`
+        score: `(images, prompts)` to a tensor with one row an image.
         worker: of one thread; None scores at once.
     """
 

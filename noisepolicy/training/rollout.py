@@ -10,6 +10,7 @@ from noisepolicy.ops import num_counters
 from noisepolicy.policies import NoisePolicy
 from noisepolicy.policies.critic import CriticShape, shrink_pictures
 from noisepolicy.rewards import Reward
+from noisepolicy.rewards.weighted_sum import weigh
 from noisepolicy.training.overlap import scoring
 from noisepolicy.training.phases import PhaseClock
 from noisepolicy.training.processes import Processes
@@ -26,7 +27,10 @@ class Rollout:
     step_index: torch.Tensor
     action: torch.Tensor
     log_prob: torch.Tensor
+    parts: torch.Tensor
+    """Each part of the reward, before it is weighted, float64 `(batch, parts)`; see `Reward.parts`."""
     reward: torch.Tensor
+    """Their weighted sum in the user's units, float64 `(batch,)`."""
     picture: torch.Tensor | None
     """What the critic learns to sketch, float16; None without a critic."""
 
@@ -60,7 +64,7 @@ def roll_out(
     log_probs, pictures = [torch.zeros(0, device=device)], []
     if critic_shape is not None:
         pictures = [torch.zeros(0, *critic_shape.sketch_shape, dtype=torch.float16, device=device)]
-    with scoring(reward, is_overlapped=is_overlapped, device=device) as scorer:
+    with scoring(reward.parts, is_overlapped=is_overlapped, device=device) as scorer:
         for chunk in mine:
             rows = slice(chunk.start, chunk.stop)
             with clock.phase("policy"):
@@ -79,14 +83,17 @@ def roll_out(
             with clock.phase("reward"):
                 scorer.add(images, prompts[rows])
         with clock.phase("reward"):
-            rewards = [torch.zeros(0), *scorer.finish()]
+            rewards = [torch.zeros(0, len(reward.weights), dtype=torch.float64), *scorer.finish()]
     columns = [torch.cat(actions), torch.cat(log_probs), torch.cat(rewards).to(device)]
     if critic_shape is not None:
         columns.append(torch.cat(pictures))
-    action, log_prob, scores, *picture = processes.gather_rows(
+    action, log_prob, parts, *picture = processes.gather_rows(
         f"'gather rewards' of iteration {number + 1}",
         torch.tensor([row for chunk in mine for row in range(chunk.start, chunk.stop)], dtype=torch.int64),
         columns,
         counts=[sum(chunk.stop - chunk.start for chunk in share) for share in shares],
     )
-    return Rollout(prompt_row, step_index.to(device), action, log_prob, scores, picture[0] if picture else None)
+    return Rollout(
+        prompt_row, step_index.to(device), action, log_prob, parts, weigh(parts, reward.weights),
+        picture[0] if picture else None,
+    )  # fmt: skip

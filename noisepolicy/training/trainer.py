@@ -20,6 +20,7 @@ from noisepolicy.training.checkpoint import with_prefix, without_prefix
 from noisepolicy.training.config import TrainConfig
 from noisepolicy.training.history import History
 from noisepolicy.training.loop import TrainingLoop
+from noisepolicy.training.reward_scale import RewardScale
 from noisepolicy.training.rollout import Rollout
 from noisepolicy.training.run_folder import RunFolder
 from noisepolicy.training.seeding import stream_generator, stream_seed
@@ -43,6 +44,7 @@ class Trainer(TrainingLoop):
         self._policy_optimizer = torch.optim.AdamW(
             self.policy.parameters(), lr=config.learning_rate, weight_decay=1e-3, fused=True
         )
+        self._scale = RewardScale(task.reward.weights, config.group_size, config.normalize_rewards)
         self._critic: RewardCritic | None = None
         if config.algorithm == "critic":
             self.critic_shape = CriticShape(
@@ -64,6 +66,7 @@ class Trainer(TrainingLoop):
                 run.history if accelerator.is_main_process else None,
                 self.policy.action_shape,
                 self.critic_shape.sketch_shape,
+                len(task.reward.weights),
                 device,
             )
         self._kl_coef, self._diversity_coef = config.kl_coef, config.diversity_coef
@@ -72,11 +75,10 @@ class Trainer(TrainingLoop):
         config, number = self.config, self.iteration
         rollout = self._roll_out(number)
         with self._clock.phase("policy"):
+            self._scale.update(rollout.parts)
+            self._scale.warn_if_nothing_to_learn()
             metrics: dict[str, Any] = {
-                "iteration": number + 1,
-                "images": (number + 1) * config.batch_size,
-                "reward": rollout.reward.mean().item(),
-                "reward_std": rollout.reward.std().item(),
+                **self._batch_metrics(rollout),
                 "kl_coef": self._kl_coef,
                 "diversity_coef": self._diversity_coef,
             }
@@ -84,7 +86,7 @@ class Trainer(TrainingLoop):
                 metrics |= self._learn_reward(rollout, number)
             if self._critic is None or (number + 1) * config.batch_size >= config.critic_warmup:
                 metrics |= update_policy(
-                    self.policy, self._policy_optimizer, self._critic, rollout, self.prompts, config,
+                    self.policy, self._policy_optimizer, self._critic, rollout, self.prompts, self._scale, config,
                     kl_coef=self._kl_coef, diversity_coef=self._diversity_coef,
                     generator=stream_generator(config.seed, "policy update", number),
                 )  # fmt: skip
@@ -104,23 +106,26 @@ class Trainer(TrainingLoop):
 
     def _learn_reward(self, rollout: Rollout, number: int) -> dict[str, float]:
         """Adds the batch to the history and trains the critic; measures first how well it foresaw the batch."""
+        self._critic.set_scale(self._scale.spread.center, self._scale.spread.total)
+        reward = self._scale.standardise(rollout.parts)
         with torch.no_grad():
             embeds = self.prompts[rollout.prompt_row].prompt_embeds.float()
             foreseen = self._critic(embeds, rollout.action, rollout.step_index).mean(0)
         self._history.append(
-            prompt_row=rollout.prompt_row, step_index=rollout.step_index, reward=rollout.reward,
+            prompt_row=rollout.prompt_row, step_index=rollout.step_index, parts=rollout.parts,
             action=rollout.action, picture=rollout.picture,
         )  # fmt: skip
         self._critic.requires_grad_(True)
         loss = update_critic(
-            self._critic, self._critic_optimizer, self._history, self.prompts,
+            self._critic, self._critic_optimizer, self._history, self.prompts, self._scale,
             num_updates=self.config.critic_updates, batch_size=self.config.critic_batch_size,
             max_grad_norm=self.config.max_grad_norm,
             generator=stream_generator(self.config.seed, "critic", number),
         )  # fmt: skip
         self._critic.requires_grad_(False)
-        error = ((foreseen - rollout.reward) ** 2).mean() / rollout.reward.var().clamp(min=1e-12)
-        return {"critic_loss": loss, "critic_unexplained": error.item()}
+        variance = reward.var().item()
+        unexplained = ((foreseen - reward) ** 2).mean().item() / variance if variance else 1.0
+        return {"critic_loss": loss, "critic_unexplained": unexplained}
 
     def kept_policy(self) -> NoisePolicy:
         """A copy of the averaged policy, scaled to the KL budget on the first prompts met, and the critic to choose."""
@@ -143,6 +148,7 @@ class Trainer(TrainingLoop):
 
     def _state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         tensors = optimizer_tensors(self._policy_optimizer, "policy_optimizer")
+        tensors |= with_prefix("reward_scale", self._scale.state())
         progress: dict[str, Any] = {"kl_coef": self._kl_coef, "diversity_coef": self._diversity_coef}
         if self._critic is not None:
             tensors |= with_prefix("critic", self._critic.state_dict())
@@ -152,6 +158,7 @@ class Trainer(TrainingLoop):
 
     def _load_state(self, tensors: Mapping[str, torch.Tensor], progress: Mapping[str, Any]) -> None:
         load_optimizer_tensors(self._policy_optimizer, tensors, "policy_optimizer")
+        self._scale.load_state(without_prefix("reward_scale", tensors))
         if self._critic is not None:
             self._critic.load_state_dict(without_prefix("critic", tensors))
             load_optimizer_tensors(self._critic_optimizer, tensors, "critic_optimizer")

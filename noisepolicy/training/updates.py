@@ -16,6 +16,7 @@ from noisepolicy.training.advantages import leave_one_out, residual
 from noisepolicy.training.config import TrainConfig
 from noisepolicy.training.history import History
 from noisepolicy.training.prompt_store import PromptStore
+from noisepolicy.training.reward_scale import RewardScale
 from noisepolicy.training.rollout import Rollout
 
 _MAX_LOG_PROB_DRIFT = 1e-2
@@ -23,10 +24,14 @@ _MAX_ATTEMPTS = 10
 
 
 def update_critic(
-    critic: RewardCritic, optimizer: torch.optim.Optimizer, history: History, prompts: PromptStore, *,
-    num_updates: int, batch_size: int, max_grad_norm: float, generator: torch.Generator,
+    critic: RewardCritic, optimizer: torch.optim.Optimizer, history: History, prompts: PromptStore,
+    scale: RewardScale, *, num_updates: int, batch_size: int, max_grad_norm: float, generator: torch.Generator,
 ) -> float:  # fmt: skip
-    """Regresses pictures and rewards on the history; returns the reward's mean squared error over the updates."""
+    """Regresses pictures and standardised rewards on the history.
+
+    Returns:
+        The reward's mean squared error over the updates, in the reward's own units.
+    """
     total = 0.0
     for _ in range(num_updates):
         rows = history.draw(batch_size, generator)
@@ -35,7 +40,7 @@ def update_critic(
             rows["action"],
             rows["step_index"],
             rows["picture"].float(),
-            rows["reward"],
+            scale.standardise(rows["parts"]),
         )
         optimizer.zero_grad()
         loss.backward()
@@ -43,28 +48,31 @@ def update_critic(
         torch.nn.utils.clip_grad_norm_(critic.parameters(), max_grad_norm)
         optimizer.step()
         total = total + error
-    return float(total) / num_updates
+    return float(total) / num_updates * scale.spread.total**2
 
 
 def update_policy(
     policy: NoisePolicy, optimizer: torch.optim.Optimizer, critic: RewardCritic | None, rollout: Rollout,
-    prompts: PromptStore, config: TrainConfig, *, kl_coef: float, diversity_coef: float, generator: torch.Generator,
+    prompts: PromptStore, scale: RewardScale, config: TrainConfig, *, kl_coef: float, diversity_coef: float,
+    generator: torch.Generator,
 ) -> dict[str, float]:  # fmt: skip
     """Clipped PPO on the batch and, with a critic, its gradient on fresh samples of the policy.
 
-        loss = std(reward) * ppo_clip_loss(advantages)
+        loss = ppo_clip_loss(advantages)
                - mean(critic.lower_bound) - diversity_coef * difference of two sketches + kl_coef * KL(policy, prior)
 
-    The advantages are the rewards less the critic's prediction (a control variate, as in Q-Prop, arXiv 1611.02247),
-    or the leave-one-out advantages of plain Noise PPO. Stops early when KL(old, new) passes its target, and is
-    drawn back to it from more than twice as much, which a single step of a policy without a critic can come to.
+    Rewards are in units of their spread between images of one prompt. The advantages are the rewards less the critic's
+    prediction (a control variate, as in Q-Prop, arXiv 1611.02247), or the leave-one-out advantages of plain Noise PPO.
+    Stops early when KL(old, new) passes its target, and is drawn back to it from more than twice as much, which a
+    single step of a policy without a critic can come to.
 
     Args:
         prompts: those met so far; fresh samples are of these.
+        scale: of the rewards.
         config: its `gradient_accumulation_steps` cuts the batch for PPO's gradient, not the fresh samples.
-        kl_coef: reward per nat.
-        diversity_coef: reward per unit of difference between two pictures of a prompt (root mean square of pixels in
-            [0, 1]).
+        kl_coef: spreads of the reward per nat.
+        diversity_coef: spreads of the reward per unit of difference between two pictures of a prompt (root mean square
+            of pixels in [0, 1]).
         generator: for fresh prompts and noise.
 
     Returns:
@@ -78,13 +86,13 @@ def update_policy(
         old_log_prob = gaussian_log_prob(rollout.action, old_mean, old_log_std)
         if (drift := (old_log_prob - rollout.log_prob).abs().max().item()) > _MAX_LOG_PROB_DRIFT:
             raise RuntimeError(f"log-probs of the rollout and of its update differ by {drift:.3g}; the ratio would lie")
+        reward = scale.standardise(rollout.parts)
         if critic is None:
-            advantages = leave_one_out(rollout.reward, config.group_size)
+            advantages = leave_one_out(reward, config.group_size, scale.within_share)
         else:
             predicted = critic(batch_embeds, rollout.action, rollout.step_index).mean(0)
-            advantages = residual(rollout.reward, predicted)
-    reward_std = rollout.reward.std().item()
-    ppo_kl_coef = kl_coef / (reward_std + 1e-6) if critic is None else 0.0
+            advantages = residual(reward, predicted, scale.within_share)
+    ppo_kl_coef = kl_coef if critic is None else 0.0
     # For memory: the graph of a part of the batch at a time. Slices are views, where indices would copy embeddings.
     batch, num_parts = len(rollout.reward), config.gradient_accumulation_steps
     parts = list(starmap(slice, pairwise(batch * number // num_parts for number in range(num_parts + 1))))
@@ -103,11 +111,11 @@ def update_policy(
             )  # fmt: skip
             share = (rows.stop - rows.start) / batch
             clip_fraction = clip_fraction + share * stats.clip_fraction
-            (share * reward_std * ppo_loss).backward()
+            (share * ppo_loss).backward()
         if torch.cat(step_kl).mean().item() > config.target_kl:
             break
         if critic is not None:
-            _critic_loss(policy, critic, prompts, config, kl_coef, diversity_coef, generator).backward()
+            _critic_loss(policy, critic, prompts, scale, config, kl_coef, diversity_coef, generator).backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
         optimizer.step()
     with torch.no_grad():
@@ -160,8 +168,8 @@ def _distance(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
 
 def _critic_loss(
-    policy: NoisePolicy, critic: RewardCritic, prompts: PromptStore, config: TrainConfig, kl_coef: float,
-    diversity_coef: float, generator: torch.Generator,
+    policy: NoisePolicy, critic: RewardCritic, prompts: PromptStore, scale: RewardScale, config: TrainConfig,
+    kl_coef: float, diversity_coef: float, generator: torch.Generator,
 ) -> torch.Tensor:  # fmt: skip
     # Two samples of each prompt, to see how far apart their pictures are.
     count = config.critic_batch_size // 2
@@ -172,4 +180,5 @@ def _critic_loss(
     noise = torch.randn(mean.shape, generator=generator).to(mean.device)
     value, sketch = critic.lower_bound(fresh, mean + log_std.exp() * noise, step_index.to(mean.device))
     distance = _distance(*sketch.chunk(2))
-    return kl_coef * gaussian_kl(mean, log_std).mean() - value.mean() - diversity_coef * distance.mean()
+    gain = value.mean() / scale.within_share if scale.within_share else 0.0
+    return kl_coef * gaussian_kl(mean, log_std).mean() - gain - diversity_coef * distance.mean()

@@ -43,7 +43,7 @@ def test_a_prompt_learns_the_same_in_any_company(make_trainer, tmp_path):
         trainer = make_trainer(tmp_path / str(number), **FIND)
         rollout = trainer._roll_out(0)
         prompt = torch.arange(4)
-        names = ("action", "log_prob", "reward", "step_index")
+        names = ("action", "log_prob", "parts", "step_index")
         columns = {name: getattr(rollout, name).unflatten(0, (-1, 16)) for name in names}
         trainer._replay.append(prompt, **columns)
         trainer._update(torch.tensor(prompts), torch.Generator())
@@ -180,12 +180,12 @@ def test_samples_keep_their_own_rewards(make_trainer, tmp_path):
     trainer = make_trainer(tmp_path, **FIND)
     list(trainer.train())
     samples, _ = trainer._replay.of(torch.arange(4))
-    prompts = [prompt for prompt in trainer.task.train_prompts for _ in range(samples["reward"].shape[1])]
+    prompts = [prompt for prompt in trainer.task.train_prompts for _ in range(samples["parts"].shape[1])]
     embeds = trainer.task.frozen.encode(prompts)
     images = trainer.task.frozen.generate(
         samples["action"].flatten(0, 1), embeds, num_inference_steps=2, guidance_scale=1.5
     )
-    torch.testing.assert_close(trainer.task.reward(images, prompts), samples["reward"].flatten())
+    torch.testing.assert_close(trainer.task.reward(images, prompts), samples["parts"].flatten())
 
 
 def test_the_clip_is_pessimistic_and_binds(make_trainer, tmp_path):
@@ -211,13 +211,13 @@ def test_samples_outside_the_trust_region_are_dropped(make_trainer, tmp_path):
 
 
 def test_replay_is_a_ring():
-    replay = Replay(2, 3, (1,), torch.device("cpu"))
+    replay = Replay(2, 3, (1,), num_parts=1, device=torch.device("cpu"))
 
     def add(prompt, *values):
         column = torch.tensor([values])
         replay.append(
-            torch.tensor([prompt]), action=column[..., None].float(), log_prob=column.float(), reward=column.float(),
-            step_index=column,
+            torch.tensor([prompt]), action=column[..., None].float(), log_prob=column.float(),
+            parts=column[..., None].double(), step_index=column,
         )  # fmt: skip
 
     add(1, 1, 2)
@@ -225,4 +225,4 @@ def test_replay_is_a_ring():
     assert is_filled.tolist() == [[False] * 3, [True, True, False]]
     add(1, 3, 4)
     samples, is_filled = replay.of(torch.tensor([1]))
-    assert samples["reward"].tolist() == [[4.0, 2.0, 3.0]] and is_filled.all()
+    assert samples["parts"].tolist() == [[[4.0], [2.0], [3.0]]] and is_filled.all()

@@ -12,13 +12,13 @@ ACTION, PICTURE = (3, 2), (1, 2, 2)
 
 
 def make_history(folder):
-    return History(folder, ACTION, PICTURE, torch.device("cpu"))
+    return History(folder, ACTION, PICTURE, num_parts=2, device=torch.device("cpu"))
 
 
 def batch(start, count=4):
     rows = torch.arange(start, start + count)
     return {
-        "prompt_row": rows, "step_index": rows + 1, "reward": rows / 3,
+        "prompt_row": rows, "step_index": rows + 1, "parts": torch.stack([rows / 3, rows + 1e-9], 1).double(),
         "action": rows[:, None, None].expand(-1, 3, 2) / 7,
         "picture": rows[:, None, None, None].expand(-1, 1, 2, 2) / 5,
     }  # fmt: skip
@@ -40,7 +40,7 @@ def test_draws_are_those_of_tensors_in_memory(tmp_path):
     drawn = filled(tmp_path).draw(64, torch.Generator().manual_seed(0))
     index = torch.randint(12, (64,), generator=torch.Generator().manual_seed(0))
     rows = batch(0, 12)
-    assert all(torch.equal(drawn[name], rows[name][index]) for name in ("prompt_row", "step_index", "reward", "action"))
+    assert all(torch.equal(drawn[name], rows[name][index]) for name in ("prompt_row", "step_index", "parts", "action"))
     assert torch.equal(drawn["picture"], rows["picture"].half()[index])
 
 

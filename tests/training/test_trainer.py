@@ -87,10 +87,10 @@ def test_budget_holds_the_kl(make_trainer, tmp_path):
 
 def test_diversity_is_held_to_its_target(make_trainer, tmp_path):
     """The coefficient falls while there is more variety than asked for and rises while there is less."""
-    settings = {"num_iterations": 60, "kl_training_budget": 200.0, "diversity_coef": 0.1}
+    settings = {"num_iterations": 60, "kl_training_budget": 200.0, "diversity_coef": 1.5}
     low = list(make_trainer(tmp_path / "low", diversity_target=0.05, **settings).train())
     high = list(make_trainer(tmp_path / "high", diversity_target=1.0, **settings).train())
-    assert low[-1]["diversity_coef"] < 0.1 < high[-1]["diversity_coef"]
+    assert low[-1]["diversity_coef"] < 1.5 < high[-1]["diversity_coef"]
     kept = [sum(row["diversity_kept"] for row in rows[-10:]) / 10 for rows in (low, high)]
     assert kept[0] < kept[1] - 0.02, kept
 
@@ -140,7 +140,7 @@ def test_an_action_of_another_policy_is_noticed(make_trainer, tmp_path):
     trainer.policy.mean.bias.data += 0.1
     with pytest.raises(RuntimeError, match="log-probs of the rollout"):
         update_policy(
-            trainer.policy, trainer._policy_optimizer, trainer._critic, rollout, trainer.prompts,
+            trainer.policy, trainer._policy_optimizer, trainer._critic, rollout, trainer.prompts, trainer._scale,
             trainer.config, kl_coef=0.0, diversity_coef=0.0, generator=torch.Generator(),
         )  # fmt: skip
 
