@@ -127,6 +127,7 @@ def _as_float64(values: Any) -> torch.Tensor:
         values = torch.stack(list(values)) if holds_tensors else torch.as_tensor(values, dtype=torch.float64)
     if values.is_complex():
         raise TypeError("complex numbers have no order")
+    values = values.to_dense() if values.layout != torch.strided else values
     return values.detach().to("cpu", torch.float64)
 
 

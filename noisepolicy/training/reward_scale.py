@@ -122,23 +122,24 @@ class RewardScale:
 def measure_spread(values: torch.Tensor, group_size: int) -> Spread:
     """Centre and spreads of `(groups * group_size,)` numbers, float64, groups adjacent.
 
-    The outermost 2.5% of the numbers, and of the deviations within groups, count as the next ones further in. Every
-    step commutes with a multiplication by a power of two: the scale of `2 * reward` is exactly twice that of `reward`.
+    The outermost 2.5% on either side count as the next number further in. Every step commutes with a multiplication by
+    a power of two: the scale of `2 * reward` is exactly twice that of `reward`.
     """
-    groups = values.unflatten(0, (-1, group_size))
     if (values == values[0]).all():  # the mean of equal numbers may differ from them in the last bit
         return Spread(values[0].item(), 0.0, 0.0)
-    tails = torch.tensor([_TAIL, 1 - _TAIL], dtype=torch.float64)
-    low, high = values.quantile(tails)
+    low, high = values.quantile(torch.tensor([_TAIL, 1 - _TAIL], dtype=torch.float64))
     inner = values.clamp(low, high) if low < high else values
-    center, total = inner.mean().item(), inner.std(correction=0).item()
-    if group_size == 1:
-        return Spread(center, total, total)
+    total = inner.std(correction=0).item()
+    within = (_within(inner, group_size) or _within(values, group_size)) if group_size > 1 else total
+    return Spread(inner.mean().item(), total, within)
+
+
+def _within(values: torch.Tensor, group_size: int) -> float:
+    """Standard deviation within groups, unbiased."""
+    groups = values.unflatten(0, (-1, group_size))
     is_equal = (groups == groups[:, :1]).all(1, keepdim=True)
-    deviations = (groups - groups.mean(1, keepdim=True)).abs().masked_fill(is_equal, 0.0).flatten()
-    limit = deviations.quantile(tails[1])
-    inner = deviations.clamp(max=limit) if limit > 0 else deviations
-    return Spread(center, total, inner.square().mean().mul(group_size / (group_size - 1)).sqrt().item())
+    deviations = (groups - groups.mean(1, keepdim=True)).masked_fill(is_equal, 0.0)
+    return deviations.square().mean().mul(group_size / (group_size - 1)).sqrt().item()
 
 
 def _ratio(values: torch.Tensor, spread: float) -> torch.Tensor:

@@ -34,10 +34,14 @@ def test_scores_travel(serve):
     metrics = load_reward(server.address).metrics(IMAGES, PROMPTS)
     assert set(metrics) == {"reward", "red", "brightness"}
     torch.testing.assert_close(metrics["reward"], local(eight_bits(IMAGES), PROMPTS), check_dtype=False)
-    torch.testing.assert_close(load_reward(f"raw({server.address})")(IMAGES, PROMPTS), local(IMAGES, PROMPTS), check_dtype=False)
+    torch.testing.assert_close(
+        load_reward(f"raw({server.address})")(IMAGES, PROMPTS), local(IMAGES, PROMPTS), check_dtype=False
+    )
     # 40 images are three requests
     many = torch.rand(40, 3, 8, 8)
-    torch.testing.assert_close(load_reward(server.address)(many, ["a"] * 40), local(eight_bits(many), ["a"] * 40), check_dtype=False)
+    torch.testing.assert_close(
+        load_reward(server.address)(many, ["a"] * 40), local(eight_bits(many), ["a"] * 40), check_dtype=False
+    )
     assert load_reward(server.address)(IMAGES[:0], []).shape == (0,)
 
 
@@ -108,7 +112,9 @@ def test_tokens(serve, monkeypatch):
         load_reward(server.address)
     assert "right" not in str(error.value)
     monkeypatch.setenv("NOISEPOLICY_REWARD_TOKEN", "right")
-    torch.testing.assert_close(load_reward(server.address)(IMAGES, PROMPTS), eight_bits(IMAGES).mean((1, 2, 3)), check_dtype=False)
+    torch.testing.assert_close(
+        load_reward(server.address)(IMAGES, PROMPTS), eight_bits(IMAGES).mean((1, 2, 3)), check_dtype=False
+    )
 
 
 def test_a_token_in_the_clear_is_warned_of(monkeypatch):

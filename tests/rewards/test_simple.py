@@ -22,8 +22,12 @@ def test_jpeg_size_in_kb():
         pixels = np.round(image.permute(1, 2, 0).numpy() * 255).astype(np.uint8)
         Image.fromarray(pixels).save(buffer, "JPEG", quality=95)
         expected.append(len(buffer.getvalue()) / 1000)
-    torch.testing.assert_close(load_reward("jpeg_incompressibility")(NOISE, PROMPTS), torch.tensor(expected), check_dtype=False)
-    torch.testing.assert_close(load_reward("jpeg_compressibility")(NOISE, PROMPTS), -torch.tensor(expected), check_dtype=False)
+    torch.testing.assert_close(
+        load_reward("jpeg_incompressibility")(NOISE, PROMPTS), torch.tensor(expected), check_dtype=False
+    )
+    torch.testing.assert_close(
+        load_reward("jpeg_compressibility")(NOISE, PROMPTS), -torch.tensor(expected), check_dtype=False
+    )
     assert (
         load_reward("jpeg_compressibility")(FLAT, PROMPTS) > load_reward("jpeg_compressibility")(NOISE, PROMPTS)
     ).all()

@@ -58,7 +58,8 @@ def make_run(folder, *, frozen=None, reward=left_or_right, prompts=PROMPTS, acce
     }  # fmt: skip
     config = TrainConfig(**(defaults | settings))
     config.check()
-    task = Task(frozen or BlobModel(), Reward("reward", reward), [], list(prompts), [])
+    reward = reward if isinstance(reward, Reward) else Reward("reward", reward)
+    task = Task(frozen or BlobModel(), reward, [], list(prompts), [])
     run, accelerator = RunFolder(folder), accelerator or Accelerator(cpu=True)
     if accelerator.is_main_process:
         config.save(run.config)
