@@ -6,7 +6,6 @@ folder is not made again, so the command can be stopped and repeated.
 
 import concurrent.futures
 import multiprocessing
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
@@ -96,7 +95,7 @@ def _run_side_by_side(
     methods: Sequence[Method], seeds: Sequence[int], jobs: Path, settings: tuple[Any, ...], workers: int
 ) -> None:
     """Every job in one of `workers` processes, the longest first; one that starts from another's policy after that."""
-    threads = max((os.cpu_count() or 1) // workers, 1)
+    threads = max(torch.get_num_threads() // workers, 1)
     names = {method.name for method in methods}
     longest_first = sorted(((seed, method) for seed in seeds for method in methods), key=lambda job: -job[1].images)
     waiting = {(method.name, seed): method for seed, method in longest_first}

@@ -24,7 +24,8 @@ _DESCRIPTION = """Learn, per prompt, where a frozen diffusion model should start
                                            module:function or on another machine must be repeated: --reward TEXT
   torchrun --nproc-per-node N -m noisepolicy.cli.train ...   on N processes; restarted, it goes on by itself
 
---debug shows a traceback with an error. Every setting:"""
+--debug shows a traceback with an error. The environment variable OMP_NUM_THREADS sets the number of CPU threads.
+Every setting:"""
 
 
 class UsageError(ValueError):

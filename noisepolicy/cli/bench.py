@@ -155,6 +155,10 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
         from noisepolicy.benchmarks import bench_scale
 
         return bench_scale.run(arguments.processes, arguments.iterations)
+    if arguments.command == "sharing":
+        from noisepolicy.benchmarks import bench_sharing
+
+        return bench_sharing.run(arguments.situations, arguments.spin_counts, arguments.repetitions)
     from noisepolicy.benchmarks import bench_training
 
     return bench_training.run(arguments.output_dir, arguments.seeds, arguments.train_arguments)

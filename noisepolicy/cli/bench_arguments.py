@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 DEFAULT_COMMAND = "latency"
+SITUATIONS = ("quiet", "neighbour", "one-cpu", "quota")
 _DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -37,6 +38,15 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     scale = commands.add_parser("scale", help="images/s of several processes on the embedded model, a thread each")
     scale.add_argument("--processes", type=int, nargs="+", default=[1, 2], metavar="N", help="default: 1 2")
     scale.add_argument("--iterations", type=int, default=5, help="that are timed for each; default: 5")
+    sharing = commands.add_parser(
+        "sharing", help="seconds of a short training run beside a busy process, or with less CPU time than it sees"
+    )
+    sharing.add_argument("--situations", nargs="+", choices=SITUATIONS, default=list(SITUATIONS), help="default: all")
+    sharing.add_argument(
+        "--spin-counts", type=int, nargs="+", default=[], metavar="N",
+        help="values of GOMP_SPINCOUNT to measure beside the command's own; OpenMP's default is 300000",
+    )  # fmt: skip
+    sharing.add_argument("--repetitions", type=int, default=3, help="runs of each, whose median is printed; default: 3")
     _add_algorithms(commands)
     return parser.parse_args(_with_command(argv))
 

@@ -43,11 +43,16 @@ def cpu_quota(proc: Path = Path("/proc/self")) -> int | None:
     Args:
         proc: the process's folder in /proc, with the files `cgroup` and `mountinfo`.
     """
-    return min((limit for folder in _group_folders(proc) if (limit := _limit(folder)) is not None), default=None)
+    folders = [top / group for top, own in own_groups(proc) for group in (own, *own.parents)]
+    return min((limit for folder in folders if (limit := _limit(folder)) is not None), default=None)
 
 
-def _group_folders(proc: Path) -> Iterator[Path]:
-    """The folders of the process's groups of versions 1 and 2, and of the groups above, as far as they are mounted."""
+def own_groups(proc: Path = Path("/proc/self")) -> Iterator[tuple[Path, PurePosixPath]]:
+    """The process's own control groups that can limit CPU time, of version 1 and of version 2, where they are mounted.
+
+    Yields:
+        The folder of the highest group that can be seen, and the path from there to the process's own group.
+    """
     paths = {}
     for number, controllers, path in re.findall(r"^(\d+):([^:\n]*):(/.*)$", _read(proc / "cgroup"), re.MULTILINE):
         if number == "0" and not controllers:
@@ -64,8 +69,7 @@ def _group_folders(proc: Path) -> Iterator[Path]:
         inner = path.relative_to(top) if path.is_relative_to(top) else PurePosixPath()
         if ".." in inner.parts:  # the group lies outside what this container can see
             inner = PurePosixPath()
-        for group in (inner, *inner.parents):
-            yield Path(_unescape(mount_point)) / group
+        yield Path(_unescape(mount_point)), inner
 
 
 def _limit(folder: Path) -> int | None:

@@ -4,18 +4,18 @@ import os
 import re
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from noisepolicy.benchmarks.bench_sharing import group_of_one_cpu
 from noisepolicy.cli import threads
 
 OWN = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 SCRIPTS = Path(sys.executable).parent
 CPUS = sorted(os.sched_getaffinity(0))
 IMPORT = [sys.executable, "-c", "import noisepolicy.cli, torch; print(torch.get_num_threads())"]
-V1, V2 = "cpu.cfs_quota_us", "cpu.max"
 
 
 def make_proc(folder, groups, files, *, root="/"):
@@ -200,31 +200,12 @@ def test_one_cpu_means_one_thread():
     assert start(IMPORT, cpus=CPUS[:1])[0] == "1\n"
 
 
-@contextmanager
-def group_of_one_cpu():
-    """A real control group below this process's own, with the time of one CPU. Skip where none can be made."""
-    own = next(threads._group_folders(Path("/proc/self")), None)
-    if own is None:
-        pytest.skip("no control groups here")
-    group = own / f"noisepolicy-test-{os.getpid()}"
-    try:
-        group.mkdir()
-    except OSError as error:
-        pytest.skip(f"no control group can be made here: {error}")
-    try:
-        for name, limit in ((V2, "100000 100000"), (V1, "100000")):
-            if (group / name).exists():
-                (group / name).write_text(limit)
-                break
-        else:
-            pytest.skip(f"{own} lends its groups no CPU controller")
-        yield group
-    finally:
-        group.rmdir()
-
-
 @pytest.mark.skipif(len(CPUS) < 2, reason="needs two CPUs")
 def test_a_real_quota_of_one_cpu_means_one_thread():
-    with group_of_one_cpu() as group:
+    with ExitStack() as stack:
+        try:
+            group = stack.enter_context(group_of_one_cpu())
+        except RuntimeError as error:
+            pytest.skip(str(error))
         assert start(IMPORT, group=group)[0] == "1\n"
         assert start(IMPORT, group=group, OMP_NUM_THREADS="2")[0] == "2\n"
