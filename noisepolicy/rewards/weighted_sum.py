@@ -34,7 +34,9 @@ class WeightedSum(Reward):
         """The sum as `reward`, each part's own value under its name, and `strict` where one part alone defines it."""
         results = [reward.metrics(images, prompts) for reward in self._rewards]
         parts = torch.stack([result["reward"] for result in results], 1)
-        values = {**dict(zip(self._weights, parts.unbind(1), strict=True)), "reward": weigh(parts, self._weights)}
+        total = weigh(parts, self._weights)
+        # First, and not hidden by a part of the same name.
+        values = {"reward": total, **dict(zip(self._weights, parts.unbind(1), strict=True))} | {"reward": total}
         strict = [result["strict"] for result in results if "strict" in result]
         return values | {"strict": strict[0]} if len(strict) == 1 else values
 
