@@ -47,7 +47,7 @@ def print_table(rows: Sequence[dict[str, Any]], measured_on: str) -> None:
             f"{row['num_inference_steps']:6d}   {base['reward']:.3f} -> {policy['reward']:.3f}"
             f"          {_gain(row)}   {strict}{kept}"
         )
-        for other in row["eval_rewards"]:
+        for other in (*row["parts"], *row["eval_rewards"]):
             print(f"         {other['base']:.3f} -> {other['policy']:.3f}          {_gain(other)}   {other['name']}")
 
 

@@ -74,13 +74,14 @@ def evaluate_sweep(
     if shares is None:
         return Sweep([], [])
     results = {part: result for share in shares for part, result in share.items()}
+    others = [other.name for other in eval_rewards]
     rows, pairs = [], []
     for steps in step_counts:
         base, ours = (
             Results.join([results[part] for part in parts if part[:2] == (steps, has_policy)])
             for has_policy in (False, True)
         )
-        rows.append(summarise(steps, base, ours, [other.name for other in eval_rewards]))
+        rows.append(summarise(steps, base, ours, others, list(reward.weights) if len(reward.weights) > 1 else []))
         for shown in range(min(num_shown, len(prompts))):
             (base_image, base_metrics), (policy_image, policy_metrics) = (
                 results.first_of(shown) for results in (base, ours)
@@ -157,7 +158,11 @@ class Results:
     @classmethod
     def join(cls, parts: Sequence["Results"]) -> "Results":
         return cls(
-            {name: torch.cat([part.metrics[name] for part in parts]) for name in parts[0].metrics},
+            {
+                name: torch.cat([part.metrics[name] for part in parts])
+                for name in parts[0].metrics
+                if all(name in part.metrics for part in parts)  # a reward may not tell the same of every batch
+            },
             [value for part in parts for value in part.diversity],
             [image for part in parts for image in part.first_images],
         )
@@ -187,8 +192,15 @@ def _repeat(embeds: PromptEmbeds, count: int) -> PromptEmbeds:
     return embeds[torch.arange(len(embeds)).repeat_interleave(count)]
 
 
-def summarise(num_inference_steps: int, base: Results, policy: Results, others: Sequence[str]) -> dict[str, Any]:
-    """An entry of `Sweep.rows`."""
+def summarise(
+    num_inference_steps: int, base: Results, policy: Results, others: Sequence[str], parts: Sequence[str] = ()
+) -> dict[str, Any]:
+    """An entry of `Sweep.rows`.
+
+    Args:
+        others: names of the rewards that were not trained for.
+        parts: names of the parts of the reward, if it is a weighted sum of several.
+    """
     base_rewards = base.values("reward")
     return {
         "num_inference_steps": num_inference_steps,
@@ -196,20 +208,22 @@ def summarise(num_inference_steps: int, base: Results, policy: Results, others: 
         "base": base.summary(),
         "policy": policy.summary(),
         **_gain(base, policy, "reward"),
-        "eval_rewards": [
-            {
-                "name": name,
-                "base": base.values(name).mean().item(),
-                "policy": policy.values(name).mean().item(),
-                **_gain(base, policy, name),
-            }
-            for name in others
-        ],
+        "parts": [_compare(base, policy, name) for name in parts],
+        "eval_rewards": [_compare(base, policy, name) for name in others],
         "best_of_n": [
             {"n": n, "reward": expected_best_of(base_rewards, n), "num_images": base_rewards.numel()}
             for n in _BEST_OF
             if n <= base_rewards.shape[1]
         ],
+    }
+
+
+def _compare(base: Results, policy: Results, name: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "base": base.values(name).mean().item(),
+        "policy": policy.values(name).mean().item(),
+        **_gain(base, policy, name),
     }
 
 

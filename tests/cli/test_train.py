@@ -35,7 +35,7 @@ def test_a_run_from_start_to_report(run_train, tmp_path):
     assert set(summary["seconds"]) == {"frozen_model", "reward", "policy", "other"}
     assert [row["num_inference_steps"] for row in summary["sweep"]] == [1, 2]
     assert set(summary["sweep"][0]) == {
-        "num_inference_steps", "num_pairs", "base", "policy", "gain", "gain_ci95", "eval_rewards", "best_of_n",
+        "num_inference_steps", "num_pairs", "base", "policy", "gain", "gain_ci95", "parts", "eval_rewards", "best_of_n",
     }  # fmt: skip
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 4
     assert {path.name for path in (run / "samples").iterdir()} == {

@@ -24,9 +24,9 @@ MARKDOWN = "x`\n\n---\nlicense: mit\n---\n\n# owned\n\n[link](javascript:alert(1
 SIDE = {"reward": 0.5, "strict": 0.5, "diversity": 0.1}
 ROW = {
     "num_inference_steps": 2, "num_pairs": 4, "base": SIDE, "policy": SIDE, "gain": 0.0, "gain_ci95": [0.0, 0.0],
-    "best_of_n": [{"n": 2, "reward": 0.6}], "eval_rewards": [
-        {"name": MARKDOWN, "base": 0.1, "policy": 0.2, "gain": 0.1, "gain_ci95": [0.0, 0.2]}
-    ],
+    "best_of_n": [{"n": 2, "reward": 0.6}],
+    **{kind: [{"name": MARKDOWN, "base": 0.1, "policy": 0.2, "gain": 0.1, "gain_ci95": [0.0, 0.2]}]
+       for kind in ("parts", "eval_rewards")},
 }  # fmt: skip
 SUMMARY = {
     "images_trained": 96, "train_seconds": 1.0, "seconds": {HOSTILE: 1.0}, "frozen_sha256_after": HOSTILE,

@@ -16,9 +16,9 @@ from noisepolicy.training.config import TrainConfig
 PROMPTS = [scene.caption for scene in held_out_scenes()[:3]]
 
 
-def sweep(frozen, policy, **options):
+def sweep(frozen, policy, *, reward="shapes", **options):
     defaults = {"step_counts": (1, 2), "group_size": 4, "guidance_scale": 1.5, "seed": 3}
-    return evaluate_sweep(policy, frozen, load_reward("shapes"), PROMPTS, **(defaults | options))
+    return evaluate_sweep(policy, frozen, load_reward(reward), PROMPTS, **(defaults | options))
 
 
 @pytest.fixture
@@ -47,6 +47,17 @@ def test_a_policy_is_compared_on_its_own_noise(frozen, policy):
         first.rows[1]["base"]
         == sweep(frozen, SpectralPolicy(latent_shape=(8, 8, 8), prompt_shape=(20, 128))).rows[1]["base"]
     )
+
+
+def test_the_parts_of_a_sum_are_measured_each(frozen, policy):
+    policy.mean.bias.data += 0.3
+    (row,) = sweep(frozen, policy, reward="shapes + 10*red", step_counts=(2,)).rows
+    assert [part["name"] for part in row["parts"]] == ["shapes", "red"]
+    for side in ("base", "policy"):
+        shapes, red = (part[side] for part in row["parts"])
+        assert row[side]["reward"] == pytest.approx(shapes + 10 * red)
+    assert row["gain"] == pytest.approx(row["parts"][0]["gain"] + 10 * row["parts"][1]["gain"])
+    assert sweep(frozen, policy, step_counts=(2,)).rows[0]["parts"] == []
 
 
 @pytest.mark.parametrize("num_ranks", [3, 5])
