@@ -85,6 +85,8 @@ class Reward:
             raise RewardError(
                 f"reward {self.name!r} returned {type(values).__name__}, expected {len(prompts)} numbers, one an image"
             ) from error
+        if tuple(rewards.shape) == (len(prompts), 1):  # as a network's head gives them
+            rewards = rewards[:, 0]
         if tuple(rewards.shape) != (len(prompts),):
             raise RewardError(
                 f"reward {self.name!r} returned shape {tuple(rewards.shape)} for {len(prompts)} images, "

@@ -114,7 +114,7 @@ GOOD_VALUES = {
     "tensors": [torch.tensor(value) for value in GOOD], "gradient": torch.tensor(GOOD, requires_grad=True),
     "float64": torch.tensor(GOOD).double(),
     "float16": torch.tensor(GOOD).half(), "bfloat16": torch.tensor(GOOD).bfloat16(),
-    "int64": torch.tensor(GOOD).long(), "not contiguous": torch.tensor([GOOD, GOOD]).T[:, 0],
+    "column": torch.tensor(GOOD)[:, None], "int64": torch.tensor(GOOD).long(), "not contiguous": torch.tensor([GOOD, GOOD]).T[:, 0],
     "sparse": torch.tensor(GOOD).to_sparse(), "with info": (GOOD, {"why": object()}),
     "large": [1e300, -1e300, 0.0],
 }  # fmt: skip
@@ -130,7 +130,7 @@ def test_values_of_many_kinds_are_numbers(name):
 
 
 BAD = [
-    None, "text", b"bytes", 0.5, [0.5], [0.1, 0.2, 0.3, 0.4], [[0.1], [0.2], [0.3]], torch.zeros(3, 1), torch.zeros(()),
+    None, "text", b"bytes", 0.5, [0.5], [0.1, 0.2, 0.3, 0.4], [[0.1, 0.2]] * 3, torch.zeros(1, 3), torch.zeros(()),
     [0.1, float("nan"), 0.3], [0.1, float("inf"), 0.3], ["a", "b", "c"], [None, None, None], {"reward": GOOD}, {},
     np.array([object(), object(), object()]), torch.zeros(3, dtype=torch.complex64), [1j, 2j, 3j], [10**400, 1, 2],
     torch.zeros(3, device="meta"), torch.zeros(0), [torch.zeros(2), torch.zeros(3), 0.1], (GOOD, "no dict"), object(),
@@ -155,8 +155,8 @@ def test_shapes_and_dtypes_end_in_numbers_or_in_one_line():
         forms = [tensor, tensor.tolist()] + ([tensor.numpy()] if dtype != torch.bfloat16 else [])
         for value in forms:
             reward = Reward("any", lambda images, prompts, value=value: value)
-            if axes == (3,):
-                assert reward(IMAGES, PROMPTS).tolist() == tensor.double().tolist()
+            if axes in ((3,), (3, 1)):
+                assert reward(IMAGES, PROMPTS).tolist() == tensor.double().flatten().tolist()
             else:
                 with pytest.raises(RewardError, match="expected"):
                     reward(IMAGES, PROMPTS)
