@@ -20,8 +20,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--rewards", nargs="+", help="further rewards to measure, see docs/rewards.md")
     parser.add_argument(
-        "--prompts", nargs="+", help="UTF-8 files, one prompt a line, or prompts (default: the run's own)"
+        "--prompts", nargs="+", help="prompt files, hf:owner/name or prompts, see docs/prompts.md (default: the run's)"
     )
+    parser.add_argument("--prompt-column", help="the column of the prompts in files of records (default: the run's)")
     parser.add_argument("--num-prompts", type=int, help="at most (default: the run's)")
     parser.add_argument("--group-size", type=int, help="images a prompt (default: the run's)")
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: the run's)")
@@ -56,6 +57,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         "eval_steps": arguments.steps and _step_counts(arguments.steps),
         "eval_rewards": arguments.rewards and tuple(arguments.rewards),
         "eval_prompts": arguments.prompts and tuple(arguments.prompts),
+        "prompt_column": arguments.prompt_column,
         "eval_num_prompts": arguments.num_prompts,
         "eval_group_size": arguments.group_size,
         "device": arguments.device,
@@ -71,8 +73,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     prompts = task.eval_prompts[: config.eval_num_prompts]
     if not prompts:
         raise ValueError("there are no held-out prompts to evaluate on; give --prompts and --num-prompts")
+    embeds = task.frozen.encode([str(prompt) for prompt in prompts])
     sweep = run_sweep(
-        policy.to(device), task, prompts, task.frozen.encode(prompts), step_counts=config.eval_steps,
+        policy.to(device), task, prompts, embeds, step_counts=config.eval_steps,
         group_size=config.eval_group_size, guidance_scale=config.guidance_scale,
         processes=Processes(accelerator, config.timeout),
     )  # fmt: skip

@@ -87,8 +87,9 @@ class _Session:
             self.run.begin(self.config, launch_id())
         # Encoded once, and while there are text encoders.
         self._sample_prompts = self.task.eval_prompts[:_NUM_SAMPLES] or self.task.train_prompts[:_NUM_SAMPLES]
-        self._sample_embeds = self.task.frozen.encode(self._sample_prompts)
-        self._eval_embeds = self.task.frozen.encode(self._eval_prompts) if self._eval_prompts else None
+        self._sample_embeds = self.task.frozen.encode([str(prompt) for prompt in self._sample_prompts])
+        eval_texts = [str(prompt) for prompt in self._eval_prompts]
+        self._eval_embeds = self.task.frozen.encode(eval_texts) if eval_texts else None
         if arguments.resumed is not None:
             self.trainer.resume()
             if self._is_main:

@@ -55,7 +55,7 @@ def evaluate_sweep(
         collect: gives one process the values of all, and the others None: their sweep is empty.
     """
     if embeds is None:
-        embeds = frozen.encode(prompts)
+        embeds = frozen.encode([str(prompt) for prompt in prompts])
     step_counts = list(dict.fromkeys(step_counts))
     parts = [
         _Part(steps, start is policy, begin)

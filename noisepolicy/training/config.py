@@ -63,9 +63,16 @@ class TrainConfig:
     eval_rewards: tuple[str, ...] = ()
     """Further rewards, measured in the final sweep only: those not trained for show whether the reward was hacked."""
     prompts: tuple[str, ...] = ()
-    """Training prompts: UTF-8 text files, one prompt a line, or prompts themselves. Embedded models bring theirs."""
+    """Training prompts: files (text with one prompt a line, .jsonl, .json, .csv, .tsv, .parquet), datasets of the hub
+    (hf:owner/name or hf:owner/name:split), or prompts themselves. A single word that ends like a file's name, as in
+    prompts.txt, or starts like a path, as in ./prompts, is a file; docs/prompts.md has more. Embedded models bring
+    theirs."""
     eval_prompts: tuple[str, ...] = ()
-    """The same for the held-out prompts that the report is measured on. FIND has none: it learns its prompts alone."""
+    """The same for the held-out prompts that the report is measured on. FIND has none: it learns its prompts alone.
+    Default: a fifth of the training prompts, which are then not trained on."""
+    prompt_column: str | None = None
+    """The field or column that holds the prompt in files and datasets of records. Default: the first of prompt,
+    prompts, caption, captions and text that is there."""
     output_dir: Path | None = None
     """The run folder; must not hold a run. Default: runs/ and the time."""
     height: int | None = None
@@ -277,6 +284,8 @@ class TrainConfig:
             raise ValueError("--gradient-accumulation-steps is not for FIND, whose policy is a table, not a network")
         if self.eval_prompts and self.algorithm == "find":
             raise ValueError("FIND is measured on the prompts it was made for; no others can be given")
+        if self.prompt_column is not None and not self.prompts and not self.eval_prompts:
+            raise ValueError("--prompt-column names a column of --prompts or --eval-prompts; give one of them")
         if self.critic_size < 2:
             raise ValueError(f"--critic-size must be at least 2 (their spread is used), got {self.critic_size}")
 

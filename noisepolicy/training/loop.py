@@ -27,6 +27,7 @@ from noisepolicy.training.checkpoint import (
 from noisepolicy.training.config import TrainConfig
 from noisepolicy.training.phases import PHASES, PhaseClock
 from noisepolicy.training.processes import Processes
+from noisepolicy.training.prompt_records import identity
 from noisepolicy.training.prompt_store import PromptStore
 from noisepolicy.training.rollout import Rollout, roll_out
 from noisepolicy.training.run_folder import MAY_CHANGE_ON_RESUME, RunFolder
@@ -185,7 +186,7 @@ class TrainingLoop:
     def _prompts_sha256(self) -> str:
         digest = hashlib.sha256()
         for prompt in self.task.train_prompts:
-            digest.update(prompt.encode() + b"\n")
+            digest.update(identity(prompt) + b"\n")
         return digest.hexdigest()
 
     def _restore(self, checkpoint: Checkpoint) -> None:

@@ -1,57 +1,88 @@
-"""Prompts of files, read line by line where they are needed: ten million take some 200 MB of memory."""
+"""The prompts of a run, read from files record by record where they are needed: memory holds 24 bytes for each."""
 
 import os
-import stat
+import re
 import zlib
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, overload
+from typing import Any, overload
 
 import numpy as np
 
-_SUFFIXES = (".txt", ".csv", ".json", ".jsonl", ".yaml", ".md")
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+from noisepolicy.training.prompt_files import FILE_SUFFIXES, StreamedFile, open_prompt_file
+from noisepolicy.training.prompt_records import read_prompts, text_of
+
+_HUB = re.compile(r"hf:(?P<name>\w[\w.-]*/\w[\w.-]*)(:(?P<split>\S+))?")
+
+
+def is_prompt_file(source: str) -> bool:
+    """Whether the command line takes `source` for a file rather than for a prompt.
+
+    It does so if there is such a file, or if `source` is a single word that ends like a file's name (`prompts.txt`),
+    starts like a path (`./`, `../`, `/`, `~/`), is an address (`https://`), or names a place in a folder that exists.
+    """
+    word = source.strip()
+    if word and _exists(source):
+        return True
+    if is_hub_dataset(source) or len(word.split()) != 1:
+        return False
+    return (
+        word.lower().endswith(FILE_SUFFIXES)
+        or word.startswith(("/", "./", "../", "~/"))
+        or "://" in word
+        or ("/" in word and _exists(word.rpartition("/")[0]))
+    )
+
+
+def is_hub_dataset(source: str) -> bool:
+    """Whether the command line takes `source` for a dataset of the hub: `hf:owner/name` or `hf:owner/name:split`."""
+    return source.startswith("hf:") and len(source.split()) == 1
 
 
 class PromptList(Sequence[str]):
-    """The prompts of files, one a line (blank lines are skipped), and those given as they are.
+    """The prompts of several sources. Those of text, JSON lines, CSV and TSV files stay on disk.
+
+    A prompt of a record, such as a row of a table, is a `noisepolicy.prompt.Prompt`: its `metadata` are the record's
+    other fields.
 
     Args:
-        sources: UTF-8 files, and prompts.
+        sources: each a prompt file, a dataset of the hub (`hf:owner/name`), or a prompt. From Python also a `datasets`
+            dataset, or any iterable of text or of records.
+        column: the field or column that holds the prompt. By default it is found by its usual names: prompt, prompts,
+            caption, captions, text.
 
     Raises:
-        ValueError: if a file is missing, empty or not UTF-8, or, of an item, if its file has been changed since.
+        ValueError: if a source cannot be read, or holds no prompt or something else. An item raises it if its file has
+            been changed since.
+        RuntimeError: if the hub cannot be reached.
     """
 
-    def __init__(self, sources: Sequence[str]) -> None:
-        self._sources: list[BinaryIO | str] = []
-        columns = array("I"), array("q"), array("I"), array("I")
+    crc32: np.ndarray
+    """Checksum of each prompt's text, uint32 `(prompts,)`."""
+
+    def __init__(self, sources: Sequence[str | Iterable[Any]], column: str | None = None) -> None:
+        self._sources: list[StreamedFile | list[str]] = []
+        columns = array("I"), array("q"), array("I"), array("I"), array("I")
         for number, source in enumerate(sources):
-            if _is_file(source) or source.endswith(_SUFFIXES) or ("/" in source and " " not in source):
-                file = _open(Path(source))
-                self._sources.append(file)
-                found = False
-                for start, prompt in _lines(file, source):
-                    found = True
-                    for column, value in zip(columns, (number, start, len(prompt), zlib.crc32(prompt)), strict=True):
-                        column.append(value)
-                if not found:
-                    raise ValueError(f"prompt file {source} holds no prompt; expected one a line")
-            elif prompt := source.strip():
-                self._sources.append(prompt)
-                for column, value in zip(columns, (number, 0, 0, zlib.crc32(prompt.encode())), strict=True):
-                    column.append(value)
-            else:
-                raise ValueError("a prompt is empty; give a text, or a file of one prompt a line")
-        arrays = (np.frombuffer(column, column.typecode) for column in columns)
-        self._source, self._start, self._length, self.crc32 = arrays
+            opened = _open(source, column)
+            self._sources.append(opened)
+            count = len(columns[0])
+            for place, record, prompt in _held(opened) if isinstance(opened, list) else opened.records():
+                crc = zlib.crc32(prompt.encode())
+                row = number, place, len(record), zlib.crc32(record), crc
+                for values, value in zip(columns, row, strict=True):
+                    values.append(value)
+            if len(columns[0]) == count:
+                raise ValueError(f"{_named(opened)} holds no prompt")
+        arrays = (np.frombuffer(values, values.typecode) for values in columns)
+        self._source, self._start, self._length, self._record_crc32, self.crc32 = arrays
 
     def select(self, is_wanted: np.ndarray) -> "PromptList":
         """Those of them where `is_wanted`, bool `(prompts,)`."""
         chosen = object.__new__(PromptList)
         chosen._sources = self._sources
-        for name in ("_source", "_start", "_length", "crc32"):
+        for name in ("_source", "_start", "_length", "_record_crc32", "crc32"):
             setattr(chosen, name, getattr(self, name)[is_wanted])
         return chosen
 
@@ -69,44 +100,58 @@ class PromptList(Sequence[str]):
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
         source = self._sources[self._source[index]]
-        if isinstance(source, str):
-            return source
-        prompt = os.pread(source.fileno(), self._length[index], self._start[index])
-        if zlib.crc32(prompt) != self.crc32[index]:
-            raise ValueError(f"prompt file {source.name} was changed while it was in use")
-        return prompt.decode()
+        if isinstance(source, list):
+            return source[self._start[index]]
+        record = os.pread(source.file.fileno(), self._length[index], self._start[index])
+        if zlib.crc32(record) != self._record_crc32[index]:
+            raise ValueError(f"prompt file {source.file.name} was changed while it was in use")
+        return source.parse(record)
 
 
-def _is_file(source: str) -> bool:
+def _open(source: str | Iterable[Any], column: str | None) -> StreamedFile | list[str]:
+    if not isinstance(source, str):
+        return read_prompts(source, column)
+    if is_prompt_file(source):
+        return open_prompt_file(Path(source if _exists(source) else source.strip()), column)
+    if is_hub_dataset(source):
+        return _read_hub(source, column)
     try:
-        return Path(source).is_file()
-    except OSError:  # a long prompt is no name of a file
+        return [text_of(source)]
+    except ValueError as error:
+        raise ValueError(f"a {error}; give a text, a prompt file or a dataset") from None
+
+
+def _held(prompts: list[str]) -> Iterator[tuple[int, bytes, str]]:
+    return ((place, b"", prompt) for place, prompt in enumerate(prompts))
+
+
+def _named(source: StreamedFile | list[str]) -> str:
+    return "a list of prompts" if isinstance(source, list) else f"prompt file {source.file.name}"
+
+
+def _read_hub(source: str, column: str | None) -> list[str]:
+    match = _HUB.fullmatch(source.strip())
+    if match is None:
+        raise ValueError(f"a dataset of the hub is hf:owner/name or hf:owner/name:split, got {source}")
+    try:
+        from datasets import load_dataset
+        from datasets.exceptions import DatasetsError
+    except ImportError as error:
+        raise ValueError(f"{source} needs the package {error.name}: pip install 'noisepolicy[datasets]'") from error
+    try:
+        return read_prompts(load_dataset(match["name"], split=match["split"] or "train"), column, "row")
+    except ConnectionError as error:
+        raise RuntimeError(f"cannot read prompts from {source}: {_one_line(error)}") from error
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError, ImportError, DatasetsError) as error:
+        raise ValueError(f"cannot read prompts from {source}: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _exists(source: str) -> bool:
+    try:
+        return Path(source).exists()
+    except (OSError, ValueError):  # a long prompt, or one with a zero byte, is no name of a file
         return False
-
-
-def _open(path: Path) -> BinaryIO:
-    try:
-        file = open(path, "rb")  # noqa: SIM115  # as long as the list
-    except OSError as error:
-        raise ValueError(f"cannot read prompt file {path}: {error.strerror}") from error
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise ValueError(f"prompt file {path} is a pipe or device; a run reads its prompts again when it is resumed")
-    return file
-
-
-def _lines(file: BinaryIO, source: str) -> Iterator[tuple[int, bytes]]:
-    """Where each prompt begins, and the prompt."""
-    position = 0
-    for line in file:
-        start = position + (len(_BYTE_ORDER_MARK) if not position and line.startswith(_BYTE_ORDER_MARK) else 0)
-        try:
-            text = line[start - position :].decode()
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"prompt file {source} is not UTF-8 (byte {start + error.start}); save it as UTF-8"
-            ) from error
-        position += len(line)
-        if prompt := text.strip():
-            indent = text[: len(text) - len(text.lstrip())]
-            yield start + len(indent.encode()), prompt.encode()

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from noisepolicy import moving_shapes, shapes
@@ -11,6 +12,7 @@ from noisepolicy.frozen import FrozenDiffusersPipeline, FrozenModel
 from noisepolicy.rewards import Reward, load_reward
 from noisepolicy.training.config import TrainConfig
 from noisepolicy.training.prompt_list import PromptList
+from noisepolicy.training.prompt_records import identity, read_prompts
 
 _EMBEDDED = {"shapes": shapes, "moving_shapes": moving_shapes}
 """Worlds with a `model_folder()`, `train_scenes()`, `held_out_scenes()`, and a reward of the same name."""
@@ -18,11 +20,22 @@ _EMBEDDED = {"shapes": shapes, "moving_shapes": moving_shapes}
 
 @dataclass(frozen=True)
 class Task:
+    """Prompts may be any iterable of text or of records, such as a `datasets` dataset; see docs/prompts.md.
+
+    Raises:
+        ValueError: if one of the prompts is none.
+    """
+
     frozen: FrozenModel
     reward: Reward
     eval_rewards: list[Reward]
     train_prompts: Sequence[str]
     eval_prompts: Sequence[str]
+
+    def __post_init__(self) -> None:
+        for name in ("train_prompts", "eval_prompts"):
+            if not isinstance(prompts := getattr(self, name), PromptList):
+                object.__setattr__(self, name, read_prompts(prompts))
 
 
 def load_task(config: TrainConfig, device: torch.device) -> Task:
@@ -33,17 +46,19 @@ def load_task(config: TrainConfig, device: torch.device) -> Task:
     """
     world = _EMBEDDED.get(config.model)
     if world is None and not config.prompts:
-        raise ValueError(f"--model {config.model} needs --prompts: a file, one prompt a line, or prompts")
+        raise ValueError(f"--model {config.model} needs --prompts: files or prompts; see docs/prompts.md")
     if world is None and config.reward is None:
         raise ValueError(f"--model {config.model} needs --reward, e.g. pickscore")
     if config.algorithm == "find" and not config.prompts:
         raise ValueError("--algorithm find needs --prompts: it learns each on its own")
-    train = PromptList(config.prompts) if config.prompts else [scene.caption for scene in world.train_scenes()]
+    train: Sequence[str] = [scene.caption for scene in world.train_scenes()] if world is not None else []
+    if config.prompts:
+        train = PromptList(config.prompts, config.prompt_column)
     if config.algorithm == "find":
-        train = list(dict.fromkeys(train))
+        train = _without_repeats(train)
         held_out = train
     elif config.eval_prompts:
-        held_out = PromptList(config.eval_prompts)
+        held_out = PromptList(config.eval_prompts, config.prompt_column)
     elif not config.prompts:
         held_out = [scene.caption for scene in world.held_out_scenes()]
     elif config.eval_num_prompts:
@@ -99,12 +114,27 @@ def load_frozen(config: TrainConfig, device: torch.device) -> FrozenDiffusersPip
     return frozen
 
 
+def _without_repeats(prompts: Sequence[str]) -> list[str]:
+    """Each text once, for FIND, whose distribution of a prompt knows its text only."""
+    kept: dict[str, str] = {}
+    for prompt in prompts:
+        if identity(kept.setdefault(prompt, prompt)) != identity(prompt):
+            raise ValueError(f"the prompt {str(prompt)!r} comes twice, with different metadata; FIND takes it once")
+    return list(kept.values())
+
+
 def _hold_out(prompts: PromptList) -> tuple[PromptList, PromptList]:
-    """A fifth of the user's prompts for evaluation, chosen by their text, so it is the same in every run."""
-    is_held_out = prompts.crc32 % 5 == 0
-    if is_held_out.all() or not is_held_out.any():
+    """Splits off a fifth of the user's prompts, at least one, for evaluation.
+
+    They are the texts with the smallest checksums, so they are the same in every run, whatever the order of the list,
+    and a text that comes several times is never on both sides.
+    """
+    checksums = np.unique(prompts.crc32)
+    if len(checksums) < 2:
         raise ValueError(
-            f"too few prompts ({len(prompts)}) to hold some out for evaluation; give --eval-prompts FILE, "
-            "or --eval-num-prompts 0 for no evaluation"
+            f"{len(prompts)} prompts hold too few different ones (1) to hold some out for evaluation; give "
+            "--eval-prompts FILE, or --eval-num-prompts 0 for no evaluation"
         )
+    num_held_out = max(1, round(len(checksums) / 5))
+    is_held_out = prompts.crc32 <= checksums[num_held_out - 1]
     return prompts.select(~is_held_out), prompts.select(is_held_out)

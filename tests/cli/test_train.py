@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from noisepolicy.policies import NoisePolicy
+from noisepolicy.shapes import train_scenes
 from noisepolicy.storage import read_tensors
 
 SHORT = [
@@ -47,6 +48,22 @@ def test_a_run_from_start_to_report(run_train, tmp_path):
 
     again = run_train(*SHORT, "--output-dir", "run")
     assert again.returncode == 2 and "already holds a run" in again.stderr
+
+
+@pytest.mark.slow
+def test_a_run_on_a_table_of_prompts(run_train, tmp_path):
+    """Eight prompts, of which two are held out; a change of another column makes them another run's."""
+    captions = sorted({scene.caption for scene in train_scenes()})[:8]
+    table = "id,Words,Note\n" + "".join(f'{number},"{caption}",x\n' for number, caption in enumerate(captions))
+    (tmp_path / "prompts.csv").write_text(table)
+    settings = [*SHORT, "--num-iterations", "1", "--eval-num-prompts", "8", "--eval-steps", "1"]
+    result = run_train(*settings, "--prompts", "prompts.csv", "--prompt-column", "words", "--output-dir", "run")
+    assert result.returncode == 0, result.stderr
+    [row] = json.loads((tmp_path / "run" / "summary.json").read_text())["sweep"]
+    assert row["num_pairs"] == 2 * 2
+    (tmp_path / "prompts.csv").write_text(table.replace(",x\n", ",y\n"))
+    again = run_train("--resume", "run", "--num-iterations", "2")
+    assert again.returncode in (1, 2) and "the training prompts are not those" in again.stderr
 
 
 def policy_of(run):
@@ -114,6 +131,9 @@ BAD_INPUT = {
     ),
     "model without prompts": (["--model", "some/model"], "needs --prompts"),
     "missing prompts": (["--prompts", "none.txt"], "cannot read prompt file none.txt"),
+    "prompts without a header": (["--prompts", "bare.csv"], "no column is named prompt, caption or text"),
+    "a bad record": (["--prompts", "bad.jsonl"], "prompt file bad.jsonl, line 2: this is not JSON"),
+    "one prompt": (["--prompts", "a red circle", "--eval-num-prompts", "4"], "too few different ones (1)"),
     "empty prompts": (["--prompts", "empty.txt"], "empty.txt holds no prompt"),
     "latin-1 prompts": (["--prompts", "latin.txt"], "latin.txt is not UTF-8"),
     "no run": (["--resume", "nothing"], "not a run folder"),
@@ -135,6 +155,8 @@ def test_bad_input_is_one_line_and_exit_code_2(run_train, tmp_path, name):
     (tmp_path / "good.txt").write_text("\n".join(f"prompt {i}" for i in range(20)))
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    (tmp_path / "bare.csv").write_text("a cat,animals\na dog,animals\n")
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a cat"}\n{"prompt": a dog}\n')
     if "stochastic" in arguments:
         from diffusers import DDPMScheduler, StableDiffusionPipeline
 

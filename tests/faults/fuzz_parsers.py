@@ -76,10 +76,13 @@ def config_yaml(data: bytes) -> None:
 
 
 def prompt_file(data: bytes) -> None:
-    path = FOLDER / "prompts.txt"
-    path.write_bytes(data)
+    """The first byte chooses the suffix."""
+    suffixes = ("txt", "jsonl", "json", "csv", "tsv")
+    path = FOLDER / f"prompts.{suffixes[data[0] % len(suffixes) if data else 0]}"
+    path.write_bytes(data[1:])
     prompts = PromptList([str(path)])
     assert prompts and all(prompt.strip() for prompt in prompts)
+    assert path.suffix != ".txt" or not any(prompt.startswith('{"') for prompt in prompts)
 
 
 def captions(data: bytes) -> None:
@@ -131,7 +134,19 @@ TARGETS: dict[str, tuple[Callable[[bytes], None], list[bytes]]] = {
             b"? [a]\n: !!binary aaaa\n--- {a: 0x1, b: 1:30, c: !!set {}, d: !!timestamp 1}\n",
         ],
     ),
-    "prompt_file": (prompt_file, [b"a red cube\n\n  a dog\r\n", "überall\x85 \u2028".encode(), b"\xff\xfea\0"]),
+    "prompt_file": (
+        prompt_file,
+        [
+            b"\x00a red cube\n\n  a dog\r\n",
+            b"\x00" + "überall\x85 \u2028".encode(),
+            b"\x00\xff\xfea\0",
+            b'\x01{"prompt": "a cat", "n": [1]}\n"a dog"\n',
+            b'\x02[{"prompt": "a cat"}, "a dog"]',
+            b'\x02{"data": ["a cat"], "n": {}}',
+            b'\x03n,Prompts\r\n1,"a ""cat"",\nred"\n2,a dog\n',
+            b"\x04n\tcaption\n1\ta cat\n",
+        ],
+    ),
     "captions": (
         captions,
         [

@@ -1,4 +1,4 @@
-"""The small parts of training: advantages, settings, checkpoints, prompts, randomness."""
+"""The small parts of training: advantages, settings, checkpoints, randomness."""
 
 import warnings
 from importlib.resources import files
@@ -11,7 +11,6 @@ from noisepolicy.storage import read_tensors, write_bytes, write_tensors
 from noisepolicy.training.advantages import leave_one_out, residual
 from noisepolicy.training.checkpoint import save_checkpoint, whole_checkpoints
 from noisepolicy.training.config import TrainConfig, load_config
-from noisepolicy.training.prompt_list import PromptList
 from noisepolicy.training.run_folder import RunFolder
 from noisepolicy.training.seeding import stream_generator, stream_seed
 
@@ -131,42 +130,6 @@ def test_metrics_forget_what_a_resumed_run_makes_again(tmp_path):
         file.write('{"iterat')
     run.truncate_metrics(2)
     assert [row["iteration"] for row in run.read_metrics()] == [1, 2]
-
-
-def test_prompt_files(tmp_path):
-    path = tmp_path / "prompts.txt"
-    path.write_text("a cat\n\n  ein Bär \n", "utf-8")
-    assert list(PromptList([str(path)])) == ["a cat", "ein Bär"]
-    assert list(PromptList(["A dog and a cat", str(path)])) == ["A dog and a cat", "a cat", "ein Bär"]
-    for missing in (tmp_path / "missing.txt", "missing.txt", "./missing"):
-        with pytest.raises(ValueError, match="cannot read prompt file"):
-            PromptList([str(missing)])
-    with pytest.raises(ValueError, match="a prompt is empty"):
-        PromptList([" "])
-    path.write_bytes(b"caf\xe9\n")
-    with pytest.raises(ValueError, match="not UTF-8"):
-        PromptList([str(path)])
-    path.write_text("\n \n")
-    with pytest.raises(ValueError, match="holds no prompt"):
-        PromptList([str(path)])
-
-
-def test_prompt_files_of_every_kind(tmp_path):
-    path = tmp_path / "prompts.txt"
-    path.write_bytes("\ufeffa cat\r\n\u3000 zwölf Bären\t\r\n\r\na dog".encode())
-    prompts = PromptList([str(path), "a hen"])
-    assert list(prompts) == ["a cat", "zwölf Bären", "a dog", "a hen"] and prompts[-1] == "a hen"
-    assert prompts[1:3] == ["zwölf Bären", "a dog"] and len(prompts) == 4
-    assert list(prompts.select(prompts.crc32 != prompts.crc32[1])) == ["a cat", "a dog", "a hen"]
-    path.write_bytes("\ufeffa cat\r\n\u3000 zwölf Katzen".encode())
-    assert prompts[0] == "a cat"
-    with pytest.raises(ValueError, match=r"prompts.txt was changed while it was in use"):
-        prompts[1]
-    path.write_bytes(b"a cat\n\n  caf\xe9\n")
-    with pytest.raises(ValueError, match=r"not UTF-8 \(byte 12\)"):
-        PromptList([str(path)])
-    with pytest.raises(ValueError, match="is a pipe or device"):
-        PromptList(["/dev/null"])
 
 
 def test_streams_are_distinct_and_repeatable():
