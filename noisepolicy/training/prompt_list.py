@@ -10,8 +10,9 @@ from typing import Any, overload
 
 import numpy as np
 
-from noisepolicy.training.prompt_files import FILE_SUFFIXES, StreamedFile, open_prompt_file
+from noisepolicy.training.prompt_files import FILE_SUFFIXES, open_prompt_file
 from noisepolicy.training.prompt_records import read_prompts, text_of
+from noisepolicy.training.prompt_streams import StreamedFile
 
 _HUB = re.compile(r"hf:(?P<name>\w[\w.-]*/\w[\w.-]*)(:(?P<split>\S+))?")
 
