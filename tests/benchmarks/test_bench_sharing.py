@@ -11,15 +11,11 @@ from noisepolicy.cli.bench import main
 @pytest.mark.slow
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
 def test_seconds_beside_a_busy_process(capsys):
-    arguments = ["sharing", "--situations", "quiet", "neighbour", "--spin-counts", "0", "--repetitions", "1"]
-    assert main(arguments) == 0
-    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["sharing"]
-    assert [(row["situation"], row["spin_count"]) for row in rows] == [
-        ("quiet", None), ("quiet", 0), ("neighbour", None), ("neighbour", 0),
-    ]  # fmt: skip
-    assert all(row["command_s"] > row["training_s"] > 0 for row in rows)
-    assert [row["command_of_quiet"] for row in rows[:2]] == [1, 1]
-    assert rows[3]["training_of_quiet"] == rows[3]["training_s"] / rows[1]["training_s"]
+    assert main(["sharing", "--situations", "quiet", "neighbour", "--repetitions", "1"]) == 0
+    quiet, beside = json.loads(capsys.readouterr().out.splitlines()[-1])["sharing"]
+    assert (quiet["situation"], beside["situation"], quiet["spin_count"]) == ("quiet", "neighbour", None)
+    assert all(row["command_s"] > row["training_s"] > 0 for row in (quiet, beside))
+    assert quiet["command_of_quiet"] == 1 and beside["training_of_quiet"] == beside["training_s"] / quiet["training_s"]
 
 
 @pytest.mark.parametrize("arguments", [["--repetitions", "0"], ["--spin-counts", "-1"]])
