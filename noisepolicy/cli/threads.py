@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-# About twenty microseconds: longer than most waits of a quiet machine, where waking a sleeping thread costs more, and
-# too short to matter where a thread waits for one that does not run.
+# Some tens of microseconds, which bridges the gap between two operations and is little to lose where a thread waits for
+# one that does not run. OpenMP's own default is 300000; 0 sleeps at once.
 _SPIN_COUNT = "1000"
 
 
