@@ -114,7 +114,8 @@ GOOD_VALUES = {
     "tensors": [torch.tensor(value) for value in GOOD], "gradient": torch.tensor(GOOD, requires_grad=True),
     "float64": torch.tensor(GOOD).double(),
     "float16": torch.tensor(GOOD).half(), "bfloat16": torch.tensor(GOOD).bfloat16(),
-    "column": torch.tensor(GOOD)[:, None], "int64": torch.tensor(GOOD).long(), "not contiguous": torch.tensor([GOOD, GOOD]).T[:, 0],
+    "column": torch.tensor(GOOD)[:, None], "int64": torch.tensor(GOOD).long(),
+    "not contiguous": torch.tensor([GOOD, GOOD]).T[:, 0],
     "sparse": torch.tensor(GOOD).to_sparse(), "with info": (GOOD, {"why": object()}),
     "large": [1e300, -1e300, 0.0],
 }  # fmt: skip
