@@ -50,10 +50,3 @@ def test_the_example_runs(tmp_path, monkeypatch):
     example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL).group(1)
     exec(compile(example, "README.md", "exec"), {})
     assert Image.open(tmp_path / "picture.png").size == (64, 64)
-
-
-def test_files_stay_short():
-    for folder in ("csrc", "noisepolicy", "export", "benchmarks", "tests"):
-        for path in (ROOT / folder).rglob("*"):
-            if path.suffix in (".py", ".cpp", ".h"):
-                assert len(path.read_text("utf-8").splitlines()) <= 320, path

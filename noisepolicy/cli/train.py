@@ -69,9 +69,9 @@ class _Session:
             raise ValueError("--denoiser auto may choose differently in each process; name the engine")
         self.task = load_task(self.config, self.accelerator.device)
         # What 'auto' chose is the run's from here on: a resumed run must not choose again.
-        self.config = dataclasses.replace(self.config, denoiser=self.task.frozen.engine).resolved(
-            len(self.task.train_prompts)
-        )
+        self.config = dataclasses.replace(
+            self.config, denoiser=self.task.frozen.engine, eval_steps=self.task.eval_steps
+        ).resolved(len(self.task.train_prompts))
         self._eval_prompts = self.task.eval_prompts[: self.config.eval_num_prompts]
         self._board = _make_board(self.config.tensorboard)
         self.run = arguments.resumed or processes.broadcast(

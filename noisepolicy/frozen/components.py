@@ -36,6 +36,9 @@ class PipelineComponents:
 
     def __init__(self, pipeline: "DiffusionPipeline", device: torch.device, *, cpu_offload: bool) -> None:
         self._family = family_of(pipeline)
+        for name in (self._family.denoiser, "vae", "scheduler", "text_encoder", "tokenizer"):
+            if getattr(pipeline, name, None) is None:
+                raise ValueError(f"the pipeline has no {name}")
         self.device = device
         self.engine = "eager"
         """What denoiser and decoder run on; `noisepolicy.export.use_denoiser` changes it."""
@@ -58,6 +61,11 @@ class PipelineComponents:
     def vae(self) -> torch.nn.Module:
         """The autoencoder, or what stands in for it."""
         return self._pipeline.vae
+
+    @property
+    def upcasts_vae(self) -> bool:
+        """Whether the pipeline decodes in float32 although the VAE's weights may be float16, which would overflow."""
+        return self._family.upcasts_vae and bool(getattr(self.vae.config, "force_upcast", False))
 
     def replace(self, *, denoiser: torch.nn.Module | None = None, vae: torch.nn.Module | None = None) -> None:
         """Puts stand-ins (`denoisers.py`) in the place of components; those count for `weights_sha256` as they were.

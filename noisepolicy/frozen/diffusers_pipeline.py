@@ -5,14 +5,16 @@ less around the UNet; it is used once it has made one image as `__call__` does.
 """
 
 import inspect
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from noisepolicy.frozen.base import PromptEmbeds
+from noisepolicy.frozen.blame import failure, first_not_finite, not_finite, overflow_marked
 from noisepolicy.frozen.components import PipelineComponents
 from noisepolicy.frozen.families import (
     encode_negative,
@@ -79,7 +81,7 @@ class FrozenDiffusersPipeline(PipelineComponents):
         # Some pipelines default to "", and refuse it beside embeddings.
         unused = {name: None for name in ("prompt", "negative_prompt") if name in parameters}
         self._arguments = {"output_type": "pt", **unused, **self._family.call, **self._size}
-        self._checked: set[bool] = set()
+        self._checked: set[int] = set()
         self._loops: dict[tuple[int, bool], DenoisingLoop | None] = {}
         self.uses_cuda_graph = cuda_graph
         if cuda_graph and (self.device.type != "cuda" or cpu_offload):
@@ -91,6 +93,7 @@ class FrozenDiffusersPipeline(PipelineComponents):
         model: str | Path,
         *,
         dtype: torch.dtype = torch.float32,
+        variant: str | None = None,
         scheduler: str | None = None,
         timestep_spacing: str | None = None,
         vae_slicing: bool = False,
@@ -99,9 +102,14 @@ class FrozenDiffusersPipeline(PipelineComponents):
     ) -> "FrozenDiffusersPipeline":
         """Loads a folder or hub id: `loading.load_pipeline`, then the constructor. Takes and raises what they do."""
         pipeline = load_pipeline(
-            model, dtype=dtype, scheduler=scheduler, timestep_spacing=timestep_spacing, vae_slicing=vae_slicing,
+            model,
+            dtype=dtype,
+            variant=variant,
+            scheduler=scheduler,
+            timestep_spacing=timestep_spacing,
+            vae_slicing=vae_slicing,
             vae_tiling=vae_tiling,
-        )  # fmt: skip
+        )
         return cls(pipeline, **options)
 
     def replace(self, *, denoiser: torch.nn.Module | None = None, vae: torch.nn.Module | None = None) -> None:
@@ -114,10 +122,15 @@ class FrozenDiffusersPipeline(PipelineComponents):
 
         Raises:
             RuntimeError: if the text encoders were dropped.
+            ValueError: if the embeddings hold NaN or infinity.
         """
-        if self._pipeline.text_encoder is None:
+        encoder = self._pipeline.text_encoder
+        if encoder is None:
             raise RuntimeError("the text encoders were dropped; encode every prompt before drop_text_encoders()")
-        return encode_prompts(self._pipeline, prompts, max_sequence_length=self._max_sequence_length)
+        embeds = encode_prompts(self._pipeline, prompts, max_sequence_length=self._max_sequence_length)
+        if not all(tensor.isfinite().all() for tensor in embeds.tensors().values()):
+            raise ValueError(not_finite(f"the text encoder {type(encoder).__name__}", encoder.dtype))
+        return embeds
 
     @torch.no_grad()
     def generate(
@@ -126,52 +139,101 @@ class FrozenDiffusersPipeline(PipelineComponents):
         """Images in [0, 1], float32, `(batch, 3, height, width)`, video `(batch, frames, 3, height, width)`.
 
         Raises:
-            ValueError: if the sampler is stochastic at this step count.
+            ValueError: if the pipeline cannot make images with this step count, is stochastic, or makes NaN.
             RuntimeError: if memory does not hold a single image.
         """
-        if (num_inference_steps > 1) not in self._checked:
+        if num_inference_steps not in self._checked:
             self.check_deterministic(num_inference_steps, guidance_scale)
-        chunks, begin = [], 0
+        if not math.isfinite(guidance_scale):
+            raise ValueError(f"guidance_scale must be a finite number, got {guidance_scale}")
+        chunks, parts, begin = [], [], 0
         while begin < len(latents):
             rows = slice(begin, min(begin + self.rollout_batch_size, len(latents)))
             # A generator of our own: some samplers draw numbers they do not use, and the caller's would move.
             generator = torch.Generator(self.device).manual_seed(0)
-            images = self._try_chunk(latents[rows], prompt_embeds[rows], num_inference_steps, guidance_scale, generator)
+            arguments = (latents[rows], prompt_embeds[rows], num_inference_steps, guidance_scale, generator)
+            images = self._unless_out_of_memory(lambda arguments=arguments: self._generate_chunk(*arguments))
             if images is None:
                 self._halve(rows.stop - rows.start)
             else:
                 chunks.append(images)
+                parts.append(rows)
                 begin = rows.stop
-        return torch.cat(chunks)
+        images = torch.cat(chunks)
+        if not images.isfinite().all():
+            rows = next(rows for rows in parts if not images[rows].isfinite().all())
+            raise self._not_finite(latents[rows], prompt_embeds[rows], num_inference_steps, guidance_scale)
+        return images
 
     @torch.no_grad()
     def check_deterministic(self, num_inference_steps: int, guidance_scale: float) -> None:
-        """Makes one image twice under different random states; `generate` asks for it once, this asks sooner.
+        """Try one image at this step count. `generate` does so once for each count; call this to know sooner.
 
         Raises:
-            ValueError: if the images differ.
+            ValueError: if the pipeline fails, makes NaN, or makes different images from the same latents.
+            RuntimeError: if memory does not hold a single image.
         """
-        # Two steps stand for any larger number: samplers that draw noise draw it between steps.
-        steps = min(num_inference_steps, 2)
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be positive, got {num_inference_steps}")
+        if not math.isfinite(guidance_scale):
+            raise ValueError(f"guidance_scale must be a finite number, got {guidance_scale}")
         latents = torch.randn(1, *self.latent_shape, generator=torch.Generator().manual_seed(0))
-        images, has_drawn = [], False
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            for seed in (0, 1):
-                torch.manual_seed(seed)
-                generator = torch.Generator(self.device).manual_seed(seed)
-                before = self._random_state(generator)
-                image = self._try_chunk(latents, self._empty, steps, guidance_scale, generator)
-                if image is None:
-                    self._halve(1)
-                images.append(image)
-                has_drawn |= not torch.equal(before, self._random_state(generator))
-        if has_drawn and (images[0] - images[1]).abs().max() > _SAME_IMAGE:
-            raise ValueError(
-                f"scheduler {type(self._pipeline.scheduler).__name__} is stochastic at {num_inference_steps} steps: "
-                "the same latents give different images, so the policy cannot be credited; use one step, or a "
-                "deterministic scheduler such as DDIMScheduler"
+        settings = (num_inference_steps, guidance_scale)
+        # A loop is a fixed sum of noise and predictions that made the pipeline's image: it draws nothing.
+        if self._try(num_inference_steps, lambda: self.loop(*settings) or "none") == "none":
+            image, has_drawn = self._draw(latents, *settings, seed=0)
+            if not image.isfinite().all():
+                raise self._not_finite(latents, self._empty, *settings)
+            if has_drawn and (image - self._draw(latents, *settings, seed=1)[0]).abs().max() > _SAME_IMAGE:
+                raise ValueError(self._why_stochastic(latents, *settings))
+        self._checked.add(num_inference_steps)
+
+    def _draw(
+        self, latents: torch.Tensor, *settings: Any, seed: int, output_type: str = "pt"
+    ) -> tuple[torch.Tensor, bool]:
+        """The image of the empty prompt under a random state, and whether making it drew random numbers."""
+        is_cuda = self.device.type == "cuda"
+        with torch.random.fork_rng(devices=[self.device] if is_cuda else []):
+            torch.default_generator.manual_seed(seed)
+            if is_cuda:  # on this GPU alone: only its state is put back
+                with torch.cuda.device(self.device):
+                    torch.cuda.manual_seed(seed)
+            generator = torch.Generator(self.device).manual_seed(seed)
+            before = self._random_state(generator)
+            conditions = self._conditions(self._empty, settings[1])
+            image = self._try(
+                settings[0], lambda: self._call(latents, conditions, *settings, generator, output_type=output_type)
             )
-        self._checked.add(num_inference_steps > 1)
+            return image, not torch.equal(before, self._random_state(generator))
+
+    def _why_stochastic(self, latents: torch.Tensor, *settings: Any) -> str:
+        one, other = (self._draw(latents, *settings, seed=seed, output_type="latent")[0] for seed in (0, 1))
+        same = "the same latents give different images, so the policy cannot be credited"
+        if (one - other).abs().max() <= _SAME_IMAGE:
+            return f"the VAE {type(self.vae).__name__} adds noise while it decodes: {same}; use a VAE that does not"
+        return (
+            f"scheduler {type(self._pipeline.scheduler).__name__} is stochastic at {settings[0]} steps: {same}; use "
+            "one step, or a deterministic scheduler such as DDIMScheduler"
+        )
+
+    def _not_finite(self, latents: torch.Tensor, embeds: PromptEmbeds, *settings: Any) -> ValueError:
+        """The error for images that hold NaN or infinity; it names the part of the model that made them so."""
+        if not latents.isfinite().all():
+            return ValueError("the latents given to the model hold NaN or infinity")
+        conditions, generator = self._conditions(embeds, settings[1]), torch.Generator(self.device).manual_seed(0)
+        part = first_not_finite(
+            self.denoiser, lambda: self._call(latents, conditions, *settings, generator, output_type="latent")
+        )
+        if part == "scheduler":
+            name = type(self._pipeline.scheduler).__name__
+            return ValueError(
+                f"scheduler {name} makes NaN or infinity at {settings[0]} steps with guidance scale {settings[1]:g}; "
+                "choose another scheduler, step count or guidance scale"
+            )
+        if part == "denoiser":
+            return ValueError(not_finite(f"the denoiser {type(self.denoiser).__name__}", self.denoiser.dtype))
+        dtype = torch.float32 if self.upcasts_vae else self.vae.dtype
+        return ValueError(not_finite(f"the VAE {type(self.vae).__name__}", dtype))
 
     @torch.no_grad()
     def call_pipeline(
@@ -182,19 +244,38 @@ class FrozenDiffusersPipeline(PipelineComponents):
         generator = torch.Generator(self.device).manual_seed(0)
         return self._call(latents, conditions, num_inference_steps, guidance_scale, generator)
 
-    def record_denoiser_call(self, *, guidance_scale: float = 1.0) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def record_denoiser_call(
+        self, *, guidance_scale: float = 1.0, num_inference_steps: int = 4
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments of the denoiser's first call for two images of the empty prompt."""
         latents = torch.randn(2, *self.latent_shape, generator=torch.Generator().manual_seed(0))
         embeds = self._empty[torch.zeros(2, dtype=torch.int64)]
         return recorded_call(
             self.denoiser,
-            lambda: self.call_pipeline(latents, embeds, num_inference_steps=4, guidance_scale=guidance_scale),
+            lambda: self.call_pipeline(
+                latents, embeds, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale
+            ),
         )
 
-    def _try_chunk(self, *args: Any) -> torch.Tensor | None:
-        """`_generate_chunk`, or None where memory ran out; by then what the attempt held is free."""
+    def _try(self, num_inference_steps: int, make: Callable[[], Any]) -> Any:
+        """What `make` makes of one image, the first at this step count.
+
+        Raises:
+            ValueError: if it fails; one line.
+            RuntimeError: if memory does not hold the image.
+        """
         try:
-            return self._generate_chunk(*args)
+            made = self._unless_out_of_memory(make)
+        except Exception as error:  # schedulers that do not fit raise almost anything
+            raise ValueError(failure(self._pipeline, num_inference_steps, error)) from error
+        if made is None:
+            self._halve(1)
+        return made
+
+    def _unless_out_of_memory(self, make: Callable[[], Any]) -> Any:
+        """What `make` makes, or None where memory ran out; by then what the attempt held is free."""
+        try:
+            return make()
         except torch.OutOfMemoryError:
             return None
         except UnboundLocalError:
@@ -249,34 +330,48 @@ class FrozenDiffusersPipeline(PipelineComponents):
         num_inference_steps: int,
         guidance_scale: float,
         generator: torch.Generator,
+        *,
+        output_type: str = "pt",
     ) -> torch.Tensor:
-        with quiet():  # SDXL's cast of its VAE to float32 logs two warnings a call
+        arguments = self._arguments | conditions | {"output_type": output_type}
+        with quiet(), overflow_marked(self.vae):  # quiet: SDXL's cast of its VAE to float32 logs two warnings a call
             output = self._pipeline(
-                **self._arguments, **conditions, latents=pack_latents(self._pipeline, latents), generator=generator,
-                num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
-            )  # fmt: skip
-        images = output.images if self._family.frames_per_latent is None else output.frames
-        return images.float().clamp(0, 1)
+                **arguments,
+                latents=pack_latents(self._pipeline, latents),
+                generator=generator,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+            )
+        images = (output.images if self._family.frames_per_latent is None else output.frames).float()
+        return images if output_type == "latent" else images.clamp(0, 1)
 
     def loop(self, num_inference_steps: int, guidance_scale: float) -> DenoisingLoop | None:
         """The loop for this step count, once it has made an image as the pipeline does; None where it cannot."""
         key = (num_inference_steps, guidance_scale > 1)
         if key not in self._loops:
-            self._loops[key] = self._make_loop(num_inference_steps, guidance_scale)
+            self._loops[key] = loop = self._make_loop(num_inference_steps, guidance_scale)
+            if loop is None and self.uses_cuda_graph:
+                names = f"{type(self._pipeline).__name__} with {type(self._pipeline.scheduler).__name__}"
+                dtype = str(self.denoiser.dtype).removeprefix("torch.")
+                warnings.warn(
+                    f"cuda_graph has no effect at {num_inference_steps} steps: {names} in {dtype} runs its own code",
+                    stacklevel=3,
+                )
         return self._loops[key]
 
     def _make_loop(self, num_inference_steps: int, guidance_scale: float) -> DenoisingLoop | None:
         if not can_loop(self._pipeline):
             return None
+        _, arguments = self.record_denoiser_call(guidance_scale=guidance_scale, num_inference_steps=num_inference_steps)
+        loop = make_loop(self._pipeline, num_inference_steps, arguments, use_cuda_graph=self.uses_cuda_graph)
+        if loop is None:
+            return None
         latents = torch.randn(1, *self.latent_shape, generator=torch.Generator().manual_seed(0))
         expected = self.call_pipeline(
             latents, self._empty, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale
         )
-        _, arguments = self.record_denoiser_call(guidance_scale=guidance_scale)
-        loop = make_loop(self._pipeline, num_inference_steps, arguments, use_cuda_graph=self.uses_cuda_graph)
-        if loop is None:
-            return None
         image = loop(latents.to(self.device), self._conditions(self._empty, guidance_scale), guidance_scale)
+        loop.forget_graphs()  # of a batch of one
         difference = image.float() - expected
         if self.denoiser.dtype == torch.float32:
             return loop if difference.abs().max() <= _SAME_IMAGE else None

@@ -44,6 +44,9 @@ class Family:
     """To the shape that `__call__` expects."""
     keeps_float32: bool = False
     """Whether `__call__` denoises in float32, whatever the denoiser's dtype."""
+    upcasts_vae: bool = False
+    """Whether `__call__` decodes in float32 where the VAE is float16 and its configuration says `force_upcast`. The
+    other pipelines ignore that setting, which is on by default."""
     call: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     """Further arguments of `__call__`."""
 
@@ -53,7 +56,7 @@ _SANA = {"denoiser": "transformer", "keeps_float32": True}
 
 FAMILIES: dict[str, Family] = {
     "StableDiffusionPipeline": Family(),
-    "StableDiffusionXLPipeline": Family(_POOLED),
+    "StableDiffusionXLPipeline": Family(_POOLED, upcasts_vae=True),
     "StableDiffusion3Pipeline": Family(
         _POOLED, denoiser="transformer", latents_per_token=lambda pipeline: pipeline.patch_size
     ),

@@ -1,13 +1,17 @@
 """Loading a diffusers pipeline from a folder or the hub; whatever is wrong is said in one line."""
 
+import inspect
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import ConfigMixin, DiffusionPipeline, SchedulerMixin
+from diffusers.utils import DummyObject
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -15,51 +19,64 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
-from safetensors import SafetensorError
 
 from noisepolicy.frozen.families import FAMILIES, unsupported
 
 _SPACINGS = ("leading", "linspace", "trailing")
+_UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
+"""Components that play no part in making an image from a prompt and latents."""
+_WEIGHTS = re.compile(
+    r"(?:diffusion_pytorch_model|model)(?:-\d+-of-\d+)?(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors", re.ASCII
+)
+"""The name of a file of weights, with its variant."""
 
 
 def load_pipeline(
     model: str | Path,
     *,
     dtype: torch.dtype = torch.float32,
+    variant: str | None = None,
     scheduler: str | None = None,
     timestep_spacing: str | None = None,
     vae_slicing: bool = False,
     vae_tiling: bool = False,
 ) -> DiffusionPipeline:
-    """As `DiffusionPipeline.from_pretrained`; safetensors only.
+    """Load a pipeline as `DiffusionPipeline.from_pretrained` does, from safetensors only and without safety checker.
 
     Args:
         model: a folder or hub id.
-        dtype: of the weights.
-        scheduler: the name of a diffusers scheduler that replaces the model's, with the same settings.
-        timestep_spacing: of the scheduler, "leading", "linspace" or "trailing"; the last suits few steps.
-        vae_slicing: decode one image at a time, for memory.
-        vae_tiling: decode an image in tiles, for memory.
+        dtype: dtype of the weights.
+        variant: variant of the weight files, e.g. "fp16". A folder with files of a single variant needs none.
+        scheduler: name of a diffusers scheduler that replaces the model's, with the same settings.
+        timestep_spacing: "leading", "linspace" or "trailing", for schedulers that know it; the last suits few steps.
+        vae_slicing: decode one image at a time, to save memory.
+        vae_tiling: decode an image in tiles, to save memory.
 
     Raises:
-        OSError: if there is no such model, or the hub cannot be reached or refuses it; one line.
-        ValueError: if the pipeline is unsupported, or an option does not apply to it.
+        OSError: if there is no such model, it cannot be loaded, or the hub cannot be reached or refuses it; one line.
+        ValueError: if the pipeline is unsupported, or an option does not apply to it; one line.
     """
-    with _one_line(model), quiet():
-        # First, the index alone: an unsupported model is refused before its weights are fetched.
-        name = DiffusionPipeline.load_config(str(model)).get("_class_name", "without a class")
-    if name not in FAMILIES:
-        raise unsupported(name)
+    # The index comes first, so that an unsupported model is refused before its weights are fetched.
+    name, index = _read_index(model)
+    parameters = inspect.signature(getattr(diffusers, name).__init__).parameters
+    options: dict[str, Any] = {component: None for component in _UNUSED if component in parameters}
+    if "requires_safety_checker" in parameters:
+        options["requires_safety_checker"] = False
+    replacement = None
+    if scheduler is not None:
+        replacement = _make_scheduler(scheduler, model, index["scheduler"][1])
+        # diffusers looks up the model's own class beside it, which this release may not have.
+        options["scheduler"] = replacement if hasattr(diffusers, str(index["scheduler"][1])) else None
+    if variant is None and Path(model).is_dir():
+        variant = _only_variant(Path(model), index)
     with _one_line(model), quiet(), warnings.catch_warnings():
         # Newer releases call it `dtype`, older ones know only this name.
         warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
-        pipeline = DiffusionPipeline.from_pretrained(str(model), torch_dtype=dtype, use_safetensors=True)
-    if scheduler is not None:
-        kind = getattr(diffusers, scheduler, None)
-        if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
-            raise ValueError(f"unknown scheduler {scheduler}; expected a scheduler of diffusers, e.g. DDIMScheduler")
-        with quiet():
-            pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
+        pipeline = DiffusionPipeline.from_pretrained(
+            str(model), torch_dtype=dtype, variant=variant, use_safetensors=True, **options
+        )
+    if replacement is not None:
+        pipeline.scheduler = replacement if pipeline.scheduler is None else pipeline.scheduler
     if timestep_spacing is not None:
         if timestep_spacing not in _SPACINGS or "timestep_spacing" not in pipeline.scheduler.config:
             raise ValueError(
@@ -75,6 +92,110 @@ def load_pipeline(
                 raise ValueError(f"the VAE {type(pipeline.vae).__name__} has no {method.removeprefix('enable_')}")
             getattr(pipeline.vae, method)()
     return pipeline
+
+
+def _read_index(model: str | Path) -> tuple[str, dict[str, Any]]:
+    """The pipeline's class and the contents of `model_index.json`, whose components are pairs of library and class.
+
+    Raises:
+        OSError: if there is no such model, or the index is malformed.
+        ValueError: if the pipeline is unsupported.
+    """
+    if Path(model).is_file():
+        raise OSError(
+            f"model {model} is a file, and a folder in diffusers' format is needed; make one with: python -c \"from "
+            f"diffusers import StableDiffusionPipeline as P; P.from_single_file('{model}').save_pretrained('FOLDER')\" "
+            "(with the pipeline class of the model's family)"
+        )
+    with _one_line(model), quiet():
+        index = DiffusionPipeline.load_config(str(model))
+    wrong = f"cannot load the model {model}: its model_index.json"
+    if not isinstance(index, dict):
+        raise OSError(f"{wrong} must hold a JSON object, not a {type(index).__name__}")
+    name = index.get("_class_name")
+    if isinstance(name, list):
+        raise OSError(f"{wrong} names the class {name}, which is a pipeline with code of its own; that is never run")
+    if not isinstance(name, str):
+        raise OSError(f"{wrong} must name the pipeline's class under _class_name, got {name!r}")
+    if name not in FAMILIES:
+        raise unsupported(name)
+    if not hasattr(diffusers, name):
+        raise ValueError(f"diffusers {diffusers.__version__} has no {name}; install a newer release of diffusers")
+    optional = (*_UNUSED, *getattr(diffusers, name)._optional_components)
+    for component, parameter in inspect.signature(getattr(diffusers, name).__init__).parameters.items():
+        entry = index.get(component)
+        if component == "self" or parameter.default is not parameter.empty or (entry is None and component in optional):
+            continue
+        is_pair = isinstance(entry, list) and len(entry) == 2
+        if not is_pair or not all(part is None or isinstance(part, str) for part in entry):
+            raise OSError(f"{wrong} must give {component} as [library, class], got {entry!r}")
+    return name, index
+
+
+def _only_variant(folder: Path, index: dict[str, Any]) -> str | None:
+    """The variant that the weight files of a model folder have; None where plain files are there.
+
+    Raises:
+        ValueError: if there are several variants and no plain files.
+    """
+    variants = []
+    for name, entry in index.items():
+        if isinstance(entry, list) and name not in _UNUSED:
+            files = [_WEIGHTS.fullmatch(path.name) for path in (folder / name).glob("*.safetensors")]
+            found = {match.group(1) for match in files if match}
+            if found and None not in found:
+                variants.append(found)
+    if not variants:
+        return None
+    if len(common := set.intersection(*variants)) == 1:
+        return common.pop()
+    raise ValueError(
+        f"the model folder {folder} has weights in the variants {', '.join(sorted(set.union(*variants)))}; "
+        "choose one with variant (--variant)"
+    )
+
+
+def _make_scheduler(name: str, model: str | Path, own: str | None) -> SchedulerMixin:
+    """The named scheduler with the settings of the model's own, whose class need not be loadable.
+
+    Raises:
+        OSError: if the model's scheduler settings cannot be read.
+        ValueError: if there is no such scheduler, or the model was not trained for it.
+    """
+    kind = getattr(diffusers, name, None)
+    if isinstance(kind, DummyObject):
+        raise ValueError(f"scheduler {name} needs packages that are not installed: {', '.join(kind._backends)}")
+    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin) and issubclass(kind, ConfigMixin)):
+        raise ValueError(f"unknown scheduler {name}; expected a scheduler of diffusers, e.g. DDIMScheduler")
+    with _one_line(model), quiet():
+        config = kind.load_config(str(model), subfolder="scheduler")
+    try:
+        with quiet():
+            scheduler = kind.from_config(config)
+    except Exception as error:
+        raise ValueError(f"scheduler {name} cannot be made with the model's scheduler settings: {error}") from error
+    # Its own settings alone: from_config keeps those it does not know in `config`, too.
+    taken = inspect.signature(kind.__init__).parameters
+    settings = {key: value for key, value in scheduler.config.items() if key in taken}
+    theirs, ours = _process_of(str(own), config), _process_of(name, settings)
+    if ours != theirs:
+        raise ValueError(f"scheduler {name} does not fit the model: it is for {ours}, the model's {own} for {theirs}")
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction != settings.get("prediction_type", "epsilon"):
+        raise ValueError(f"scheduler {name} does not fit the model, whose prediction_type is {prediction!r}")
+    return scheduler
+
+
+def _process_of(name: str, config: Mapping[str, Any]) -> str:
+    """The process from noise to image that a scheduler follows. A model is trained for one of them."""
+    if "Inverse" in name:
+        return "the way from images to noise"
+    is_flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
+    if is_flow or name.startswith("FlowMatch"):
+        return "flow matching"
+    if "beta_schedule" in config or "beta_start" in config:
+        return "diffusion with a schedule of betas"
+    return f"{name} alone"
 
 
 @contextmanager
@@ -93,7 +214,7 @@ def _one_line(model: str | Path) -> Iterator[None]:
     """Turns what loading raises into an `OSError` of one line."""
     try:
         yield
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except Exception as error:  # a damaged model makes the libraries raise almost anything
         raise OSError(_explain(str(model), error)) from error
 
 
@@ -106,12 +227,15 @@ def _explain(model: str, error: Exception) -> str:
         return f"model {model} is gated: accept its terms on https://huggingface.co/{model} and run 'hf auth login'"
     if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
         return f"there is no model {model} on the hub, or it is private: check the spelling or run 'hf auth login'"
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, KeyError | AttributeError | TypeError | IndexError):
+        reason = f"{type(error).__name__}: {reason}"  # its text alone says little
     if Path(model).is_dir():
-        return f"cannot load the model folder {model}: {' '.join(str(error).split())}"
+        return f"cannot load the model folder {model}: {reason}"
     if Path(model).is_absolute() or model.startswith(".") or model.count("/") != 1:
         return f"there is no model folder {model}"
     if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
         return f"model {model} is neither a folder nor downloaded, and HF_HUB_OFFLINE is set"
     if any(isinstance(cause, LocalEntryNotFoundError) for cause in causes):
         return f"model {model} is neither a folder nor downloaded, and the hub cannot be reached: check the network"
-    return f"model {model} is not a folder and cannot be fetched from the hub: {' '.join(str(error).split())}"
+    return f"model {model} is not a folder and cannot be fetched from the hub: {reason}"

@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from noisepolicy.frozen.blame import mark_overflow
+from noisepolicy.frozen.families import family_of
+
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin
 
@@ -102,7 +105,7 @@ class DenoisingLoop:
     def __call__(
         self, latents: torch.Tensor, conditions: Mapping[str, torch.Tensor], guidance_scale: float
     ) -> torch.Tensor:
-        """Images in [0, 1], in the VAE's dtype, `(batch, 3, height, width)`.
+        """Images in [0, 1], in the VAE's dtype, `(batch, 3, height, width)`; NaN where the decoder overflows.
 
         Args:
             latents: `(batch, *latent_shape)` on the pipeline's device.
@@ -119,6 +122,11 @@ class DenoisingLoop:
                 self._graphs.popitem(last=False)
         self._graphs.move_to_end(key)
         return self._graphs[key](inputs)
+
+    def forget_graphs(self) -> None:
+        """Free the captured graphs and their memory."""
+        if self._graphs is not None:
+            self._graphs.clear()
 
     def _run(self, inputs: Mapping[str, torch.Tensor], guidance_scale: float) -> torch.Tensor:
         unet, schedule = self._pipeline.unet, self.schedule
@@ -151,7 +159,8 @@ class DenoisingLoop:
         sample = sample / vae.config.scaling_factor
         if self._vae_mean is not None:
             sample = sample * self._vae_std + self._vae_mean
-        images = vae.decode(sample.to(vae.dtype), return_dict=False)[0]
+        sample = sample.to(vae.dtype)
+        images = mark_overflow(vae.decode(sample, return_dict=False)[0], sample)
         return (images / 2 + 0.5).clamp(0, 1)
 
 
@@ -176,9 +185,13 @@ def can_loop(pipeline: "DiffusionPipeline") -> bool:
     """Whether `DenoisingLoop` knows all that the pipeline's `__call__` does."""
     if type(pipeline).__name__ not in ("StableDiffusionPipeline", "StableDiffusionXLPipeline"):
         return False
-    # Guidance by embedding, and SDXL's VAE that is cast to float32 around every call.
     is_guided_by_embedding = getattr(pipeline.unet.config, "time_cond_proj_dim", None) is not None
-    is_upcast = pipeline.vae.dtype == torch.float16 and getattr(pipeline.vae.config, "force_upcast", False)
+    # SDXL casts its VAE to float32 and back around every call.
+    is_upcast = (
+        family_of(pipeline).upcasts_vae
+        and pipeline.vae.dtype == torch.float16
+        and getattr(pipeline.vae.config, "force_upcast", False)
+    )
     return not is_guided_by_embedding and not is_upcast
 
 
@@ -189,18 +202,22 @@ class _Graph:
         self, function: Callable[[Mapping[str, torch.Tensor]], torch.Tensor], inputs: Mapping[str, torch.Tensor]
     ) -> None:
         self._inputs = {name: tensor.clone() for name, tensor in inputs.items()}
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                function(self._inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._output = function(self._inputs)
+        # Streams and graphs belong to the current device, which need not be the one that the model is on.
+        with torch.cuda.device(inputs["latents"].device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    function(self._inputs)
+            torch.cuda.current_stream().wait_stream(stream)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._output = function(self._inputs)
+        self._device = inputs["latents"].device
 
     def __call__(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         for name, tensor in inputs.items():
             self._inputs[name].copy_(tensor)
-        self._graph.replay()
+        with torch.cuda.device(self._device):
+            self._graph.replay()
         return self._output.clone()

@@ -2,8 +2,10 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import fields, is_dataclass
+from enum import Enum
 from typing import Any
 
 import torch
@@ -32,27 +34,13 @@ def recorded_call(module: torch.nn.Module, call: Callable[[], Any]) -> tuple[tup
 
 
 @contextmanager
-def timed(
-    module: torch.nn.Module, method: str, seconds: dict[str, float], name: str, device: torch.device
+def wrapped(
+    module: torch.nn.Module, method: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]
 ) -> Iterator[None]:
-    """Adds the time of every call of `module.method` to `seconds[name]` while it is open."""
+    """Replaces `module.method` by `wrapper` of it while it is open."""
     original = getattr(module, method)
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    def measured(*args: Any, **kwargs: Any) -> Any:
-        wait()
-        start = time.perf_counter()
-        try:
-            return original(*args, **kwargs)
-        finally:
-            wait()
-            seconds[name] += time.perf_counter() - start
-
     had_own = method in vars(module)
-    setattr(module, method, measured)
+    setattr(module, method, wrapper(original))
     try:
         yield
     finally:
@@ -62,10 +50,72 @@ def timed(
             delattr(module, method)
 
 
+def timed(
+    module: torch.nn.Module, method: str, seconds: dict[str, float], name: str, device: torch.device
+) -> AbstractContextManager[None]:
+    """Adds the time of every call of `module.method` to `seconds[name]` while it is open."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    def wrapper(original: Callable[..., Any]) -> Callable[..., Any]:
+        def measured(*args: Any, **kwargs: Any) -> Any:
+            wait()
+            start = time.perf_counter()
+            try:
+                return original(*args, **kwargs)
+            finally:
+                wait()
+                seconds[name] += time.perf_counter() - start
+
+        return measured
+
+    return wrapped(module, method, wrapper)
+
+
 def weights_digest(module: torch.nn.Module) -> str:
-    """SHA-256 over a module's parameters and buffers by name."""
+    """SHA-256 over a module's parameters and buffers by name, quantised and packed ones included.
+
+    Raises:
+        RuntimeError: if weights are on the meta device, i.e. not in memory.
+    """
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, value in sorted(module.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        _update(digest, name, value)
     return digest.hexdigest()
+
+
+def _update(digest: "hashlib._Hash", name: str, value: Any) -> None:
+    """Adds an entry of a state dict: a tensor, or the extra state in which some modules keep packed weights."""
+    if isinstance(value, torch.Tensor):
+        if value.is_meta:
+            raise RuntimeError(f"the weights {name} are not in memory; load the model without offloading to disk")
+        if hasattr(type(value), "__tensor_flatten__"):
+            # A tensor made of others, e.g. int8 weights and their scales.
+            parts, settings = value.__tensor_flatten__()
+            _update(digest, name, [type(value).__name__, settings, {part: getattr(value, part) for part in parts}])
+            return
+        value = value.detach().cpu()
+        if value.is_quantized:
+            _update(digest, name, [str(value.dtype), value.dequantize()])
+            return
+        digest.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            digest.update(f"{key!r}:".encode())
+            _update(digest, name, part)
+    elif isinstance(value, list | tuple):
+        digest.update(f"{len(value)}[".encode())
+        for part in value:
+            _update(digest, name, part)
+    elif isinstance(value, bytes | bytearray):
+        digest.update(value)
+    elif value is None or isinstance(value, str | int | float | torch.dtype | Enum):
+        digest.update(f"{value!r};".encode())
+    else:
+        # The text of other objects may hold their address in memory, which no two processes share.
+        digest.update(f"{type(value).__qualname__};".encode())
+        if is_dataclass(value):
+            _update(digest, name, {field.name: getattr(value, field.name) for field in fields(value)})

@@ -1,6 +1,7 @@
 """The settings of a training run. The command line, presets and `config.yaml` are all this dataclass."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -24,7 +25,10 @@ StepCounts = Annotated[
 ]
 """Denoising step counts; on the command line 1,2,4,8."""
 
+DEFAULT_EVAL_STEPS = (1, 2, 4, 8, 16)
 _MAX_TIMEOUT_S = 10_000_000
+_MAY_BE_INFINITE = ("target_kl", "kl_budget", "kl_training_budget", "max_log_ratio", "max_grad_norm")
+"""Limits that infinity switches off."""
 
 
 @dataclass
@@ -62,6 +66,8 @@ class TrainConfig:
     """Of the pictures, in pixels; None takes the model's own."""
     num_frames: int | None = None
     """Of a video model's clips; None takes the model's own."""
+    variant: str | None = None
+    """Variant of the model's weight files, e.g. 'fp16'. A folder with files of a single variant needs none."""
     scheduler: str | None = None
     """A diffusers scheduler class, e.g. EulerDiscreteScheduler, made from the configuration of the model's own."""
     timestep_spacing: Literal["leading", "linspace", "trailing"] | None = None
@@ -174,8 +180,9 @@ class TrainConfig:
     """With a critic: noises that the finished policy draws for an image, of which the critic chooses one; only that one
     is denoised. 1 takes every draw as it comes."""
 
-    eval_steps: StepCounts = (1, 2, 4, 8, 16)
-    """Denoising steps of the final sweep."""
+    eval_steps: StepCounts | None = None
+    """Denoising steps of the final sweep. Default: those of 1,2,4,8,16 with which the model makes the same image from
+    the same noise."""
     eval_num_prompts: int = 48
     """Held-out prompts in the sweep; 0 skips sweep and report."""
     eval_group_size: int = 8
@@ -191,7 +198,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         self.num_inference_steps = tuple(self.num_inference_steps)
-        self.eval_steps = tuple(self.eval_steps)
+        self.eval_steps = None if self.eval_steps is None else tuple(self.eval_steps)
         for name in ("eval_rewards", "prompts", "eval_prompts"):
             value = getattr(self, name)
             setattr(self, name, (str(value),) if isinstance(value, str | Path) else tuple(value))
@@ -219,6 +226,9 @@ class TrainConfig:
             ]
             if options and (value := getattr(self, name)) is not None and value not in options:
                 raise ValueError(f"{_flag(name)} must be one of {', '.join(options)}, got {value!r}")
+        for name, value in vars(self).items():
+            if isinstance(value, float) and (math.isnan(value) or (math.isinf(value) and name not in _MAY_BE_INFINITE)):
+                raise ValueError(f"{_flag(name)} must be a finite number, got {value}")
         positive = (
             "num_iterations", "batch_size", "group_size", "rollout_batch_size", "bands", "learning_rate",
             "num_updates", "clip_range", "target_kl", "kl_budget", "kl_training_budget", "max_grad_norm",
@@ -235,7 +245,7 @@ class TrainConfig:
                 raise ValueError(f"{_flag(name)} must not be negative, got {value}")
         for name in ("num_inference_steps", "eval_steps"):
             steps = getattr(self, name)
-            if not steps or min(steps) < 1:
+            if steps is not None and (not steps or min(steps) < 1):
                 raise ValueError(f"{_flag(name)} must be one or more positive step counts, got {list(steps)}")
         for name in ("height", "width", "num_frames", "max_sequence_length"):
             if (value := getattr(self, name)) is not None and value < 1:
@@ -296,20 +306,21 @@ def load_config(path: Path, base: TrainConfig | None = None) -> TrainConfig:
 
 def _typed(name: str, value: Any, path: Path) -> Any:
     """Converts a YAML value to the setting's type."""
-    default = getattr(TrainConfig(), name)
-    if value is None and (default is None or isinstance(default, tuple)):
+    default, hint = getattr(TrainConfig(), name), get_type_hints(TrainConfig)[name]
+    options = (hint, *get_args(hint))
+    lists = [option for option in options if get_origin(option) is tuple]
+    if value is None and (default is None or lists):
         return default
-    if isinstance(default, tuple):
-        kind = int if name.endswith("_steps") else str
+    if lists:
+        kind = get_args(lists[0])[0]
     elif default is None:
-        options = get_args(get_type_hints(TrainConfig)[name])
         kind = next((option for option in options if option in (int, float, Path)), str)
     else:
         kind = type(default)
     try:
-        return typed(value, kind, is_list=isinstance(default, tuple))
+        return typed(value, kind, is_list=bool(lists))
     except ValueError:
-        wanted = repr(default) if default is not None else kind.__name__
+        wanted = repr(default) if default is not None else f"[{kind.__name__}]" if lists else kind.__name__
         raise ValueError(f"{path}: {name} must be like {wanted}, got {shown(value)}") from None
 
 

@@ -1,6 +1,7 @@
 """What a run is about: a frozen model, a reward, and prompts for training and for evaluation."""
 
 import itertools
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ import torch
 from noisepolicy import moving_shapes, shapes
 from noisepolicy.frozen import FrozenDiffusersPipeline, FrozenModel
 from noisepolicy.rewards import Reward, load_reward
-from noisepolicy.training.config import TrainConfig
+from noisepolicy.training.config import DEFAULT_EVAL_STEPS, TrainConfig
 from noisepolicy.training.prompt_list import PromptList
 from noisepolicy.training.prompt_records import identity, read_prompts
 
@@ -31,6 +32,8 @@ class Task:
     eval_rewards: list[Reward]
     train_prompts: Sequence[str]
     eval_prompts: Sequence[str]
+    eval_steps: tuple[int, ...] | None = None
+    """Denoising step counts of the final sweep; None if there is none."""
 
     def __post_init__(self) -> None:
         for name in ("train_prompts", "eval_prompts"):
@@ -71,10 +74,34 @@ def load_task(config: TrainConfig, device: torch.device) -> Task:
     reward = load_reward(config.reward or config.model, device=device)
     eval_rewards = [load_reward(spec, device=device) for spec in config.eval_rewards]
     frozen = load_frozen(config, device)
-    # Now, rather than in the middle of a run; one image for one step, and one for any larger number.
-    for steps in {count > 1: count for count in (*config.num_inference_steps, *config.eval_steps)}.values():
+    # One image for each step count now, rather than a failure in the middle of the run.
+    for steps in config.num_inference_steps:
         frozen.check_deterministic(steps, config.guidance_scale)
-    return Task(frozen, reward, eval_rewards, train, held_out)
+    eval_steps = _usable_eval_steps(config, frozen) if config.eval_num_prompts else config.eval_steps
+    return Task(frozen, reward, eval_rewards, train, held_out, eval_steps)
+
+
+def _usable_eval_steps(config: TrainConfig, frozen: FrozenModel) -> tuple[int, ...]:
+    """The step counts to evaluate with; defaults that the model cannot work with are left out with a warning.
+
+    Raises:
+        ValueError: if the model cannot work with a step count that the user gave.
+    """
+    if config.eval_steps is not None:
+        for steps in config.eval_steps:
+            frozen.check_deterministic(steps, config.guidance_scale)
+        return config.eval_steps
+    usable, reason = [], None
+    for steps in DEFAULT_EVAL_STEPS:
+        try:
+            frozen.check_deterministic(steps, config.guidance_scale)
+            usable.append(steps)
+        except ValueError as error:
+            reason = error
+    if reason is not None:
+        left_out = ", ".join(str(steps) for steps in DEFAULT_EVAL_STEPS if steps not in usable)
+        warnings.warn(f"the evaluation leaves out {left_out} steps: {reason}", stacklevel=2)
+    return tuple(usable) or config.num_inference_steps
 
 
 def load_frozen(config: TrainConfig, device: torch.device) -> FrozenDiffusersPipeline:
@@ -92,7 +119,7 @@ def load_frozen(config: TrainConfig, device: torch.device) -> FrozenDiffusersPip
             config.model if world is None else world.model_folder(), device=device,
             dtype=getattr(torch, config.dtype or "float32"), rollout_batch_size=config.rollout_batch_size,
             height=config.height, width=config.width, num_frames=num_frames, negative_prompt=config.negative_prompt,
-            max_sequence_length=config.max_sequence_length, scheduler=config.scheduler,
+            max_sequence_length=config.max_sequence_length, variant=config.variant, scheduler=config.scheduler,
             timestep_spacing=config.timestep_spacing,
             vae_slicing=config.vae_slicing, vae_tiling=config.vae_tiling, cpu_offload=config.cpu_offload,
             cuda_graph=config.cuda_graph,

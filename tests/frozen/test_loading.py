@@ -7,7 +7,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -107,6 +107,128 @@ def test_unknown_scheduler(family_folder, scheduler):
     assert message.startswith(f"unknown scheduler {scheduler}; expected a scheduler of diffusers")
 
 
+@pytest.fixture
+def folder(family_folder, tmp_path):
+    """A copy of a tiny Stable Diffusion that a test may damage."""
+    return shutil.copytree(family_folder(NAME), tmp_path / "model")
+
+
+def change_index(folder, **changes):
+    path = folder / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def rename_weights(folder, variant, parts=("unet", "vae", "text_encoder")):
+    for part in parts:
+        for path in (folder / part).glob("*.safetensors"):
+            path.rename(path.with_suffix(f".{variant}.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"_class_name": ["diffusers", NAME]}, "names the class ['diffusers', 'StableDiffusionPipeline'], which is a"),
+        ({"_class_name": [1, {}]}, "names the class [1, {}], which is a pipeline with code of its own"),
+        ({"_class_name": None}, "must name the pipeline's class under _class_name, got None"),
+        ({"_class_name": 5}, "must name the pipeline's class under _class_name, got 5"),
+        ({"unet": None}, "must give unet as [library, class], got None"),
+        ({"unet": "diffusers"}, "must give unet as [library, class], got 'diffusers'"),
+        ({"vae": ["diffusers"]}, "must give vae as [library, class], got ['diffusers']"),
+        ({"vae": [1, 2]}, "must give vae as [library, class], got [1, 2]"),
+        ({"vae": ["diffusers", "NoSuchModel"]}, "NoSuchModel"),
+        ({"vae": ["no_such_library", "AutoencoderKL"]}, "no_such_library"),
+        ({"unet": [None, None]}, "expected ['feature_extractor'"),
+    ],
+)
+def test_malformed_index(folder, changes, message):
+    change_index(folder, **changes)
+    assert message in load_error(folder)
+
+
+@pytest.mark.parametrize("text", ["[]", "5", "null", '"text"', "{", "", "{}"])
+def test_index_that_is_no_object(folder, text):
+    (folder / "model_index.json").write_text(text)
+    assert load_error(folder).startswith(f"cannot load the model {folder}: its model_index.json m") or load_error(
+        folder
+    ).startswith(f"cannot load the model folder {folder}: ")
+
+
+@pytest.mark.parametrize("text", ["[]", "5", "{", '{"block_out_channels": "many"}', '{"in_channels": -1}'])
+def test_malformed_component(folder, text):
+    (folder / "unet" / "config.json").write_text(text)
+    assert load_error(folder).startswith(f"cannot load the model folder {folder}: ")
+
+
+def test_safety_checker_is_neither_needed_nor_loaded(folder, caplog):
+    change_index(
+        folder,
+        safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"],
+        feature_extractor=["transformers", "CLIPImageProcessor"],
+        requires_safety_checker=True,
+    )
+    pipeline = load_pipeline(folder)
+    assert pipeline.safety_checker is None and "safety checker" not in caplog.text
+
+
+def test_weights_of_a_single_variant_are_found(folder):
+    expected = FrozenDiffusersPipeline.from_pretrained(folder).weights_sha256()
+    rename_weights(folder, "fp16", ["unet", "text_encoder"])  # the VAE has plain files
+    for variant in (None, "fp16"):
+        assert FrozenDiffusersPipeline.from_pretrained(folder, variant=variant).weights_sha256() == expected
+    assert "variant=bf16" in load_error(folder, variant="bf16")
+
+
+def test_one_of_several_variants_must_be_named(folder):
+    shutil.copytree(folder / "unet", folder / "other")
+    rename_weights(folder, "fp16", ["unet"])
+    rename_weights(folder, "ema", ["other"])
+    shutil.copytree(folder / "other", folder / "unet", dirs_exist_ok=True)
+    assert load_error(folder) == (
+        f"the model folder {folder} has weights in the variants ema, fp16; choose one with variant (--variant)"
+    )
+    load_pipeline(folder, variant="ema")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.ckpt"])
+def test_single_file_says_how_to_convert(tmp_path, name):
+    (tmp_path / name).write_bytes(b"weights")
+    message = load_error(tmp_path / name)
+    assert message.startswith(f"model {tmp_path / name} is a file") and "from_single_file" in message
+
+
+@pytest.mark.parametrize("own", ["NoSuchScheduler", "DDPMScheduler"])
+def test_named_scheduler_is_enough(folder, own):
+    """Even if this release of diffusers lacks the model's own."""
+    expected = load_pipeline(folder, scheduler="EulerDiscreteScheduler").scheduler.config
+    change_index(folder, scheduler=["diffusers", own])
+    scheduler = load_pipeline(folder, scheduler="EulerDiscreteScheduler").scheduler
+    assert isinstance(scheduler, EulerDiscreteScheduler) and scheduler.config == expected
+
+
+@pytest.mark.parametrize(
+    ("family", "scheduler", "message"),
+    [
+        (NAME, "SchedulerMixin", "unknown scheduler SchedulerMixin; expected a scheduler of diffusers"),
+        (
+            NAME,
+            "FlowMatchEulerDiscreteScheduler",
+            "FlowMatchEulerDiscreteScheduler does not fit the model: it is for flow",
+        ),
+        (NAME, "SCMScheduler", "scheduler SCMScheduler does not fit the model"),
+        (NAME, "DDIMInverseScheduler", "scheduler DDIMInverseScheduler does not fit the model"),
+        (
+            NAME,
+            "VQDiffusionScheduler",
+            "scheduler VQDiffusionScheduler cannot be made with the model's scheduler settings",
+        ),
+        ("FluxPipeline", "DDIMScheduler", "scheduler DDIMScheduler does not fit the model"),
+        ("FluxPipeline", "DPMSolverMultistepScheduler", "scheduler DPMSolverMultistepScheduler does not fit the model"),
+    ],
+)
+def test_scheduler_that_does_not_fit(family_folder, family, scheduler, message):
+    assert message in load_error(family_folder(family), scheduler=scheduler)
+
+
 def test_cpu_offload_needs_an_accelerator(family_folder):
     assert load_error(family_folder(NAME), cpu_offload=True) == "cpu_offload needs an accelerator; the device is cpu"
 
@@ -114,3 +236,11 @@ def test_cpu_offload_needs_an_accelerator(family_folder):
 def test_contract_is_importable_without_diffusers():
     code = "import sys; sys.modules['diffusers'] = None; from noisepolicy.frozen import FrozenModel, PromptEmbeds"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "scheduler", "text_encoder", "tokenizer"])
+def test_a_pipeline_in_memory_that_lacks_a_part(family_folder, part):
+    pipeline = load_pipeline(family_folder(NAME))
+    setattr(pipeline, part, None)
+    with pytest.raises(ValueError, match=f"the pipeline has no {part}"):
+        FrozenDiffusersPipeline(pipeline)

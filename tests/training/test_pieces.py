@@ -10,7 +10,7 @@ from noisepolicy.cli.arguments import parse_arguments
 from noisepolicy.storage import read_tensors, write_bytes, write_tensors
 from noisepolicy.training.advantages import leave_one_out, residual
 from noisepolicy.training.checkpoint import save_checkpoint, whole_checkpoints
-from noisepolicy.training.config import TrainConfig, load_config
+from noisepolicy.training.config import DEFAULT_EVAL_STEPS, TrainConfig, load_config
 from noisepolicy.training.run_folder import RunFolder
 from noisepolicy.training.seeding import stream_generator, stream_seed
 
@@ -38,7 +38,7 @@ def test_config_round_trip(tmp_path):
 def test_presets_are_settings_that_can_work(path):
     config = load_config(path)
     config.check()
-    assert set(config.num_inference_steps) <= set(config.eval_steps)
+    assert set(config.num_inference_steps) <= set(config.eval_steps or DEFAULT_EVAL_STEPS)
     assert config.model in ("shapes", "moving_shapes") or "/" in config.model
 
 
@@ -75,11 +75,11 @@ def test_bad_config_files(tmp_path, text, message):
         ({"group_size": 5}, "--group-size 5 must divide --batch-size"),
         ({"algorithm": "ppo", "group_size": 1}, "--group-size must be at least 2"),
         ({"num_inference_steps": (2, 0)}, "--num-inference-steps must be"),
-        ({"learning_rate": float("nan")}, "--learning-rate must be positive"),
+        ({"learning_rate": float("nan")}, "--learning-rate must be a finite number, got nan"),
         ({"diversity_target": 80.0}, r"--diversity-target must be in \[0, 1\], got 80.0"),
         ({"diversity_coef": -1.0}, "--diversity-coef must not be negative"),
         ({"seed": -1}, "--seed must not be negative"),
-        ({"timeout": float("inf")}, "--timeout must be at most 10,000,000 seconds, got inf"),
+        ({"timeout": 1e8}, "--timeout must be at most 10,000,000 seconds, got 100000000.0"),
         ({"gradient_accumulation_steps": 97}, "97 is more than the 96 images"),
         ({"algorithm": "find", "gradient_accumulation_steps": 2}, "is not for FIND"),
     ],
