@@ -22,18 +22,19 @@ def is_prompt_file(source: str) -> bool:
 
     It does so if there is such a file, or if `source` is a single word that ends like a file's name (`prompts.txt`),
     starts like a path (`./`, `../`, `/`, `~/`), is an address (`https://`), or names a place in a folder that exists.
+    Several words must both start like a path and end like a file's name (`/my folder/prompts.txt`).
     """
     word = source.strip()
     if word and _exists(source):
         return True
-    if is_hub_dataset(source) or len(word.split()) != 1:
+    if is_hub_dataset(source):
         return False
-    return (
-        word.lower().endswith(FILE_SUFFIXES)
-        or word.startswith(("/", "./", "../", "~/"))
-        or "://" in word
-        or ("/" in word and _exists(word.rpartition("/")[0]))
-    )
+    starts_like_path = word.startswith(("/", "./", "../", "~/"))
+    ends_like_file = word.lower().endswith(FILE_SUFFIXES)
+    if len(word.split()) != 1:
+        return starts_like_path and ends_like_file
+    is_in_folder = "/" in word and _exists(word.rpartition("/")[0])
+    return starts_like_path or ends_like_file or "://" in word or is_in_folder
 
 
 def is_hub_dataset(source: str) -> bool:
@@ -148,7 +149,8 @@ def _read_hub(source: str, column: str | None) -> list[str]:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    """With its cause: `datasets` says of many errors only that one occurred."""
+    return " ".join(f"{error} ({error.__cause__})".split() if error.__cause__ else str(error).split())
 
 
 def _exists(source: str) -> bool:

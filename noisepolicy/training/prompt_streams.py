@@ -133,9 +133,10 @@ class Table:
     """CSV or TSV. The first row names the columns, and every other row has as many fields. Blank lines are skipped."""
 
     def __init__(self, file: BinaryIO, delimiter: str, column: str | None) -> None:
-        self.file, self._delimiter = file, delimiter
+        self.file = file
+        self._format: dict[str, Any] = {"delimiter": delimiter, "strict": True}
         try:
-            rows = csv.reader(Lines(file), delimiter=delimiter, strict=True)
+            rows = csv.reader(Lines(file), **self._format)
             header = next(row for row in rows if not _is_blank(row))
         except csv.Error as error:
             raise ValueError(f"its first row cannot be read ({error})") from None
@@ -143,6 +144,8 @@ class Table:
         self._column = find_column(self._names, column)
         if twice := [name for name in self._names if name and self._names.count(name) > 1]:
             raise ValueError(f"two columns are named {twice[0]!r}")
+        if delimiter == "\t" and not self._is_quoted():
+            self._format["quoting"] = csv.QUOTE_NONE
 
     def records(self) -> Iterator[tuple[int, bytes, str]]:
         lines = Lines(self.file)
@@ -152,17 +155,26 @@ class Table:
             try:
                 if len(row) != len(self._names):
                     raise ValueError(f"the row has {len(row)} fields, but the header has {len(self._names)}")
+                if "quoting" in self._format and any(len(cell) > 1 and cell[0] == cell[-1] == '"' for cell in row):
+                    raise ValueError("double quotes enclose a field here, but are text in another row")
                 prompt = self._prompt(row)
             except ValueError as error:
                 raise lines.error(error, lines.first) from None
             yield lines.start, lines.data, prompt
 
+    def _is_quoted(self) -> bool:
+        """Whether double quotes enclose fields. In many TSV files they are text, like any other character."""
+        try:
+            return not any("\t" in cell for row in csv.reader(Lines(self.file), **self._format) for cell in row)
+        except csv.Error:
+            return False
+
     def parse(self, record: bytes) -> str:
-        [row] = csv.reader(io.StringIO(record.decode()), delimiter=self._delimiter, strict=True)
+        [row] = csv.reader(io.StringIO(record.decode()), **self._format)
         return self._prompt(row)
 
     def _rows(self, lines: Lines) -> Iterator[list[str]]:
-        reader = csv.reader(lines, delimiter=self._delimiter, strict=True)
+        reader = csv.reader(lines, **self._format)
         while True:
             lines.begin_record()
             try:

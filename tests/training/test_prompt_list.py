@@ -150,6 +150,14 @@ def test_csv_and_tsv(read):
         assert metadata_of(prompts[0]) == {"id": "1", "note": "two\nlines"}
     assert read("one.csv", "prompt\n\na cat\n  \na dog") == ["a cat", "a dog"]
     assert read("edge.csv", "prompt,,\na cat,,\n") == ["a cat"]  # as spreadsheets leave them
+    # Quotes are text in PartiPrompts.tsv, of which one prompt starts with them.
+    assert read("p.tsv", 'Prompt\tn\n"G I G G L E" painted\t1\na "red" car\t2\n') == [
+        '"G I G G L E" painted',
+        'a "red" car',
+    ]
+    assert read("p.tsv", 'Prompt\tn\n"never closed\t1\na cat\t2\n3 "\t3\n') == ['"never closed', "a cat", '3 "']
+    with pytest.raises(ValueError, match="line 3: double quotes enclose a field here, but are text in another row"):
+        read("p.tsv", 'Prompt\tn\n"G I" painted\t1\n"a ""red"" car"\t2\n')
     assert read("stray.tsv", 'Prompt\tn\na 5" screen\t1\n') == ['a 5" screen']
 
 

@@ -23,6 +23,7 @@ def test_what_is_taken_for_a_file(tmp_path, monkeypatch):
         "v1.5",
         "and/or.",
         "hf: a face",
+        "/imagine a cat",
         "a/b c",
         "x" * 5000,
         "a\0b",
@@ -37,6 +38,7 @@ def test_what_is_taken_for_a_file(tmp_path, monkeypatch):
         "data/prompts",
         "./x",
         "/no/x",
+        "/my files/a.txt",
         " a.txt ",
     ):
         with pytest.raises(ValueError, match=r"cannot read prompt file .*: no such file"):
@@ -126,6 +128,9 @@ class TestHub:
             PromptList(["hf:owner/name:test"])
         with pytest.raises(ValueError, match=r"no column is named 'Satz'"):
             PromptList(["hf:owner/name"], "Satz")
+        (folder / "train.parquet").write_bytes(b"PAR1 no more")
+        with pytest.raises(ValueError, match=r"cannot read prompts from hf:owner/name: .*Parquet"):
+            PromptList(["hf:owner/name"])
 
     def test_what_cannot_be_loaded(self, folder, monkeypatch):
         with pytest.raises(RuntimeError, match=r"cannot read prompts from hf:nobody/nothing: .*nobody/nothing"):
