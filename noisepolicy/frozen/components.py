@@ -122,15 +122,24 @@ class PipelineComponents:
             module.eval().requires_grad_(False)
         for module in (getattr(self._pipeline, "unet", None), self.vae):
             # Faster on a CPU; on an H100 a UNet of Stable Diffusion's size in float16 was a tenth slower for it.
-            if self.device.type == "cpu" and type(module).__name__ in _CONVOLUTIONAL:
+            is_quantised = getattr(module, "hf_quantizer", None) is not None  # its weights have a layout of their own
+            if self.device.type == "cpu" and type(module).__name__ in _CONVOLUTIONAL and not is_quantised:
                 module.to(memory_format=torch.channels_last)
         if cpu_offload:
             if self.device.type == "cpu":
                 raise ValueError("cpu_offload needs an accelerator; the device is cpu")
             self._pipeline.enable_model_cpu_offload(device=self.device)
         else:
-            for module in self._modules().values():
-                module.to(self.device)
+            for name, module in self._modules().items():
+                self._move(name, module)
+
+    def _move(self, name: str, module: torch.nn.Module) -> None:
+        try:
+            module.to(self.device)
+        except (ValueError, RuntimeError) as error:
+            # bitsandbytes and Accelerate put modules where they are to stay, and refuse to move them.
+            if any(tensor.device.type != self.device.type for tensor in module.parameters()):
+                raise ValueError(f"the pipeline's {name} cannot be moved to {self.device}: {error}") from error
 
     def _modules(self) -> dict[str, torch.nn.Module]:
         components = self._pipeline.components.items()
