@@ -1,12 +1,14 @@
 """The denoising loop against the pipeline's own call, for every scheduler that is a sum of noise and predictions."""
 
+import contextlib
+
 import diffusers
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 
 from noisepolicy.frozen import FrozenDiffusersPipeline
-from noisepolicy.frozen.loop import read_schedule
+from noisepolicy.frozen.loop import _Graph, read_schedule
 from noisepolicy.shapes import model_folder
 
 LINEAR = [
@@ -46,6 +48,78 @@ def check_both_ways(frozen, steps, guidance_scale):
     embeds = frozen.encode(PROMPTS)
     expected = frozen.call_pipeline(latents, embeds, **settings)
     torch.testing.assert_close(frozen.generate(latents, embeds, **settings), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_zero_terminal_snr_is_linear(steps):
+    """Euler's sampler then starts from noise of some 4096 and rounds accordingly; so does the pipeline."""
+    pipeline = DiffusionPipeline.from_pretrained(model_folder())
+    pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_config(
+        pipeline.scheduler.config,
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        prediction_type="v_prediction",
+    )
+    frozen = FrozenDiffusersPipeline(pipeline)
+    assert frozen.loop(steps, 1.5) is not None
+    latents = torch.randn(2, *frozen.latent_shape, generator=torch.Generator().manual_seed(1))
+    settings = {"num_inference_steps": steps, "guidance_scale": 1.5}
+    embeds = frozen.encode(PROMPTS)
+    expected = frozen.call_pipeline(latents, embeds, **settings)
+    torch.testing.assert_close(frozen.generate(latents, embeds, **settings), expected, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize(("name", "loops"), [("StableDiffusionPipeline", True), ("StableDiffusionXLPipeline", False)])
+def test_float16_is_looped_unless_the_pipeline_casts_its_vae(family_folder, name, loops):
+    """`force_upcast` is on in both; SDXL alone heeds it."""
+    frozen = FrozenDiffusersPipeline.from_pretrained(family_folder(name), dtype=torch.float16, height=16, width=24)
+    assert frozen.vae.config.force_upcast and frozen.upcasts_vae != loops
+    frozen.uses_cuda_graph = not loops
+    if loops:
+        assert frozen.loop(2, 1.5) is not None
+        return
+    with pytest.warns(UserWarning) as warned:
+        assert frozen.loop(2, 1.5) is None
+        assert frozen.loop(2, 1.5) is None
+    assert [str(warning.message) for warning in warned if warning.category is UserWarning] == [
+        "cuda_graph has no effect at 2 steps: StableDiffusionXLPipeline with DDIMScheduler in float16 runs its own code"
+    ]
+
+
+def test_graphs_are_captured_and_replayed_on_the_models_own_device(monkeypatch):
+    """Emulated: the model is on one device while another is the current one."""
+    current, used = ["other"], []
+
+    class Device(contextlib.ContextDecorator):
+        def __init__(self, device):
+            self.device = str(device)
+
+        def __enter__(self):
+            current.append(self.device)
+
+        def __exit__(self, *error):
+            current.pop()
+
+    class Stream:
+        def __init__(self):
+            used.append(current[-1])
+
+        def wait_stream(self, stream):
+            used.append(current[-1])
+
+    class Graph:
+        def replay(self):
+            used.append(current[-1])
+
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: contextlib.nullcontext(used.append(current[-1])))
+    inputs = {"latents": torch.ones(1)}
+    graph = _Graph(lambda tensors: tensors["latents"] * 2, inputs)
+    assert graph(inputs) == 2 and set(used) == {"cpu"} and current == ["other"]
 
 
 @pytest.mark.parametrize("options", [{"clip_sample": True}, {"thresholding": True}])
