@@ -1,5 +1,6 @@
 """Loading a diffusers pipeline from a folder or the hub; whatever is wrong is said in one line."""
 
+import importlib.util
 import inspect
 import re
 import warnings
@@ -230,6 +231,11 @@ def _explain(model: str, error: Exception) -> str:
     reason = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, KeyError | AttributeError | TypeError | IndexError):
         reason = f"{type(error).__name__}: {reason}"  # its text alone says little
+    # transformers asks for tiktoken then, which cannot read such a file.
+    needed = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
+    missing = [package for module, package in needed.items() if not _is_installed(module)]
+    if missing and re.search("tiktoken|sentencepiece", reason, re.IGNORECASE):
+        reason = f"its tokenizer needs packages that are not installed: pip install {' '.join(missing)}"
     if Path(model).is_dir():
         return f"cannot load the model folder {model}: {reason}"
     if Path(model).is_absolute() or model.startswith(".") or model.count("/") != 1:
@@ -239,3 +245,10 @@ def _explain(model: str, error: Exception) -> str:
     if any(isinstance(cause, LocalEntryNotFoundError) for cause in causes):
         return f"model {model} is neither a folder nor downloaded, and the hub cannot be reached: check the network"
     return f"model {model} is not a folder and cannot be fetched from the hub: {reason}"
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that it is part of is not there
+        return False

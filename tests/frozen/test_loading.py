@@ -1,5 +1,6 @@
 """What can be wrong with a model's name, its folder or the options: one clear line each."""
 
+import io
 import json
 import shutil
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -244,3 +246,41 @@ def test_a_pipeline_in_memory_that_lacks_a_part(family_folder, part):
     setattr(pipeline, part, None)
     with pytest.raises(ValueError, match=f"the pipeline has no {part}"):
         FrozenDiffusersPipeline(pipeline)
+
+
+def with_t5_of_sentencepiece(folder, spiece):
+    """Puts a T5 tokenizer in the place of the PixArt's that is a `spiece.model` alone."""
+    shutil.rmtree(folder / "tokenizer")
+    (folder / "tokenizer").mkdir()
+    settings = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "model_max_length": 32}
+    (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "tokenizer" / "spiece.model").write_bytes(spiece)
+    change_index(folder, tokenizer=["transformers", "T5Tokenizer"])
+
+
+def test_tokenizer_of_sentencepiece(family_folder, tmp_path):
+    sentencepiece = pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
+    folder = shutil.copytree(family_folder("PixArtSigmaPipeline"), tmp_path / "model")
+    trained = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["ab ba"] * 20), model_writer=trained, vocab_size=8, hard_vocab_limit=False,
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+    )  # fmt: skip
+    with_t5_of_sentencepiece(folder, trained.getvalue())
+    frozen = FrozenDiffusersPipeline.from_pretrained(folder, height=16, width=24)
+    one, other = frozen.encode(["ab ba", "ba ab"]).prompt_embeds
+    assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("blocked", "missing"), [("sentencepiece", "sentencepiece"), ("google.protobuf", "protobuf")])
+def test_packages_that_a_tokenizer_needs_are_named(family_folder, tmp_path, blocked, missing):
+    folder = shutil.copytree(family_folder("PixArtSigmaPipeline"), tmp_path / "model")
+    with_t5_of_sentencepiece(folder, b"model")
+    code = (
+        f"import sys; sys.modules[{blocked!r}] = None; from noisepolicy.frozen.loading import load_pipeline; "
+        f"load_pipeline({str(folder)!r})"
+    )
+    result = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    message = result.stderr.strip().splitlines()[-1]
+    expected = f"OSError: cannot load the model folder {folder}: its tokenizer needs packages that are not installed: "
+    assert message.startswith(expected + "pip install ") and missing in message.removeprefix(expected).split()
