@@ -82,16 +82,20 @@ def not_finite(part: str, dtype: torch.dtype) -> str:
     return f"{part} makes NaN or infinity in {name}; {advice}"
 
 
-def failure(pipeline: Any, num_inference_steps: int, error: Exception) -> str:
-    """The message that the pipeline cannot be called with this many steps."""
+def failure(pipeline: Any, num_inference_steps: int, error: Exception) -> ValueError | RuntimeError:
+    """The error, of one line, that the pipeline cannot be called with this many steps.
+
+    It is a RuntimeError where `error` is one and the scheduler has no part in it, as when an engine fails.
+    """
     scheduler = pipeline.scheduler
     text = " ".join(str(error).split())
     steps = f"{num_inference_steps} step{'s' if num_inference_steps > 1 else ''}"
     message = f"{type(pipeline).__name__} with {type(scheduler).__name__} fails at {steps}"
     frames = traceback.extract_tb(error.__traceback__)
-    is_schedulers = any("schedul" in frame.filename or "schedul" in frame.name for frame in frames)
-    advice = "; choose another scheduler or step count" if is_schedulers or "schedul" in text else ""
-    return f"{message} ({type(error).__name__}: {text}){advice}"
+    if "schedul" in text or any("schedul" in frame.filename + frame.name for frame in frames):
+        return ValueError(f"{message} ({type(error).__name__}: {text}); choose another scheduler or step count")
+    kind = RuntimeError if isinstance(error, RuntimeError) else ValueError
+    return kind(f"{message} ({type(error).__name__}: {text})")
 
 
 def _are_finite(values: Iterable[Any]) -> bool:

@@ -262,12 +262,12 @@ class FrozenDiffusersPipeline(PipelineComponents):
 
         Raises:
             ValueError: if it fails; one line.
-            RuntimeError: if memory does not hold the image.
+            RuntimeError: if an engine fails, or memory does not hold the image.
         """
         try:
             made = self._unless_out_of_memory(make)
         except Exception as error:  # schedulers that do not fit raise almost anything
-            raise ValueError(failure(self._pipeline, num_inference_steps, error)) from error
+            raise failure(self._pipeline, num_inference_steps, error) from error
         if made is None:
             self._halve(1)
         return made

@@ -166,6 +166,19 @@ def test_a_scheduler_that_does_not_fit_the_pipeline_is_named(family_folder, sche
     assert message.startswith(f"StableDiffusionPipeline with {scheduler.__name__} fails at 2 steps (")
 
 
+def test_a_part_that_breaks_down_is_a_runtime_error_of_one_line(family_folder):
+    pipeline = load(family_folder)
+
+    def break_down(*args, **kwargs):
+        raise RuntimeError("an engine\nbroke down")
+
+    pipeline.unet.forward = break_down
+    frozen = FrozenDiffusersPipeline(pipeline, **SIZE[NAME])
+    expected = r"fails at 1 step \(RuntimeError: an engine broke down\)$"
+    with pytest.raises(RuntimeError, match=f"^StableDiffusionPipeline with DDIMScheduler {expected}"):
+        frozen.check_deterministic(1, 1.0)
+
+
 def test_checks_leave_random_states_alone(family_folder):
     pipeline = load(family_folder)
     pipeline.scheduler = diffusers.DDPMScheduler.from_config(pipeline.scheduler.config)
