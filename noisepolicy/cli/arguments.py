@@ -64,6 +64,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
             allowed = ", ".join("--" + name.replace("_", "-") for name in sorted(MAY_CHANGE_ON_RESUME))
             raise UsageError(f"--{forbidden[0].replace('_', '-')} cannot change in a resumed run; only {allowed} can")
         config.check()
+        _refuse_other_training_prompts(default, config)
         return Arguments(config, run)
     if config_file is not None:
         default = load_config(Path(config_file))
@@ -85,6 +86,19 @@ def _refuse_outside_rewards(run: RunFolder, config: TrainConfig, argv: list[str]
         refuse_outside_rewards(run.path, [config.reward], "--reward")
     if "--eval-rewards" not in given:
         refuse_outside_rewards(run.path, config.eval_rewards, "--eval-rewards")
+
+
+def _refuse_other_training_prompts(default: TrainConfig, config: TrainConfig) -> None:
+    if default.holds_out_prompts and not config.holds_out_prompts:
+        raise UsageError(
+            "this run holds out a fifth of its prompts for evaluation; --eval-prompts or --eval-num-prompts 0 would "
+            f"add them to its training prompts; use noisepolicy-eval {default.output_dir} --prompts to evaluate others"
+        )
+    if config.holds_out_prompts and not default.holds_out_prompts:
+        raise UsageError(
+            "this run trains on all of its prompts and without --eval-prompts a fifth of them would be held out from "
+            "now on; give --eval-prompts FILE to evaluate it"
+        )
 
 
 def _take_option(argv: list[str], name: str) -> tuple[list[str], str | None]:

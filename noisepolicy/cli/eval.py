@@ -81,7 +81,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     )  # fmt: skip
     if not accelerator.is_main_process:
         return
-    summary = run.read_summary() | {"frozen_sha256_after": task.frozen.weights_sha256(), "sweep": sweep.rows}
+    sha256 = task.frozen.weights_sha256()
+    run.warn_of_another_model(sha256)
+    summary = run.read_summary() | {"frozen_sha256_after": sha256, "sweep": sweep.rows}
     folder = arguments.output_dir or run.within("evaluation")
     write_json(folder / "summary.json", summary)
     write_report(

@@ -48,6 +48,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     accelerator = make_accelerator(arguments.device or config.device)
     config, device = with_mixed_precision(config, accelerator), accelerator.device
     frozen = load_frozen(with_denoiser(config, arguments), device)
+    run.warn_of_another_model(frozen.weights_sha256())
     steps = arguments.steps or config.num_inference_steps[0]
     guidance = config.guidance_scale if arguments.guidance_scale is None else arguments.guidance_scale
     prompts = [prompt for prompt in arguments.prompts for _ in range(arguments.num_images)]

@@ -77,7 +77,6 @@ class _Session:
         self.run = arguments.resumed or processes.broadcast(
             "'name the run folder'", RunFolder.choose(self.config) if processes.is_main else None
         )
-        self._hash_before = self.task.frozen.weights_sha256()
         kind = FindTrainer if self.config.algorithm == "find" else Trainer
         self.trainer = kind(self.config, self.task, self.run, self.accelerator)
         processes.wait("'start'")
@@ -94,6 +93,8 @@ class _Session:
             self.trainer.resume()
             if self._is_main:
                 self.config.save(self.run.config)  # what was changed now is the run's from here on
+                if self.trainer.iteration < self.config.num_iterations:
+                    self.run.summary.unlink(missing_ok=True)  # the policy will be another than the one it is about
         if self.config.drop_text_encoders:
             self.trainer.encode_prompts()
             self.task.frozen.drop_text_encoders()
@@ -172,15 +173,21 @@ class _Session:
         from noisepolicy.storage import write_bytes, write_json
 
         hash_after = self.task.frozen.weights_sha256()
-        if hash_after != self._hash_before:
+        if hash_after != self.trainer.frozen_sha256:
             raise RuntimeError("the frozen model's weights changed during training; the run is not to be trusted")
         config, sweep = self.config, Sweep([], [])
         if self._eval_prompts:
-            sweep = run_sweep(
-                self.trainer.kept_policy(), self.task, self._eval_prompts, self._eval_embeds,
-                step_counts=config.eval_steps, group_size=config.eval_group_size, guidance_scale=config.guidance_scale,
-                processes=self.trainer.processes,
-            )  # fmt: skip
+            try:
+                sweep = run_sweep(
+                    self.trainer.kept_policy(), self.task, self._eval_prompts, self._eval_embeds,
+                    step_counts=config.eval_steps, group_size=config.eval_group_size,
+                    guidance_scale=config.guidance_scale, processes=self.trainer.processes,
+                )  # fmt: skip
+            except Exception as error:  # a scheduler or a reward may raise anything, hours after the start
+                raise RuntimeError(
+                    f"the run is trained, but its final evaluation failed ({type(error).__name__}: {error}); resumed, "
+                    "it takes another --eval-steps and other evaluation settings"
+                ) from error
         if not self._is_main:
             return
         summary = {
@@ -188,7 +195,7 @@ class _Session:
             "train_seconds": self.trainer.train_seconds,
             "seconds": self.trainer.seconds,
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            "frozen_sha256_before": self._hash_before,
+            "frozen_sha256_before": self.trainer.frozen_sha256,
             "frozen_sha256_after": hash_after,
             "sweep": sweep.rows,
         }

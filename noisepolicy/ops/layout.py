@@ -126,11 +126,21 @@ def make_spectrum(action_shape: tuple[int, ...], latent_shape: tuple[int, ...]) 
     return Spectrum(latent_shape[0], (*frames, *latent_shape[1:]), (*frames, *action_shape[1:]))
 
 
-@lru_cache(maxsize=64)
 def dct_basis(bands: int, extent: int, device: torch.device) -> torch.Tensor:
     """The lowest `bands` rows of the orthonormal DCT-II of length `extent`, float32 `(bands, extent)`."""
+    # Not cached where torch.export traces it: there it is a tensor without numbers.
+    return (_make_basis if torch.compiler.is_compiling() else _cached_basis)(bands, extent, device)
+
+
+def _make_basis(bands: int, extent: int, device: torch.device) -> torch.Tensor:
     frequency = torch.arange(bands, dtype=torch.float64, device="cpu")[:, None]
     place = torch.arange(extent, dtype=torch.float64, device="cpu")[None, :]
     basis = torch.cos(math.pi * (2 * place + 1) * frequency / (2 * extent)) * math.sqrt(2 / extent)
     basis[0] /= math.sqrt(2)
     return basis.to(device, torch.float32)
+
+
+@lru_cache(maxsize=64)
+def _cached_basis(bands: int, extent: int, device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):  # autograd cannot save a tensor that was made in inference mode
+        return _make_basis(bands, extent, device)

@@ -195,4 +195,5 @@ def _bases(spectrum: Spectrum, device: torch.device) -> tuple[torch.Tensor, torc
     frames, height, width = (
         dct_basis(bands, extent, device) for bands, extent in zip(spectrum.bands, spectrum.extent, strict=True)
     )
-    return torch.kron(frames, height).contiguous(), width
+    with torch.inference_mode(False):  # as `dct_basis`
+        return torch.kron(frames, height).contiguous(), width

@@ -12,6 +12,7 @@ import torch
 from noisepolicy.ops import gaussian_kl
 from noisepolicy.policies.critic import RewardCritic
 from noisepolicy.policies.loading import MAX_CANDIDATES, checked, fill, read_config
+from noisepolicy.policies.precision import Float32Module, without_autocast
 from noisepolicy.storage import file_within, read_tensors, write_json, write_tensors
 
 Std = Literal["power", "one", "learned"]
@@ -32,8 +33,10 @@ class PolicySample(NamedTuple):
     """Of the action, float32 `(batch,)`."""
 
 
-class NoisePolicy(torch.nn.Module):
+class NoisePolicy(Float32Module):
     """Base of the policies. A subclass sets `kind`, `action_shape`, `forward` and `sample`.
+
+    A policy computes in float32, also under `torch.autocast`: its latents depend on the seed and the prompt alone.
 
     Args (as keyword arguments of every subclass; they are the JSON config):
         latent_shape: of one row of the frozen model's latents.
@@ -102,6 +105,7 @@ class NoisePolicy(torch.nn.Module):
         self.critic, self.num_candidates = critic.eval().requires_grad_(False), num_candidates
 
     @torch.no_grad()
+    @without_autocast
     def choose(
         self, prompt_embeds: torch.Tensor, *, seed: int, offset: int = 0, num_inference_steps: int = 1,
         latent_shape: tuple[int, ...] | None = None,
@@ -142,12 +146,15 @@ class NoisePolicy(torch.nn.Module):
                 latents, best = torch.where(is_better, sample.latents, latents), torch.maximum(best, value)
         return latents
 
+    @without_autocast
     def sample_latents(
         self, pipeline: Any, prompt: str | list[str], *, generator: torch.Generator | None = None,
         num_images_per_prompt: int = 1, num_inference_steps: int = 1, height: int | None = None,
         width: int | None = None, num_frames: int | None = None, max_sequence_length: int | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """What a diffusers pipeline takes as `latents=`, for any family in `frozen/families.py`.
+
+        The same under `torch.autocast`, which neither the policy nor the pipeline's text encoder is run in here.
 
         Args:
             pipeline: whose `__call__` is to be given the same prompt, sizes and step count.
@@ -175,7 +182,9 @@ class NoisePolicy(torch.nn.Module):
             )
         generator_device = generator.device if generator is not None else "cpu"
         seed = int(torch.randint(2**62, (1,), generator=generator, device=generator_device))
-        latents = self.to(embeds.device).choose(
+        with torch.inference_mode(False):  # or the weights could not be trained any more once they have moved
+            self.to(embeds.device)
+        latents = self.choose(
             embeds.repeat_interleave(num_images_per_prompt, 0), seed=seed, num_inference_steps=num_inference_steps,
             latent_shape=shape,
         )  # fmt: skip
@@ -204,7 +213,8 @@ class NoisePolicy(torch.nn.Module):
 
             folder = Path(snapshot_download(str(source), allow_patterns=[_CONFIG, _WEIGHTS, *_CARD_FILES]))
         try:
-            policy = _read(folder)
+            with torch.inference_mode(False):
+                policy = _read(folder)
         except (ValueError, TypeError, AttributeError, RuntimeError, LookupError, ArithmeticError) as error:
             raise ValueError(f"{source} does not hold a noise policy: {' '.join(str(error).split())}") from error
         policy._source = folder

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from noisepolicy.ops import dct_basis
+from noisepolicy.policies.precision import Float32Module, without_autocast
 from noisepolicy.policies.prompt_reader import PromptReader
 
 _SKETCH_SCALE = 2  # the sketch has twice the action's resolution, and as many frames
@@ -44,7 +45,7 @@ class CriticShape:
         return (3 * frames, _SKETCH_SCALE * height, _SKETCH_SCALE * width)
 
 
-class RewardCritic(nn.Module):
+class RewardCritic(Float32Module):
     """Sketch and ensemble of readers.
 
     Args:
@@ -168,6 +169,7 @@ class _Sketch(nn.Module):
         self.films = nn.ModuleList(nn.Linear(hidden_width, 2 * channels) for _ in range(self._NUM_BLOCKS + 1))
         self.last = convolution(channels, 3 * _SKETCH_SCALE**2, 3, padding=1)
 
+    @without_autocast
     def forward(self, prompt_embeds: torch.Tensor, action: torch.Tensor, step_index: torch.Tensor) -> torch.Tensor:
         prompt = self.reader(prompt_embeds) + self.steps(step_index)
         layout = self.layout(prompt).reshape(-1, *self._layout)
@@ -223,6 +225,7 @@ class _Reader(nn.Module):
             nn.Linear(hidden_width, 1),
         )
 
+    @without_autocast
     def forward(self, prompt_embeds: torch.Tensor, picture: torch.Tensor) -> torch.Tensor:
         prompt, query = self.prompt(prompt_embeds), self.query(prompt_embeds.float())
         field = F.silu(self.mix(F.silu(self.patches(picture)))) + self.places

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from noisepolicy.ops import gaussian_sample
 from noisepolicy.policies.base import NoisePolicy, PolicySample, Std, power_preserving
+from noisepolicy.policies.precision import without_autocast
 from noisepolicy.policies.prompt_reader import PromptReader
 
 _COARSE = 4
@@ -61,6 +62,7 @@ class DensePolicy(NoisePolicy):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
+    @without_autocast
     def forward(self, prompt_embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         field = self.coarse(self.reader(prompt_embeds)).reshape(-1, self._width, _COARSE, _COARSE)
         for size, block in zip(self._sizes, self.blocks, strict=True):
@@ -70,11 +72,12 @@ class DensePolicy(NoisePolicy):
         if self._std == "power":
             return power_preserving(out)
         if self._std == "one":
-            return out, torch.zeros((), device=out.device)
+            return out, out.new_zeros(())
         mean, log_std = out.chunk(2, dim=1)
         return mean, log_std
 
     @torch.no_grad()
+    @without_autocast
     def sample(
         self, prompt_embeds: torch.Tensor, *, seed: int, offset: int = 0, latent_shape: tuple[int, ...] | None = None
     ) -> PolicySample:

@@ -9,6 +9,7 @@ from torch import nn
 
 from noisepolicy.ops import spectral_sample
 from noisepolicy.policies.base import NoisePolicy, PolicySample, Std, power_preserving
+from noisepolicy.policies.precision import without_autocast
 from noisepolicy.policies.prompt_reader import PromptReader
 
 
@@ -48,18 +49,20 @@ class SpectralPolicy(NoisePolicy):
         self.log_std = _zero_linear(hidden_width, channels) if std == "learned" else None
         self._std = std
 
+    @without_autocast
     def forward(self, prompt_embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         hidden = self.reader(prompt_embeds)
         mean = self.scale * self.mean(hidden).reshape(-1, *self.action_shape)
         if self._std == "power":
             return power_preserving(mean)
         if self.log_std is None:
-            return mean, torch.zeros((), device=mean.device)
+            return mean, mean.new_zeros(())
         return mean, self.scale * self.log_std(hidden).reshape(
             -1, self.action_shape[0], *[1] * (len(self.action_shape) - 1)
         )
 
     @torch.no_grad()
+    @without_autocast
     def sample(
         self, prompt_embeds: torch.Tensor, *, seed: int, offset: int = 0, latent_shape: tuple[int, ...] | None = None
     ) -> PolicySample:

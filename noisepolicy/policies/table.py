@@ -10,6 +10,7 @@ from torch import nn
 
 from noisepolicy.ops import gaussian_sample, spectral_sample
 from noisepolicy.policies.base import NoisePolicy, PolicySample, Std, power_preserving
+from noisepolicy.policies.precision import without_autocast
 
 _KEY_WIDTH = 4  # numbers each token's embedding is projected to
 _KEY_SEED = 20240719
@@ -45,11 +46,13 @@ class TablePolicy(NoisePolicy):
         self._std = std
 
     @torch.no_grad()
+    @without_autocast
     def learn_keys(self, prompt_embeds: torch.Tensor) -> None:
         """Remembers the embeddings of `prompts`, `(prompts, tokens, width)`, as the rows' keys."""
         self.keys.copy_(self._key(prompt_embeds))
 
     @torch.no_grad()
+    @without_autocast
     def row_of(self, prompt_embeds: torch.Tensor) -> torch.Tensor:
         """Each embedding's row, int64 `(batch,)`.
 
@@ -72,7 +75,7 @@ class TablePolicy(NoisePolicy):
         if self._std == "power":
             return power_preserving(mean)
         if self.log_std is None:
-            return mean, torch.zeros((), device=mean.device)
+            return mean, mean.new_zeros(())
         return mean, self.scale * self.log_std[row]
 
     @torch.no_grad()
@@ -100,6 +103,7 @@ class TablePolicy(NoisePolicy):
         return self.distribution(self.row_of(prompt_embeds))
 
     @torch.no_grad()
+    @without_autocast
     def sample(
         self, prompt_embeds: torch.Tensor, *, seed: int, offset: int = 0, latent_shape: tuple[int, ...] | None = None
     ) -> PolicySample:
@@ -118,6 +122,6 @@ class TablePolicy(NoisePolicy):
     def _key(self, prompt_embeds: torch.Tensor) -> torch.Tensor:
         """A few numbers that tell prompts apart: a fixed random projection of every token."""
         width = self.prompt_shape[1]
-        zeros = torch.zeros(width, _KEY_WIDTH)
+        zeros = torch.zeros(width, _KEY_WIDTH, dtype=torch.float32)
         projection, _ = gaussian_sample(zeros, zeros.new_zeros(()), seed=_KEY_SEED)
         return (prompt_embeds.float() @ projection.to(prompt_embeds.device)).flatten(1)

@@ -218,6 +218,11 @@ class TrainConfig:
             resolved.batch_size = num_prompts * resolved.group_size
         return resolved
 
+    @property
+    def holds_out_prompts(self) -> bool:
+        """Whether a fifth of `prompts` is kept from training, for the evaluation."""
+        return bool(self.prompts and self.eval_num_prompts and not self.eval_prompts) and self.algorithm != "find"
+
     def check(self) -> None:
         """Raises ValueError for values that cannot work together."""
         for name, hint in get_type_hints(TrainConfig).items():

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 
 from noisepolicy.policies import NoisePolicy
 from noisepolicy.policies.critic import CriticShape
+from noisepolicy.policies.precision import plain_arithmetic
 from noisepolicy.storage import DamagedFileError
 from noisepolicy.training.checkpoint import (
     Checkpoint,
@@ -63,6 +64,8 @@ class TrainingLoop:
         self.prompts = PromptStore(task.frozen, task.train_prompts, accelerator.device)
         self.prompts.add([0])
         self.prompt_shape = tuple(self.prompts[torch.zeros(1, dtype=torch.int64)].prompt_embeds.shape[1:])
+        self.frozen_sha256 = task.frozen.weights_sha256()
+        """Hash of the model's weights at the start."""
         self.iteration = 0
         self.train_seconds = 0.0
         self._saved_iteration = 0
@@ -95,7 +98,8 @@ class TrainingLoop:
             self.prompts.keep(self.run.prompts)
         while self.iteration < self.config.num_iterations:
             start = time.perf_counter()
-            metrics = self._iterate()
+            with plain_arithmetic(self.accelerator.device.type):
+                metrics = self._iterate()
             if not all(math.isfinite(value) for value in metrics.values()):
                 raise RuntimeError(
                     f"training diverged at iteration {self.iteration + 1}: {metrics}; try a lower --learning-rate"
@@ -123,7 +127,8 @@ class TrainingLoop:
         """Goes back to the newest whole checkpoint, or to the start where there is none yet.
 
         Raises:
-            ValueError: if there were checkpoints and none can be used, or they are another run's. Nothing is changed.
+            ValueError: if there were checkpoints and none can be used, or they are another run's or were made with
+                another model or other prompts. Nothing is changed.
         """
         checkpoint = self._restore_newest() if self.processes.is_main else None
         checkpoint = self.processes.broadcast("'read the checkpoint'", checkpoint)
@@ -161,11 +166,17 @@ class TrainingLoop:
         return None
 
     def _check_same_run(self, checkpoint: Checkpoint) -> None:
-        """Raises ValueError if settings that may not change, or the prompts, are not those it was made with."""
+        """Raises ValueError if settings that may not change, the model or the prompts are not the checkpoint's."""
         settings, made_with = self._settings(), checkpoint.progress.get("settings", {})
         for name in sorted(settings.keys() & made_with.keys()):
             if settings[name] == made_with[name]:
                 continue
+            if name == "frozen_sha256":
+                raise ValueError(
+                    f"the model is not the one that the run was started with: the weights of {self.config.model} have "
+                    f"SHA-256 {settings[name][:12]}..., and its checkpoints were made with {str(made_with[name])[:12]}"
+                    "...; put the model back, or start anew with another --output-dir"
+                )
             if name == "prompts_sha256":
                 raise ValueError(
                     "the training prompts are not those that the run's checkpoints were made with; put their files "
@@ -180,7 +191,7 @@ class TrainingLoop:
         """What a resumed run must have in common with itself, as JSON values."""
         plain = self.config.plain()
         settings = {name: value for name, value in plain.items() if name not in {*MAY_CHANGE_ON_RESUME, "output_dir"}}
-        return settings | {"prompts_sha256": self._prompts_sha256}
+        return settings | {"frozen_sha256": self.frozen_sha256, "prompts_sha256": self._prompts_sha256}
 
     @functools.cached_property
     def _prompts_sha256(self) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from noisepolicy.frozen import FrozenModel, PromptEmbeds
+from noisepolicy.policies.precision import plain_arithmetic
 from noisepolicy.training.row_file import RowFile
 
 
@@ -39,7 +40,8 @@ class PromptStore:
         """Encodes those not met yet, together; returns each index's row, int64."""
         index = list(prompt_index)
         if new := [i for i in dict.fromkeys(index) if i not in self._row_of]:
-            embeds = self._frozen.encode([str(self._prompts[i]) for i in new]).to(torch.device("cpu"))
+            with plain_arithmetic(self._device.type):
+                embeds = self._frozen.encode([str(self._prompts[i]) for i in new]).to(torch.device("cpu"))
             if self._rows is None:
                 self._no_rows = embeds[:0]
                 self._rows = self._file(None)

@@ -16,16 +16,28 @@ from pathlib import Path
 from typing import Any
 
 from noisepolicy.storage import HALF_WRITTEN, DamagedFileError, file_within, write_text
+from noisepolicy.training.checkpoint import whole_checkpoints
 from noisepolicy.training.config import TrainConfig, load_config
 
 _RUNS = Path("runs")
 _PLOTTED = ("iteration", "images", "reward", "kl_to_prior")
 """What a report needs of every line of metrics."""
 MAY_CHANGE_ON_RESUME = {
-    "num_iterations", "device", "rollout_batch_size", "denoiser", "checkpoint_every", "sample_every",
-    "gradient_accumulation_steps", "overlap", "timeout",
-}  # fmt: skip
-"""Settings that change no more of what a run computes than its rounding, and for how long it goes on; it keeps them."""
+    *("num_iterations", "device", "rollout_batch_size", "denoiser", "cuda_graph", "cpu_offload", "vae_slicing"),
+    *(
+        "gradient_accumulation_steps",
+        "overlap",
+        "timeout",
+        "checkpoint_every",
+        "sample_every",
+        "tensorboard",
+        "license",
+    ),
+    *("eval_steps", "eval_num_prompts", "eval_group_size", "eval_rewards", "eval_prompts"),
+    *("model", "prompts"),
+}
+"""Settings that may differ when a run is resumed; the run keeps the new ones. They affect rounding, the run's length,
+its evaluation, or only say where the model and the prompts are: hashes show that those are the run's own."""
 
 
 class RunFolder:
@@ -180,7 +192,25 @@ class RunFolder:
                     f"{self.summary} is damaged ({error}); write it again with: noisepolicy-train --resume {self.path}"
                 ) from error
         metrics = self.read_metrics()
-        return {"images_trained": metrics[-1]["images"] if metrics else 0, "train_seconds": 0.0, "seconds": {}}
+        summary = {"images_trained": metrics[-1]["images"] if metrics else 0, "train_seconds": 0.0, "seconds": {}}
+        checkpoint = next(whole_checkpoints(self.checkpoints), None)
+        if checkpoint is not None and (sha256 := checkpoint.progress.get("settings", {}).get("frozen_sha256")):
+            summary["frozen_sha256_before"] = sha256
+        return summary
+
+    def warn_of_another_model(self, sha256: str) -> None:
+        """Warns if the run was trained with another model than the one whose weights have this hash.
+
+        Raises:
+            DamagedFileError: as `read_summary`.
+        """
+        trained_with = self.read_summary().get("frozen_sha256_before")
+        if trained_with is not None and trained_with != sha256:
+            warnings.warn(
+                f"the model here (SHA-256 {sha256[:12]}...) is not the one that {self.path} was trained with "
+                f"({str(trained_with)[:12]}...): other weights, or another dtype",
+                stacklevel=2,
+            )
 
     def append_metrics(self, values: dict[str, Any]) -> None:
         with open(self.metrics, "a", encoding="utf-8") as file:

@@ -64,7 +64,7 @@ def load_task(config: TrainConfig, device: torch.device) -> Task:
         held_out = PromptList(config.eval_prompts, config.prompt_column)
     elif not config.prompts:
         held_out = [scene.caption for scene in world.held_out_scenes()]
-    elif config.eval_num_prompts:
+    elif config.holds_out_prompts:
         train, held_out = _hold_out(train)
     else:
         held_out = []

@@ -16,7 +16,7 @@ from noisepolicy.ops import (
     reference,
     spectral_sample,
 )
-from noisepolicy.ops.layout import dct_basis, make_spectrum
+from noisepolicy.ops.layout import _cached_basis, make_spectrum
 
 BACKENDS = ["cpp", "torch"]
 LOG_STD_SHAPES = [(8, 3, 64, 67), (8, 3, 1, 1), (8, 1, 1, 1)]
@@ -195,7 +195,7 @@ def test_torchs_defaults_change_nothing(default):
         return [latents, log_prob, *loss, *spectral, native.gaussian_log_prob(latents, mean, log_std)]
 
     expected = results()
-    dct_basis.cache_clear()
+    _cached_basis.cache_clear()
     torch.set_default_dtype(default)
     try:
         with torch.device("meta"):

@@ -1,0 +1,166 @@
+"""Runs that are taken up again: with another model, other evaluation settings, from another folder."""
+
+import importlib
+import json
+import shutil
+import sys
+import warnings
+
+import pytest
+import yaml
+from safetensors.torch import load_file, save_file
+
+from noisepolicy.shapes import model_folder
+
+pytestmark = pytest.mark.slow
+
+CAPTION = "a red circle, a blue square and a green triangle from left to right"
+SHORT = [
+    "--model", "models/x", "--prompts", "prompts.txt", "--eval-prompts", "held_out.txt", "--num-iterations", "2",
+    "--batch-size", "8", "--critic-warmup", "8", "--critic-batch-size", "8", "--critic-updates", "1", "--num-updates",
+    "1", "--checkpoint-every", "1", "--eval-num-prompts", "2", "--eval-group-size", "2", "--eval-steps", "1",
+    "--num-inference-steps", "1", "--output-dir", "run", "--device", "cpu",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def command():
+    """Runs a command's `main` in a folder: exit code, stdout and stderr."""
+
+    def run(capsys, folder, module, *arguments):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            patch.setattr(sys, "path", [*sys.path])
+            patch.setattr(warnings, "showwarning", warnings.showwarning)
+            code = importlib.import_module(f"noisepolicy.cli.{module}").main([str(argument) for argument in arguments])
+        output = capsys.readouterr()
+        assert "Traceback" not in output.err, output.err
+        return code, output.out, output.err
+
+    return run
+
+
+def make_project(folder):
+    shutil.copytree(model_folder(), folder / "models" / "x")
+    (folder / "prompts.txt").write_text("\n".join(f"{CAPTION} {number}" for number in range(8)))
+    (folder / "held_out.txt").write_text(f"{CAPTION}\n{CAPTION}.\n")
+    (folder / "own_rewards.py").write_text("def left(images, prompts):\n    return images[..., :32].mean((1, 2, 3))\n")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with a model, prompts and a finished run."""
+    folder = tmp_path_factory.mktemp("trained")
+    make_project(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert importlib.import_module("noisepolicy.cli.train").main([*SHORT, "--reward", "brightness"]) == 0
+    return folder
+
+
+@pytest.fixture
+def project(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "project")
+    return tmp_path / "project"
+
+
+def change_weights(folder):
+    (path,) = (folder / "unet").glob("*.safetensors")
+    tensors = load_file(path)
+    name = sorted(tensors)[0]
+    tensors[name] = tensors[name] + 0.01
+    save_file(tensors, path, {"format": "pt"})
+
+
+def test_a_run_does_not_go_on_with_another_model(project, command, capsys):
+    change_weights(project / "models" / "x")
+    files = [path for path in (project / "run").rglob("*") if path.is_file() and path.name != "lock"]
+    before = {path: path.read_bytes() for path in files}
+    code, _, errors = command(capsys, project, "train", "--resume", "run", "--num-iterations", "3")
+    assert code == 2 and "the model is not the one that the run was started with" in errors
+    assert all(path.read_bytes() == data for path, data in before.items())
+
+
+@pytest.mark.parametrize("summary", ["summary", "no summary"])
+def test_commands_say_that_the_model_is_another(project, command, capsys, summary):
+    if summary == "no summary":
+        (project / "run" / "summary.json").unlink()
+    code, _, errors = command(capsys, project, "generate", "run", CAPTION, "--steps", "1")
+    assert code == 0 and "warning" not in errors
+    change_weights(project / "models" / "x")
+    for arguments in (("generate", "run", CAPTION, "--steps", "1"), ("eval", "run")):
+        code, _, errors = command(capsys, project, *arguments)
+        assert code == 0 and "is not the one that run was trained with" in errors
+    assert "is not the one it was trained with" in (project / "run" / "evaluation" / "report.html").read_text()
+
+
+def test_evaluation_settings_may_change(project, command, capsys):
+    policy = (project / "run" / "policy" / "policy.safetensors").read_bytes()
+    code, _, errors = command(
+        capsys, project, "train", "--resume", "run", "--eval-steps", "1,2", "--eval-num-prompts", "1",
+        "--eval-group-size", "3", "--eval-rewards", "red", "--eval-prompts", f"{CAPTION}!", "--license", "mit",
+    )  # fmt: skip
+    assert code == 0, errors
+    summary = json.loads((project / "run" / "summary.json").read_text())
+    assert [row["num_inference_steps"] for row in summary["sweep"]] == [1, 2]
+    assert summary["sweep"][0]["num_pairs"] == 3 and summary["sweep"][0]["eval_rewards"][0]["name"] == "red"
+    assert (project / "run" / "policy" / "policy.safetensors").read_bytes() == policy
+    assert 'license: "mit"' in (project / "run" / "policy" / "README.md").read_text()
+    saved = yaml.safe_load((project / "run" / "config.yaml").read_text())
+    assert saved["eval_steps"] == [1, 2] and saved["eval_prompts"] == [f"{CAPTION}!"]
+    assert command(capsys, project, "train", "--resume", "run")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "flags", "message"),
+    [
+        ((), ["--eval-prompts", "held_out.txt"], "holds out a fifth of its prompts"),
+        ((), ["--eval-num-prompts", "0"], "holds out a fifth of its prompts"),
+        (("--eval-num-prompts", "0"), ["--eval-num-prompts", "2"], "trains on all of its prompts"),
+    ],
+)
+def test_evaluation_settings_do_not_change_the_training_prompts(tmp_path, command, capsys, given, flags, message):
+    make_project(tmp_path)
+    settings = [*SHORT[:4], *SHORT[6:], "--num-iterations", "1", "--reward", "brightness", *given]
+    code, _, errors = command(capsys, tmp_path, "train", *settings)
+    assert code == 0, errors
+    before = (tmp_path / "run" / "config.yaml").read_bytes()
+    code, _, errors = command(capsys, tmp_path, "train", "--resume", "run", *flags)
+    assert code == 2 and message in errors, errors
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == before
+
+
+def test_a_run_whose_evaluation_fails_is_finished_with_other_settings(tmp_path, command, capsys, monkeypatch):
+    from noisepolicy.frozen import FrozenDiffusersPipeline
+
+    generate = FrozenDiffusersPipeline.generate
+
+    def fails_at_two_steps(self, *arguments, num_inference_steps, **options):
+        if num_inference_steps == 2:
+            raise IndexError("index 3 is out of bounds for dimension 0 with size 3")
+        return generate(self, *arguments, num_inference_steps=num_inference_steps, **options)
+
+    monkeypatch.setattr(FrozenDiffusersPipeline, "generate", fails_at_two_steps)
+    make_project(tmp_path)
+    code, _, errors = command(capsys, tmp_path, "train", *SHORT, "--reward", "brightness", "--eval-steps", "1,2")
+    assert code == 1 and "the final evaluation failed" in errors and "index 3 is out of bounds" in errors
+    assert "--resume run" in errors
+    policy = (tmp_path / "run" / "policy" / "policy.safetensors").read_bytes()
+    assert command(capsys, tmp_path, "generate", "run", CAPTION)[0] == 0
+    code, output, errors = command(capsys, tmp_path, "train", "--resume", "run", "--eval-steps", "1")
+    assert code == 0 and "report  run/report.html" in output, errors
+    assert (tmp_path / "run" / "policy" / "policy.safetensors").read_bytes() == policy
+
+
+def test_a_summary_is_of_the_policy_that_is_there(project, command, capsys, monkeypatch):
+    """The longer run is stopped before its own summary."""
+    run = project / "run"
+    monkeypatch.setattr("noisepolicy.cli.sweeping.run_sweep", None)
+    assert command(capsys, project, "train", "--resume", "run", "--num-iterations", "3")[0] == 1
+    monkeypatch.undo()
+    assert not (run / "summary.json").exists()
+    code, _, errors = command(capsys, project, "eval", "run")
+    assert code == 0, errors
+    summary = json.loads((run / "evaluation" / "summary.json").read_text())
+    assert summary["images_trained"] == 24
+    assert summary["frozen_sha256_before"] == summary["frozen_sha256_after"]
