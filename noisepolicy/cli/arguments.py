@@ -54,7 +54,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
         run, default = RunFolder.open(Path(resume))
         default = dataclasses.replace(default, output_dir=run.path)
         _refuse_outside_rewards(run, default, argv)
-        config = _parse_flags(argv, default)
+        default, config = (given.with_absolute_paths() for given in (default, _parse_flags(argv, default)))
         changed = {
             field.name
             for field in dataclasses.fields(config)
@@ -65,6 +65,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
             raise UsageError(f"--{forbidden[0].replace('_', '-')} cannot change in a resumed run; only {allowed} can")
         config.check()
         _refuse_other_training_prompts(default, config)
+        run.check_model_is_there(config)
         return Arguments(config, run)
     if config_file is not None:
         default = load_config(Path(config_file))
@@ -72,6 +73,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
         default = load_config(_preset_path(preset or "shapes"))
     config = _parse_flags(argv, default)
     config.check()
+    config = config.with_absolute_paths()
     if (run := RunFolder.find(config, launch_id(), is_restart=is_restart())) is not None:
         _, saved = RunFolder.open(run.path)
         return Arguments(dataclasses.replace(saved, output_dir=run.path), run)

@@ -40,6 +40,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from noisepolicy.cli.sweeping import print_table, run_sweep
     from noisepolicy.evaluation import measured_on, write_report
     from noisepolicy.policies import NoisePolicy
+    from noisepolicy.rewards.registry import with_absolute_paths
     from noisepolicy.storage import write_json
     from noisepolicy.training.processes import Processes
     from noisepolicy.training.run_folder import RunFolder
@@ -49,7 +50,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     trained_for = config.reward or config.model
     if arguments.reward is None:
         refuse_outside_rewards(run.path, [trained_for], "--reward")
-    elif arguments.reward != trained_for:
+    elif with_absolute_paths(arguments.reward) != with_absolute_paths(trained_for):
         raise ValueError(f"--reward repeats what the run was trained for, {trained_for}; others are --rewards")
     if arguments.rewards is None:
         refuse_outside_rewards(run.path, config.eval_rewards, "--rewards")
@@ -65,11 +66,12 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     config = dataclasses.replace(config, **{name: value for name, value in changes.items() if value is not None})
     config = with_denoiser(config, arguments)
     config.check()
+    run.check_model_is_there(config)
     policy = NoisePolicy.from_pretrained(run.checked_policy())
     accelerator = make_accelerator(config.device, timeout_s=config.timeout)
     config = with_mixed_precision(config, accelerator)
     device = accelerator.device
-    task = load_task(config, device)
+    task = load_task(config, device, for_training=False)
     prompts = task.eval_prompts[: config.eval_num_prompts]
     if not prompts:
         raise ValueError("there are no held-out prompts to evaluate on; give --prompts and --num-prompts")

@@ -1,4 +1,4 @@
-"""`noisepolicy-generate`: images of a trained policy, beside the base model's from the same noise if asked."""
+"""`noisepolicy-generate`: images of a trained policy, beside the base model's from the same seed if asked."""
 
 import argparse
 import sys
@@ -44,6 +44,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     from noisepolicy.training.task import load_frozen
 
     run, config = RunFolder.open(arguments.run)
+    run.check_model_is_there(config)
     policy = NoisePolicy.from_pretrained(run.checked_policy())
     accelerator = make_accelerator(arguments.device or config.device)
     config, device = with_mixed_precision(config, accelerator), accelerator.device

@@ -8,6 +8,7 @@ from typing import Any
 from noisepolicy.evaluation import Sweep, evaluate_sweep
 from noisepolicy.frozen import PromptEmbeds
 from noisepolicy.policies import NoisePolicy
+from noisepolicy.rewards.registry import without_folders
 from noisepolicy.training.processes import Processes
 from noisepolicy.training.seeding import stream_seed
 from noisepolicy.training.task import Task
@@ -37,7 +38,7 @@ def print_table(rows: Sequence[dict[str, Any]], measured_on: str) -> None:
         return
     has_strict = rows[0]["base"]["strict"] is not None
     strict_head = "    strict        " if has_strict else ""
-    print(f"\n{measured_on}, same noise")
+    print(f"\n{measured_on}, same seeds")
     print(f" steps   reward base -> policy   gain (95% interval)       {strict_head}diversity kept")
     for row in rows:
         base, policy = row["base"], row["policy"]
@@ -48,7 +49,8 @@ def print_table(rows: Sequence[dict[str, Any]], measured_on: str) -> None:
             f"          {_gain(row)}   {strict}{kept}"
         )
         for other in (*row["parts"], *row["eval_rewards"]):
-            print(f"         {other['base']:.3f} -> {other['policy']:.3f}          {_gain(other)}   {other['name']}")
+            name = without_folders(other["name"])
+            print(f"         {other['base']:.3f} -> {other['policy']:.3f}          {_gain(other)}   {name}")
 
 
 def _gain(row: dict[str, Any]) -> str:

@@ -79,6 +79,7 @@ class _Session:
         )
         kind = FindTrainer if self.config.algorithm == "find" else Trainer
         self.trainer = kind(self.config, self.task, self.run, self.accelerator)
+        self.config = self.trainer.config
         processes.wait("'start'")
         if arguments.resumed is None and self._is_main:  # now that nothing can be wrong with it
             self.run.lock()
@@ -91,10 +92,8 @@ class _Session:
         self._eval_embeds = self.task.frozen.encode(eval_texts) if eval_texts else None
         if arguments.resumed is not None:
             self.trainer.resume()
-            if self._is_main:
-                self.config.save(self.run.config)  # what was changed now is the run's from here on
-                if self.trainer.iteration < self.config.num_iterations:
-                    self.run.summary.unlink(missing_ok=True)  # the policy will be another than the one it is about
+            if self._is_main and self.trainer.iteration < self.config.num_iterations:
+                self.run.summary.unlink(missing_ok=True)  # the policy will be another than the one it is about
         if self.config.drop_text_encoders:
             self.trainer.encode_prompts()
             self.task.frozen.drop_text_encoders()
@@ -149,7 +148,7 @@ class _Session:
         return self.accelerator.is_main_process
 
     def _write_samples(self, iteration: int) -> None:
-        """The policy's pictures of the first held-out prompts, from the same noise each time."""
+        """The policy's pictures of the first held-out prompts, from the same seed each time."""
         from noisepolicy.evaluation.figures import image_grid
         from noisepolicy.storage import write_bytes
         from noisepolicy.training.seeding import stream_seed

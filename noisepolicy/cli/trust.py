@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from noisepolicy.rewards.registry import outside_parts
+from noisepolicy.training.config import FROM_PYTHON
 
 
 def refuse_outside_rewards(run: Path, specs: Sequence[str], flag: str) -> None:
@@ -15,7 +16,7 @@ def refuse_outside_rewards(run: Path, specs: Sequence[str], flag: str) -> None:
         ValueError: if one of them has a part that is outside; it says what to write.
     """
     for spec in specs:
-        for part in outside_parts(spec):
+        for part in () if spec.startswith(FROM_PYTHON) else outside_parts(spec):
             does = "sends pictures to" if part.startswith(("http://", "https://")) else "runs the code of"
             raise ValueError(
                 f"{run / 'config.yaml'} names a reward that {does} {part}; if that is meant, repeat it on the command "

@@ -7,6 +7,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 
 from noisepolicy.evaluation.sweep import measured_on
+from noisepolicy.rewards.registry import without_folders
 from noisepolicy.storage import write_text
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -23,6 +24,7 @@ def write_model_card(folder: Path, *, config: dict[str, Any], summary: dict[str,
     trained = config["num_inference_steps"]
     environment = Environment(loader=PackageLoader("noisepolicy.evaluation", "."), autoescape=False)
     environment.filters["code"] = _code
+    environment.filters["short"] = without_folders
     text = environment.get_template("model_card.md.j2").render(
         config=config,
         summary=summary,

@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader
 
 from noisepolicy.evaluation.figures import picture_bytes, sweep_plot, training_curves
 from noisepolicy.evaluation.sweep import Pair, measured_on
+from noisepolicy.rewards.registry import without_folders
 from noisepolicy.storage import write_text
 
 
@@ -31,10 +32,9 @@ def write_report(
     # The report's headline is the first step count trained, or the nearest one measured.
     focus = min(rows, key=lambda row: abs(row["num_inference_steps"] - trained[0]), default=None)
     shown = [pair for pair in pairs if pair.num_inference_steps == focus["num_inference_steps"]] if focus else []
-    template = Environment(loader=PackageLoader("noisepolicy.evaluation", "."), autoescape=True).get_template(
-        "report.html.j2"
-    )
-    html = template.render(
+    environment = Environment(loader=PackageLoader("noisepolicy.evaluation", "."), autoescape=True)
+    environment.filters["short"] = without_folders
+    html = environment.get_template("report.html.j2").render(
         config=config,
         summary=summary,
         focus=focus,

@@ -1,4 +1,4 @@
-"""The step sweep: base model and policy from the same noise, at each number of denoising steps."""
+"""The step sweep: base model and policy from the same seeds, at each number of denoising steps."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Pair:
-    """One caption at one step count, base and policy from the same noise. Images `(3, height, width)` in [0, 1]."""
+    """One caption at one step count, base and policy from the same seed. Images `(3, height, width)` in [0, 1]."""
 
     prompt: str
     num_inference_steps: int

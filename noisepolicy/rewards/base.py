@@ -34,6 +34,9 @@ class Reward:
         RewardError: if the function raises, or returns the wrong number of values, another shape, or NaN or infinity.
     """
 
+    spec: str | None = None
+    """The text that `load_reward` made it from; None for a reward that was made in Python."""
+
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
         self.name = name
         self._function = function

@@ -1,7 +1,7 @@
 """From a line of text to a reward.
 
     reward  =  term + term + ...          term  =  [weight *] name | name(argument, ...)
-                                                |  [weight *] module:function
+                                                |  [weight *] [folder/]module:function
                                                 |  [weight *] http://... | https://...
 
 An argument is a local folder, a hub id, for `frames` and `cached` another reward, or for `pil` a module:function.
@@ -10,9 +10,11 @@ What a name needs is imported when its reward is made.
 
 import importlib
 import math
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,6 +26,7 @@ from noisepolicy.rewards.base import Reward, torch_settings_kept
 from noisepolicy.rewards.weighted_sum import WeightedSum
 
 _MAX_DEPTH = 8
+_MEANINGFUL = set("+*(),:")
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ _REGISTRY: dict[str, _Entry] = {
 def load_reward(spec: str, *, device: torch.device | str = "cpu") -> Reward:
     """The reward described by `spec`; its models, if any, run on `device`.
 
-    `module:function` is found as Python finds modules, and in the working folder.
+    `module:function` is found as Python finds modules, and in the working folder; `folder/module:function` in that
+    folder.
 
     Raises:
         ValueError: if the text is wrong, or what it names cannot be found, loaded or reached.
@@ -71,9 +75,12 @@ def load_reward(spec: str, *, device: torch.device | str = "cpu") -> Reward:
     terms = _terms(spec)
     names = [name for _, name in terms]
     if len(terms) == 1 and terms[0][0] is None:
-        return _load_named(names[0], device)
-    parts = [(1.0 if weight is None else weight, _load_named(name, device)) for weight, name in terms]
-    return WeightedSum(spec, parts)
+        reward = _load_named(names[0], device)
+    else:
+        parts = [(1.0 if weight is None else weight, _load_named(name, device)) for weight, name in terms]
+        reward = WeightedSum(spec, parts)
+    reward.spec = spec
+    return reward
 
 
 def outside_parts(spec: str) -> list[str]:
@@ -94,6 +101,27 @@ def outside_parts(spec: str) -> list[str]:
         elif entry.takes == "reward" and argument:
             parts += outside_parts(argument)
     return parts
+
+
+def with_absolute_paths(spec: str) -> str:
+    """The same reward, written so that it means the same in any working folder.
+
+    Folders, and modules that lie in the working folder, get their absolute path, unless it holds one of `+*(),:`, which
+    have a meaning here.
+
+    Raises:
+        ValueError: if the text is wrong.
+    """
+    texts = _split(spec, "+")
+    for number, text in enumerate(texts):
+        _, name = _parse_term(text, spec)
+        texts[number] = _absolute_name(name).join(text.rsplit(name, 1))
+    return "+".join(texts)
+
+
+def without_folders(text: str) -> str:
+    """A reward or model for reports, which others read: absolute paths are their last part."""
+    return re.sub(r"(?<![\w:/.~\]-])/([^+*(),:]*/)?(?=[^/])", "", text)
 
 
 def _is_of_this_machine(address: str) -> bool:
@@ -152,6 +180,55 @@ def _split(text: str, separator: str) -> list[str]:
     if depth != 0:
         raise ValueError(f"reward {text.strip()!r}: its parentheses do not match")
     return [*pieces, text[start:]]
+
+
+def _absolute_name(name: str) -> str:
+    entry, argument = _find(name)
+    if entry is None:
+        return _absolute_function(name)
+    if entry.takes == "models":
+        given = ", ".join(_absolute(text.strip()) for text in argument.split(","))
+    elif entry.takes == "function":
+        given = _absolute_function(argument)
+    elif entry.takes == "reward" and argument:
+        given = with_absolute_paths(argument)
+    else:
+        return name
+    return given.join(name.rsplit(argument, 1)) if argument else name
+
+
+def _absolute(text: str) -> str:
+    path = Path(text).expanduser()
+    absolute = str(path.absolute())
+    return absolute if text and path.is_dir() and not _MEANINGFUL & set(absolute) else text
+
+
+def _absolute_function(name: str) -> str:
+    folder, module, function = _parse_function(name)
+    if folder is None and _lies_in(Path.cwd(), _find_module(module)):
+        folder = "."
+    if folder is None or (absolute := _absolute(folder)) == folder:
+        return name
+    return f"{absolute.rstrip('/')}/{module}:{function}"
+
+
+def _parse_function(name: str) -> tuple[str | None, str, str]:
+    """The folder of `[folder/]module:function`, if it says one, the module and the function."""
+    place, _, function = name.partition(":")
+    folder, slash, module = place.rpartition("/")
+    return (folder or "/") if slash else None, module, function
+
+
+def _find_module(name: str) -> ModuleSpec | None:
+    """Where a module, or the package that it is in, would be imported from. Nothing is run."""
+    importlib.invalidate_caches()
+    first = name.partition(".")[0]
+    return PathFinder.find_spec(first, [str(Path.cwd()), *sys.path]) if first else None
+
+
+def _lies_in(folder: Path, module: ModuleSpec | None) -> bool:
+    places = [] if module is None else module.submodule_search_locations or [module.origin]
+    return any(place is not None and Path(place).parent.resolve() == folder.resolve() for place in places)
 
 
 def _load_named(name: str, device: torch.device | str) -> Reward:
@@ -219,16 +296,20 @@ def _models(argument: str, name: str, max_models: int) -> Iterator[str]:
 
 
 def _import_function(name: str) -> Any:
-    module_name, _, function_name = name.partition(":")
-    folder = str(Path.cwd())
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
+    given, module_name, function_name = _parse_function(name)
+    folder = Path(given or "").expanduser().absolute()
+    if not folder.is_dir():
+        raise ValueError(f"reward {name!r}: no such folder: {given!r}")
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
     try:
         with torch_settings_kept():
             module = importlib.import_module(module_name)
     except Exception as error:  # a user's module may raise anything, and so may a name that is none
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ValueError(f"reward {name!r}: cannot import {module_name!r} ({reason})") from error
+    if given is not None and not _lies_in(folder, sys.modules[module_name.partition(".")[0]].__spec__):
+        raise ValueError(f"reward {name!r}: {module_name!r} is imported from elsewhere, {module.__spec__.origin}")
     if not hasattr(module, function_name):
         raise ValueError(f"reward {name!r}: module {module_name!r} has no {function_name!r}")
     function = getattr(module, function_name)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -9,6 +10,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 from tyro.constructors import PrimitiveConstructorSpec
 
+from noisepolicy.rewards.registry import with_absolute_paths
 from noisepolicy.storage import write_text
 from noisepolicy.training.config_file import read_settings, shown, typed
 from noisepolicy.training.recipes import RECIPES
@@ -26,6 +28,9 @@ StepCounts = Annotated[
 """Denoising step counts; on the command line 1,2,4,8."""
 
 DEFAULT_EVAL_STEPS = (1, 2, 4, 8, 16)
+EMBEDDED_MODELS = ("shapes", "moving_shapes")
+FROM_PYTHON = "python:"
+"""Begins the name of a model or reward that was given as an object from Python, and which no command can load."""
 _MAX_TIMEOUT_S = 10_000_000
 _MAY_BE_INFINITE = ("target_kl", "kl_budget", "kl_training_budget", "max_log_ratio", "max_grad_norm")
 """Limits that infinity switches off."""
@@ -186,7 +191,7 @@ class TrainConfig:
     eval_num_prompts: int = 48
     """Held-out prompts in the sweep; 0 skips sweep and report."""
     eval_group_size: int = 8
-    """Images of each, for the base model and the policy, from the same noise. Best-of-n is measured within them."""
+    """Images of each, for the base model and the policy, from the same seeds. Best-of-n is measured within them."""
     checkpoint_every: int = 10
     """Iterations between checkpoints."""
     sample_every: int = 25
@@ -217,6 +222,22 @@ class TrainConfig:
         if resolved.batch_size is None:
             resolved.batch_size = num_prompts * resolved.group_size
         return resolved
+
+    def with_absolute_paths(self) -> "TrainConfig":
+        """A copy that means the same in any working folder: files and folders that are there have their absolute path.
+
+        Raises:
+            ValueError: if a reward cannot be read.
+        """
+        return dataclasses.replace(
+            self,
+            model=self.model if self.model in EMBEDDED_MODELS else _absolute(self.model, Path.exists),
+            prompts=tuple(_absolute(source, Path.is_file) for source in self.prompts),
+            eval_prompts=tuple(_absolute(source, Path.is_file) for source in self.eval_prompts),
+            init_policy=None if self.init_policy is None else Path(_absolute(str(self.init_policy), Path.is_dir)),
+            reward=None if self.reward is None else _absolute_reward(self.reward),
+            eval_rewards=tuple(map(_absolute_reward, self.eval_rewards)),
+        )
 
     @property
     def holds_out_prompts(self) -> bool:
@@ -327,6 +348,17 @@ def _typed(name: str, value: Any, path: Path) -> Any:
     except ValueError:
         wanted = repr(default) if default is not None else f"[{kind.__name__}]" if lists else kind.__name__
         raise ValueError(f"{path}: {name} must be like {wanted}, got {shown(value)}") from None
+
+
+def _absolute(text: str, is_there: Callable[[Path], bool]) -> str:
+    try:
+        return str(Path(text).absolute()) if text and is_there(Path(text)) else text
+    except OSError:  # a long prompt is no name of a file
+        return text
+
+
+def _absolute_reward(spec: str) -> str:
+    return spec if spec.startswith(FROM_PYTHON) else with_absolute_paths(spec)
 
 
 def _flag(name: str) -> str:

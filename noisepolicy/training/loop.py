@@ -45,7 +45,7 @@ class TrainingLoop:
     average loses it, and KL with it.
 
     Args:
-        config: checked settings.
+        config: settings; the run's own, in `self.config` and RUN/config.yaml, name the task's model and rewards.
         task: the frozen model, the reward and the prompts.
         run: where checkpoints and metrics go.
         accelerator: device and processes. Each process makes a share of the images and all of the updates, which are a
@@ -58,7 +58,8 @@ class TrainingLoop:
     """Of the pictures that a rollout keeps for a critic, if there is one."""
 
     def __init__(self, config: TrainConfig, task: Task, run: RunFolder, accelerator: Accelerator) -> None:
-        self.config = config.resolved(len(task.train_prompts))
+        self.config = task.named(config).with_absolute_paths().resolved(len(task.train_prompts))
+        self.config.check()
         self.task, self.run, self.accelerator = task, run, accelerator
         self.processes = Processes(accelerator, self.config.timeout)
         self.prompts = PromptStore(task.frozen, task.train_prompts, accelerator.device)
@@ -96,6 +97,7 @@ class TrainingLoop:
         """
         if self.processes.is_main:
             self.prompts.keep(self.run.prompts)
+            self.config.save(self.run.config)
         while self.iteration < self.config.num_iterations:
             start = time.perf_counter()
             with plain_arithmetic(self.accelerator.device.type):

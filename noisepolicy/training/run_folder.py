@@ -198,6 +198,14 @@ class RunFolder:
             summary["frozen_sha256_before"] = sha256
         return summary
 
+    def check_model_is_there(self, config: TrainConfig) -> None:
+        """Raises ValueError if the model's folder, which was there when the run was started, is not there any more."""
+        if Path(config.model).is_absolute() and not Path(config.model).exists():
+            raise ValueError(
+                f"{self.config} says that the model is in {config.model}, which is not there; if the model has moved, "
+                f"correct {self.config.name}"
+            )
+
     def warn_of_another_model(self, sha256: str) -> None:
         """Warns if the run was trained with another model than the one whose weights have this hash.
 

@@ -1,5 +1,6 @@
 """What a run is about: a frozen model, a reward, and prompts for training and for evaluation."""
 
+import dataclasses
 import itertools
 import warnings
 from collections.abc import Sequence
@@ -11,11 +12,11 @@ import torch
 from noisepolicy import moving_shapes, shapes
 from noisepolicy.frozen import FrozenDiffusersPipeline, FrozenModel
 from noisepolicy.rewards import Reward, load_reward
-from noisepolicy.training.config import DEFAULT_EVAL_STEPS, TrainConfig
+from noisepolicy.training.config import DEFAULT_EVAL_STEPS, EMBEDDED_MODELS, FROM_PYTHON, TrainConfig
 from noisepolicy.training.prompt_list import PromptList
 from noisepolicy.training.prompt_records import identity, read_prompts
 
-_EMBEDDED = {"shapes": shapes, "moving_shapes": moving_shapes}
+_EMBEDDED = dict(zip(EMBEDDED_MODELS, (shapes, moving_shapes), strict=True))
 """Worlds with a `model_folder()`, `train_scenes()`, `held_out_scenes()`, and a reward of the same name."""
 
 
@@ -34,6 +35,17 @@ class Task:
     eval_prompts: Sequence[str]
     eval_steps: tuple[int, ...] | None = None
     """Denoising step counts of the final sweep; None if there is none."""
+    model_name: str | None = None
+    """The `--model` that `frozen` was loaded for; None for a model that was made in Python."""
+
+    def named(self, config: TrainConfig) -> TrainConfig:
+        """`config` with the names of the model and the rewards of this task, which may not be those it says."""
+        return dataclasses.replace(
+            config,
+            model=self.model_name or FROM_PYTHON + type(self.frozen).__name__,
+            reward=_reward_name(self.reward),
+            eval_rewards=tuple(map(_reward_name, self.eval_rewards)),
+        )
 
     def __post_init__(self) -> None:
         for name in ("train_prompts", "eval_prompts"):
@@ -41,21 +53,29 @@ class Task:
                 object.__setattr__(self, name, read_prompts(prompts))
 
 
-def load_task(config: TrainConfig, device: torch.device) -> Task:
+def load_task(config: TrainConfig, device: torch.device, *, for_training: bool = True) -> Task:
     """Loads what `config` names.
+
+    Args:
+        for_training: whether training prompts are needed; without it, they are not read where `config` has evaluation
+            prompts of their own.
 
     Raises:
         ValueError: if something named is not there or cannot be used.
     """
+    _refuse_objects(config.model, config.reward, *config.eval_rewards)
     world = _EMBEDDED.get(config.model)
-    if world is None and not config.prompts:
+    needs_training_prompts = for_training or not config.eval_prompts
+    if world is None and not config.prompts and needs_training_prompts:
         raise ValueError(f"--model {config.model} needs --prompts: files or prompts; see docs/prompts.md")
     if world is None and config.reward is None:
         raise ValueError(f"--model {config.model} needs --reward, e.g. pickscore")
     if config.algorithm == "find" and not config.prompts:
         raise ValueError("--algorithm find needs --prompts: it learns each on its own")
     train: Sequence[str] = [scene.caption for scene in world.train_scenes()] if world is not None else []
-    if config.prompts:
+    if not needs_training_prompts:
+        train = []
+    elif config.prompts:
         train = PromptList(config.prompts, config.prompt_column)
     if config.algorithm == "find":
         train = _without_repeats(train)
@@ -75,10 +95,10 @@ def load_task(config: TrainConfig, device: torch.device) -> Task:
     eval_rewards = [load_reward(spec, device=device) for spec in config.eval_rewards]
     frozen = load_frozen(config, device)
     # One image for each step count now, rather than a failure in the middle of the run.
-    for steps in config.num_inference_steps:
+    for steps in config.num_inference_steps if for_training else ():
         frozen.check_deterministic(steps, config.guidance_scale)
     eval_steps = _usable_eval_steps(config, frozen) if config.eval_num_prompts else config.eval_steps
-    return Task(frozen, reward, eval_rewards, train, held_out, eval_steps)
+    return Task(frozen, reward, eval_rewards, train, held_out, eval_steps, config.model)
 
 
 def _usable_eval_steps(config: TrainConfig, frozen: FrozenModel) -> tuple[int, ...]:
@@ -111,6 +131,7 @@ def load_frozen(config: TrainConfig, device: torch.device) -> FrozenDiffusersPip
         ValueError: if it is not there or cannot be used.
         RuntimeError: if its engine does not run here, or not rightly.
     """
+    _refuse_objects(config.model)
     world = _EMBEDDED.get(config.model)
     # A UNet for video does not say how long its clips are.
     num_frames = moving_shapes.NUM_FRAMES if world is moving_shapes and not config.num_frames else config.num_frames
@@ -148,6 +169,19 @@ def _without_repeats(prompts: Sequence[str]) -> list[str]:
         if identity(kept.setdefault(prompt, prompt)) != identity(prompt):
             raise ValueError(f"the prompt {str(prompt)!r} comes twice, with different metadata; FIND takes it once")
     return list(kept.values())
+
+
+def _reward_name(reward: Reward) -> str:
+    return reward.spec or FROM_PYTHON + reward.name
+
+
+def _refuse_objects(*names: str | None) -> None:
+    for name in names:
+        if name is not None and name.startswith(FROM_PYTHON):
+            raise ValueError(
+                f"this run was made in Python with {name.removeprefix(FROM_PYTHON)}, which no command can load; go on "
+                "with it, or use its policy, from Python"
+            )
 
 
 def _hold_out(prompts: PromptList) -> tuple[PromptList, PromptList]:

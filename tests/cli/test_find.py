@@ -28,7 +28,7 @@ def run_command(tmp_path):
 def test_one_prompt_from_start_to_report(run_command, tmp_path):
     result = run_command("train", *SHORT, "--num-iterations", "2", "--output-dir", "run")
     assert result.returncode == 0, result.stderr
-    assert "the prompts it was made for, same noise" in result.stdout
+    assert "the prompts it was made for, same seeds" in result.stdout
     run = tmp_path / "run"
     assert json.loads((run / "summary.json").read_text())["images_trained"] == 12
     policy = NoisePolicy.from_pretrained(run / "policy")

@@ -60,8 +60,11 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def project(trained, tmp_path):
-    shutil.copytree(trained, tmp_path / "project")
-    return tmp_path / "project"
+    project = tmp_path / "project"
+    shutil.copytree(trained, project)
+    settings = project / "run" / "config.yaml"
+    settings.write_text(settings.read_text().replace(str(trained), str(project)))
+    return project
 
 
 def change_weights(folder):
@@ -143,7 +146,7 @@ def test_a_run_whose_evaluation_fails_is_finished_with_other_settings(tmp_path, 
     monkeypatch.setattr(FrozenDiffusersPipeline, "generate", fails_at_two_steps)
     make_project(tmp_path)
     code, _, errors = command(capsys, tmp_path, "train", *SHORT, "--reward", "brightness", "--eval-steps", "1,2")
-    assert code == 1 and "the final evaluation failed" in errors and "index 3 is out of bounds" in errors
+    assert code == 1 and "its final evaluation failed" in errors and "index 3 is out of bounds" in errors
     assert "--resume run" in errors
     policy = (tmp_path / "run" / "policy" / "policy.safetensors").read_bytes()
     assert command(capsys, tmp_path, "generate", "run", CAPTION)[0] == 0
@@ -164,3 +167,57 @@ def test_a_summary_is_of_the_policy_that_is_there(project, command, capsys, monk
     summary = json.loads((run / "evaluation" / "summary.json").read_text())
     assert summary["images_trained"] == 24
     assert summary["frozen_sha256_before"] == summary["frozen_sha256_after"]
+
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    return tmp_path / "elsewhere"
+
+
+def test_a_run_is_used_from_another_folder(tmp_path, elsewhere, command, capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "own_rewards", raising=False)
+    make_project(tmp_path / "project")
+    reward = ["--reward", "0.5*own_rewards:left + 0.5*brightness"]
+    code, _, errors = command(capsys, tmp_path / "project", "train", *SHORT, *reward, "--eval-rewards", "frames(red)")
+    assert code == 1 and "--resume" in errors  # frames() is for video: the evaluation fails, the run is there
+    repeated = ["--reward", f"0.5*{tmp_path}/project/own_rewards:left + 0.5*brightness"]
+    for name in ("own_rewards", *repeated[1:]):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    run = tmp_path / "project" / "run"
+    code, _, errors = command(
+        capsys, elsewhere, "train", "--resume", run, *repeated, "--eval-rewards", "red", "--num-iterations", "3"
+    )
+    assert code == 0, errors
+    assert command(capsys, elsewhere, "generate", run, CAPTION)[0] == 0
+    code, _, errors = command(capsys, elsewhere, "eval", run)
+    assert code == 2 and f"repeat it on the command line: --reward '{repeated[1]}'" in errors
+    code, output, errors = command(capsys, elsewhere, "eval", run, *repeated, "--rewards", "red")
+    assert code == 0 and str(tmp_path) not in output.replace(str(run), ""), errors
+    # In the folder it was started in, the short form is the same reward, and relative texts mean what they meant.
+    assert command(capsys, tmp_path / "project", "eval", "run", *reward)[0] == 0
+    card = (run / "policy" / "README.md").read_text()
+    assert "# A noise policy for `x`" in card and "`0.5*own_rewards:left + 0.5*brightness`" in card
+
+
+def test_what_has_moved_is_named(project, elsewhere, command, capsys):
+    (project / "models").rename(elsewhere / "models")
+    run = project / "run"
+    for arguments in (("generate", run, CAPTION), ("eval", run), ("train", "--resume", run)):
+        code, _, errors = command(capsys, elsewhere, *arguments)
+        assert code == 2 and f"says that the model is in {project}/models/x, which is not there" in errors
+    (project / "prompts.txt").rename(elsewhere / "moved.txt")
+    code, _, errors = command(capsys, elsewhere, "train", "--resume", run, "--model", "models/x")
+    assert code == 2 and "prompts.txt" in errors
+    moved = ["--model", "models/x", "--prompts", "moved.txt", "--num-iterations", "3"]
+    code, _, errors = command(capsys, elsewhere, "train", "--resume", run, *moved)
+    assert code == 0, errors
+    assert command(capsys, project, "train", "--resume", run)[0] == 0
+
+
+def test_evaluation_on_other_prompts_does_not_need_the_training_prompts(project, command, capsys):
+    (project / "prompts.txt").unlink()
+    (project / "held_out.txt").unlink()
+    code, _, errors = command(capsys, project, "eval", "run", "--prompts", CAPTION, "--num-prompts", "1")
+    assert code == 0, errors
+    assert command(capsys, project, "eval", "run")[0] == 2

@@ -203,7 +203,7 @@ def test_a_failing_reward_is_one_line_and_exit_code_1(run_train, tmp_path, body,
     assert message in result.stderr and "bad_reward:fail_late" in result.stderr and "Traceback" not in result.stderr
     # What was learned until then is there.
     assert (tmp_path / "run" / "policy" / "policy.safetensors").exists()
-    assert "--resume run --reward bad_reward:fail_late" in result.stderr
+    assert f"--resume run --reward {tmp_path}/bad_reward:fail_late" in result.stderr
     debug = run_train("--resume", "run", "--reward", "bad_reward:fail_late", "--debug")
     assert debug.returncode in (0, 1)
 

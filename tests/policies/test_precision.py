@@ -108,8 +108,8 @@ def test_policies_are_made_in_float32_and_can_be_trained(surroundings):
     with surroundings():
         policies = make_policies()
     for policy in policies.values():
-        for tensor in (*policy.parameters(), *policy.buffers()):
-            assert tensor.dtype == torch.float32 and not tensor.is_inference()
+        assert all(parameter.dtype == torch.float32 for parameter in policy.parameters())
+        assert not any(tensor.is_inference() for tensor in (*policy.parameters(), *policy.buffers()))
     policy = policies["spectral"].requires_grad_(True)
     policy(embeds())[0].sum().backward()
     assert policy.mean.bias.grad is not None
