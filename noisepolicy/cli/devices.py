@@ -1,6 +1,7 @@
 """The Accelerate engine on the device a user asked for."""
 
 import dataclasses
+import warnings
 from datetime import timedelta
 
 import torch
@@ -44,6 +45,25 @@ def make_accelerator(device: str, *, timeout_s: float = 1800.0) -> Accelerator:
     # By gloo on any device: what processes tell one another is small, see training/processes.py.
     group = InitProcessGroupKwargs(backend="gloo", timeout=timedelta(seconds=timeout_s))
     return Accelerator(cpu=wanted.type == "cpu", kwargs_handlers=[group])
+
+
+def make_run_accelerator(config: TrainConfig, device: str | None) -> Accelerator:
+    """`make_accelerator` for a finished run: on `device` if it is given, else on the run's own, or the CPU without one.
+
+    Raises:
+        ValueError: as `make_accelerator`.
+    """
+    if device is None and config.device.startswith("cuda") and not torch.cuda.is_available():
+        warnings.warn(f"the run's device, {config.device}, is not here; using the CPU", stacklevel=2)
+        device = "cpu"
+    return make_accelerator(config.device if device is None else device, timeout_s=config.timeout)
+
+
+def for_device(config: TrainConfig, device: torch.device) -> TrainConfig:
+    """A run's settings without those for its speed and memory that `device` cannot carry out."""
+    if device.type != "cpu":
+        return config
+    return dataclasses.replace(config, cuda_graph=False, cpu_offload=False)
 
 
 def with_mixed_precision(config: TrainConfig, accelerator: Accelerator) -> TrainConfig:

@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     quiet_loading()
-    from noisepolicy.cli.devices import make_accelerator, with_mixed_precision
+    from noisepolicy.cli.devices import for_device, make_run_accelerator, with_mixed_precision
     from noisepolicy.cli.sweeping import print_table, run_sweep
     from noisepolicy.evaluation import measured_on, write_report
     from noisepolicy.policies import NoisePolicy
@@ -61,16 +61,14 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         "prompt_column": arguments.prompt_column,
         "eval_num_prompts": arguments.num_prompts,
         "eval_group_size": arguments.group_size,
-        "device": arguments.device,
     }
     config = dataclasses.replace(config, **{name: value for name, value in changes.items() if value is not None})
-    config = with_denoiser(config, arguments)
     config.check()
     run.check_model_is_there(config)
     policy = NoisePolicy.from_pretrained(run.checked_policy())
-    accelerator = make_accelerator(config.device, timeout_s=config.timeout)
-    config = with_mixed_precision(config, accelerator)
+    accelerator = make_run_accelerator(config, arguments.device)
     device = accelerator.device
+    config = for_device(with_denoiser(with_mixed_precision(config, accelerator), arguments, device), device)
     task = load_task(config, device, for_training=False)
     prompts = task.eval_prompts[: config.eval_num_prompts]
     if not prompts:

@@ -35,7 +35,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     quiet_loading()
     import torch
 
-    from noisepolicy.cli.devices import make_accelerator, with_mixed_precision
+    from noisepolicy.cli.devices import for_device, make_run_accelerator, with_mixed_precision
     from noisepolicy.evaluation.figures import base_above_policy, picture_bytes
     from noisepolicy.ops import gaussian_sample
     from noisepolicy.policies import NoisePolicy
@@ -46,9 +46,9 @@ def _generate(arguments: argparse.Namespace) -> None:
     run, config = RunFolder.open(arguments.run)
     run.check_model_is_there(config)
     policy = NoisePolicy.from_pretrained(run.checked_policy())
-    accelerator = make_accelerator(arguments.device or config.device)
+    accelerator = make_run_accelerator(config, arguments.device)
     config, device = with_mixed_precision(config, accelerator), accelerator.device
-    frozen = load_frozen(with_denoiser(config, arguments), device)
+    frozen = load_frozen(for_device(with_denoiser(config, arguments, device), device), device)
     run.warn_of_another_model(frozen.weights_sha256())
     steps = arguments.steps or config.num_inference_steps[0]
     guidance = config.guidance_scale if arguments.guidance_scale is None else arguments.guidance_scale

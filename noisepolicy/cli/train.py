@@ -78,9 +78,14 @@ class _Session:
             "'name the run folder'", RunFolder.choose(self.config) if processes.is_main else None
         )
         kind = FindTrainer if self.config.algorithm == "find" else Trainer
-        self.trainer = kind(self.config, self.task, self.run, self.accelerator)
+        try:
+            self.trainer = kind(self.config, self.task, self.run, self.accelerator)
+            processes.wait("'start'")
+        except BaseException:
+            if self._is_main:
+                self.run.give_up()
+            raise
         self.config = self.trainer.config
-        processes.wait("'start'")
         if arguments.resumed is None and self._is_main:  # now that nothing can be wrong with it
             self.run.lock()
             check_free(self.run.path)

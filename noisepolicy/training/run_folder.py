@@ -12,6 +12,7 @@ import socket
 import time
 import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +67,30 @@ class RunFolder:
 
     @classmethod
     def choose(cls, config: TrainConfig) -> "RunFolder":
-        """Where a new run is to be: in runs/, named by the time, unless `config` says where. Writes nothing.
+        """A new run's place: where `config` says, else a new folder in runs/, named by the time, which it makes.
+
+        Runs that start in the same second get folders of their own: the second one's name ends in -2.
 
         Raises:
             ValueError: as `check_free`.
         """
         check_free(config.output_dir)
-        return cls(config.output_dir or _RUNS / time.strftime("%Y%m%d-%H%M%S"))
+        if config.output_dir is not None:
+            return cls(config.output_dir)
+        first = path = _RUNS / time.strftime("%Y%m%d-%H%M%S")
+        number = 1
+        while True:
+            try:
+                path.mkdir(parents=True)
+                return cls(path)
+            except FileExistsError:
+                number += 1
+                path = first.with_name(f"{first.name}-{number}")
+
+    def give_up(self) -> None:
+        """Removes the folder that `choose` made for a run that could not be started; one with files in it stays."""
+        with suppress(OSError):
+            self.path.rmdir()
 
     @classmethod
     def open(cls, path: Path) -> tuple["RunFolder", TrainConfig]:

@@ -221,3 +221,31 @@ def test_evaluation_on_other_prompts_does_not_need_the_training_prompts(project,
     code, _, errors = command(capsys, project, "eval", "run", "--prompts", CAPTION, "--num-prompts", "1")
     assert code == 0, errors
     assert command(capsys, project, "eval", "run")[0] == 2
+
+
+def test_how_a_run_was_carried_out_does_not_keep_it_from_being_used(project, command, capsys):
+    """On a machine without a GPU."""
+    settings = yaml.safe_load((project / "run" / "config.yaml").read_text())
+    settings |= {"device": "cuda:1", "cuda_graph": True, "cpu_offload": True, "denoiser": "tensorrt"}
+    (project / "run" / "config.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.cuda.is_available", lambda: False)
+        for arguments in (("generate", "run", CAPTION), ("eval", "run")):
+            code, _, errors = command(capsys, project, *arguments)
+            assert code == 0, errors
+            assert "the run's device, cuda:1, is not here" in errors and "the run's denoiser, tensorrt" in errors
+        for flags, message in ((["--device", "cuda"], "sees no CUDA device"), (["--denoiser", "tensorrt"], "tensorrt")):
+            code, _, errors = command(capsys, project, "generate", "run", CAPTION, *flags)
+            assert code != 0 and message in errors.splitlines()[-1] and "error" in errors
+        flags = [
+            "--device",
+            "cpu",
+            "--no-cuda-graph",
+            "--no-cpu-offload",
+            "--denoiser",
+            "eager",
+            "--num-iterations",
+            "3",
+        ]
+        code, _, errors = command(capsys, project, "train", "--resume", "run", *flags)
+        assert code == 0, errors

@@ -1,7 +1,9 @@
 """The small parts of training: advantages, settings, checkpoints, randomness."""
 
+import multiprocessing
 import warnings
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 import torch
@@ -136,6 +138,25 @@ def test_streams_are_distinct_and_repeatable():
     assert len({stream_seed(seed, purpose) for seed in range(20) for purpose in ("noise", "prompts")}) == 40
     first, again, other = (torch.rand(3, generator=stream_generator(0, "critic", number)) for number in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def _choose(_: int) -> Path:
+    return RunFolder.choose(TrainConfig()).path
+
+
+def test_runs_of_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.strftime", lambda _: "20260101-120000")
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        paths = pool.map(_choose, range(12), chunksize=1)
+    assert len(set(paths)) == 12
+    assert {path.name for path in paths} == {"20260101-120000", *(f"20260101-120000-{i}" for i in range(2, 13))}
+    assert all(path.is_dir() for path in paths)
+    kept, given_up = (RunFolder(path) for path in paths[:2])
+    TrainConfig().save(kept.config)
+    for run in (kept, given_up):
+        run.give_up()
+    assert kept.config.is_file() and not given_up.path.exists()
 
 
 def test_a_launch_finds_the_run_it_began(tmp_path, monkeypatch):
