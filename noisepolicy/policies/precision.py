@@ -25,9 +25,10 @@ def without_autocast(method: _Function) -> _Function:
 
 
 @contextmanager
-def plain_arithmetic(device_type: str) -> Iterator[None]:
+def plain_arithmetic() -> Iterator[None]:
     """Computes as written and with gradients, whatever autocast, gradient or inference mode the caller is in."""
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device_type, enabled=False):
+    no_autocast = [torch.autocast(device_type, enabled=False) for device_type in ("cpu", "cuda")]
+    with torch.inference_mode(False), torch.enable_grad(), no_autocast[0], no_autocast[1]:
         yield
 
 

@@ -207,16 +207,16 @@ def _absolute_function(name: str) -> str:
     folder, module, function = _parse_function(name)
     if folder is None and _lies_in(Path.cwd(), _find_module(module)):
         folder = "."
-    if folder is None or (absolute := _absolute(folder)) == folder:
+    if folder is None or not Path(absolute := _absolute(folder)).is_absolute():
         return name
     return f"{absolute.rstrip('/')}/{module}:{function}"
 
 
 def _parse_function(name: str) -> tuple[str | None, str, str]:
-    """The folder of `[folder/]module:function`, if it says one, the module and the function."""
+    """The folder of `[folder/]module[.py]:function`, if it says one, the module and the function."""
     place, _, function = name.partition(":")
     folder, slash, module = place.rpartition("/")
-    return (folder or "/") if slash else None, module, function
+    return (folder or "/") if slash else None, module.removesuffix(".py"), function
 
 
 def _find_module(name: str) -> ModuleSpec | None:

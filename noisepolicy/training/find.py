@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from noisepolicy.ops import gaussian_kl, gaussian_log_prob, ppo_clip_loss
 from noisepolicy.policies import NoisePolicy, TablePolicy
 from noisepolicy.policies.critic import RewardCritic
+from noisepolicy.policies.precision import plain_arithmetic
 from noisepolicy.storage import load_optimizer_tensors, optimizer_tensors
 from noisepolicy.training.calibrator import RewardCalibrator
 from noisepolicy.training.checkpoint import with_prefix, without_prefix
@@ -51,6 +52,7 @@ class FindTrainer(TrainingLoop):
 
     policy: TablePolicy
 
+    @plain_arithmetic()
     def __init__(self, config: TrainConfig, task: Task, run: RunFolder, accelerator: Accelerator) -> None:
         super().__init__(config, task, run, accelerator)
         config, device, num_prompts = self.config, accelerator.device, len(task.train_prompts)
@@ -91,6 +93,7 @@ class FindTrainer(TrainingLoop):
             self._start.save_pretrained(self._start_copy)
         return super().train()
 
+    @plain_arithmetic()
     def kept_policy(self) -> NoisePolicy:
         """A copy of the averaged table within its KL budget, with the critic it started from, if any, to choose."""
         kept = copy.deepcopy(self.average)

@@ -100,7 +100,7 @@ class TrainingLoop:
             self.config.save(self.run.config)
         while self.iteration < self.config.num_iterations:
             start = time.perf_counter()
-            with plain_arithmetic(self.accelerator.device.type):
+            with plain_arithmetic():
                 metrics = self._iterate()
             if not all(math.isfinite(value) for value in metrics.values()):
                 raise RuntimeError(
@@ -119,12 +119,14 @@ class TrainingLoop:
             self.train_seconds += time.perf_counter() - start
             yield metrics
 
+    @plain_arithmetic()
     def save(self) -> None:
         """Writes a checkpoint and the policy, unless those of this iteration are written. On the main process."""
         if self._saved_iteration != self.iteration:
             self._save()
             self._saved_iteration = self.iteration
 
+    @plain_arithmetic()
     def resume(self) -> None:
         """Goes back to the newest whole checkpoint, or to the start where there is none yet.
 

@@ -40,7 +40,7 @@ class PromptStore:
         """Encodes those not met yet, together; returns each index's row, int64."""
         index = list(prompt_index)
         if new := [i for i in dict.fromkeys(index) if i not in self._row_of]:
-            with plain_arithmetic(self._device.type):
+            with plain_arithmetic():
                 embeds = self._frozen.encode([str(self._prompts[i]) for i in new]).to(torch.device("cpu"))
             if self._rows is None:
                 self._no_rows = embeds[:0]

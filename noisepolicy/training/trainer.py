@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from noisepolicy.policies import NoisePolicy
 from noisepolicy.policies.base import make_policy
 from noisepolicy.policies.critic import CriticShape, RewardCritic
+from noisepolicy.policies.precision import plain_arithmetic
 from noisepolicy.storage import load_optimizer_tensors, optimizer_tensors
 from noisepolicy.training.checkpoint import with_prefix, without_prefix
 from noisepolicy.training.config import TrainConfig
@@ -35,6 +36,7 @@ _NUM_BUDGET_PROMPTS = 256
 class Trainer(TrainingLoop):
     """`TrainingLoop` of the algorithms `critic` and `ppo`."""
 
+    @plain_arithmetic()
     def __init__(self, config: TrainConfig, task: Task, run: RunFolder, accelerator: Accelerator) -> None:
         super().__init__(config, task, run, accelerator)
         config, device = self.config, accelerator.device
@@ -127,6 +129,7 @@ class Trainer(TrainingLoop):
         unexplained = ((foreseen - reward) ** 2).mean().item() / variance if variance else 1.0
         return {"critic_loss": loss, "critic_unexplained": unexplained}
 
+    @plain_arithmetic()
     def kept_policy(self) -> NoisePolicy:
         """A copy of the averaged policy, scaled to the KL budget on the first prompts met, and the critic to choose."""
         kept = copy.deepcopy(self.average)

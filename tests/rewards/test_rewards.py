@@ -8,6 +8,7 @@ import torch
 
 from noisepolicy.rewards import Reward, RewardError, load_reward
 from noisepolicy.rewards.cache import CachedReward
+from noisepolicy.rewards.registry import outside_parts, with_absolute_paths, without_folders
 
 IMAGES, PROMPTS = torch.rand(2, 3, 8, 8), ["one", "two"]
 
@@ -169,6 +170,39 @@ def test_a_module_that_cannot_be_imported_says_why(source, reason, tmp_path, mon
     assert "\n" not in str(error.value)
 
 
-def test_a_path_is_no_module():
-    with pytest.raises(ValueError, match=r"cannot import '\./my_reward\.py' \(TypeError"):
-        load_reward("./my_reward.py:f")
+@pytest.mark.parametrize("name", ["sub/path_reward", "./sub/path_reward.py", "/sub/path_reward"])
+def test_a_module_of_another_folder(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "path_reward", raising=False)
+    for folder, value in (("sub", 1.0), ("other", 2.0)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "path_reward.py").write_text(f"def f(images, prompts):\n    return [{value}]\n")
+    name = name.replace("/sub", f"{tmp_path}/sub") if name.startswith("/") else name
+    absolute = f"{tmp_path}/sub/path_reward:f"
+    assert with_absolute_paths(f"0.5*{name}:f + red") == f"0.5*{absolute} + red"
+    assert with_absolute_paths(absolute) == absolute and without_folders(absolute) == "path_reward:f"
+    assert outside_parts(f"frames({absolute})") == [absolute]
+    assert load_reward(f"{name}:f")(torch.zeros(1, 3, 2, 2), ["a"]).item() == 1
+    with pytest.raises(ValueError, match=r"'path_reward' is imported from elsewhere, .*/sub/path_reward.py"):
+        load_reward("other/path_reward:f")
+    for missing, message in (("none/path_reward:f", "no such folder: 'none'"), ("sub/none:f", "cannot import 'none'")):
+        with pytest.raises(ValueError, match=message):
+            load_reward(missing)
+
+
+def test_a_reward_means_the_same_in_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("models/clip", "pkg"):
+        (tmp_path / folder).mkdir(parents=True)
+    for module in ("own.py", "pkg/inner.py"):
+        (tmp_path / module).write_text("raise RuntimeError('it is not imported')")
+    for text, absolute in {
+        "0.5*blue + sharpness": None, "pickscore": None, "pickscore(org/name)": None, "os:system": None,
+        "numpy:mean": None, "http://127.0.0.1:8000/models/clip": None, "raw(http://h/a)": None, "none:f": None,
+        "clipscore(models/clip)": "clipscore({}/models/clip)",
+        "2*pickscore( models/clip , org/name)+red": "2*pickscore( {}/models/clip, org/name)+red",
+        "own:f": "{}/own:f", "-1 * cached(frames(own:f))": "-1 * cached(frames({}/own:f))",
+        "pil(own:f)": "pil({}/own:f)", "pkg.inner:f": "{}/pkg.inner:f",
+    }.items():  # fmt: skip
+        wanted = text if absolute is None else absolute.format(tmp_path)
+        assert with_absolute_paths(text) == wanted == with_absolute_paths(wanted)

@@ -68,18 +68,22 @@ def test_settings_are_checked(blob, tmp_path, settings, message):
         Trainer(TrainConfig(**SMALL | settings), task, RunFolder(tmp_path), Accelerator(cpu=True))
 
 
+@pytest.mark.parametrize("algorithm", ["critic", "find"])
 @pytest.mark.parametrize(
     "mode",
     [lambda: torch.autocast("cpu", torch.bfloat16), torch.no_grad, torch.inference_mode],
     ids=["autocast", "no gradient", "inference mode"],
 )
-def test_training_computes_the_same_bits_in_any_mode(make_trainer, tmp_path, mode):
-    settings = {"batch_size": 8, "critic_warmup": 8, "critic_updates": 1, "critic_batch_size": 8, "num_iterations": 3}
+def test_training_computes_the_same_bits_in_any_mode(make_trainer, tmp_path, mode, algorithm):
+    settings = {"critic_warmup": 8, "critic_updates": 1, "critic_batch_size": 8, "algorithm": algorithm}
+    settings |= {"batch_size": 16, "num_iterations": 4, "checkpoint_every": 2}
     expected = make_trainer(tmp_path / "expected", **settings)
     list(expected.train())
     with mode():
+        list(make_trainer(tmp_path / "found", **settings | {"num_iterations": 2}).train())
         found = make_trainer(tmp_path / "found", **settings)
-        list(found.train())
+        found.resume()
+    list(found.train())
     for name, value in expected.policy.state_dict().items():
         assert torch.equal(found.policy.state_dict()[name], value), name
     rows = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("expected", "found")]
