@@ -82,7 +82,7 @@ class _Session:
             self.trainer = kind(self.config, self.task, self.run, self.accelerator)
             processes.wait("'start'")
         except BaseException:
-            if self._is_main:
+            if self._is_main and arguments.config.output_dir is None:
                 self.run.give_up()
             raise
         self.config = self.trainer.config

@@ -225,12 +225,12 @@ class RunFolder:
             )
 
     def warn_of_another_model(self, sha256: str) -> None:
-        """Warns if the run was trained with another model than the one whose weights have this hash.
-
-        Raises:
-            DamagedFileError: as `read_summary`.
-        """
-        trained_with = self.read_summary().get("frozen_sha256_before")
+        """Warns if the run was trained with another model than the one whose weights have this hash, or may have been."""
+        try:
+            trained_with = self.read_summary().get("frozen_sha256_before")
+        except DamagedFileError as error:
+            warnings.warn(f"{error}; until then, the model here is not compared with the run's", stacklevel=2)
+            return
         if trained_with is not None and trained_with != sha256:
             warnings.warn(
                 f"the model here (SHA-256 {sha256[:12]}...) is not the one that {self.path} was trained with "

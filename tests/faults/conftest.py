@@ -163,4 +163,7 @@ def _stopped_run(launcher, tmp_path_factory):
 def stopped_run(_stopped_run, launcher, tmp_path):
     """A copy of a run that was stopped half-way and has two checkpoints."""
     shutil.copytree(_stopped_run.folder, tmp_path / "copy")
-    return Run(launcher, tmp_path / "copy")
+    run = Run(launcher, tmp_path / "copy")
+    settings = run.path / "config.yaml"
+    settings.write_text(settings.read_text().replace(str(_stopped_run.folder), str(run.folder)))
+    return run

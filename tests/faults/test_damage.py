@@ -34,6 +34,10 @@ def replace(old, new):
     return lambda path: path.write_bytes(path.read_bytes().replace(old, new, 1))
 
 
+def cut_within(word):
+    return lambda path: os.truncate(path, path.read_bytes().index(word.encode()) + 5)
+
+
 def lines(count):
     return lambda path: path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:count]))
 
@@ -80,7 +84,7 @@ REFUSED = {
     "history's header cut": ("history/header.json", cut, "no checkpoint in run/checkpoints can be used"),
     "settings gone": ("config.yaml", remove, "is not a run folder (there is no run/config.yaml)"),
     "settings emptied": ("config.yaml", empty, "must hold a YAML mapping"),
-    "settings cut": ("config.yaml", lambda path: os.truncate(path, 200), "cannot read settings from run/config.yaml"),
+    "settings cut": ("config.yaml", cut_within("rollout_batch_size"), "cannot read settings from run/config.yaml"),
     "settings cut at a line": ("config.yaml", lines(20), "but its checkpoints were made with"),
     "a setting altered": ("config.yaml", replace(b"seed: 0", b"seed: 1"), "says seed is 1, but its checkpoints were"),
     "a setting's name flipped": ("config.yaml", replace(b"seed", b"sead"), "unknown setting 'sead'"),
