@@ -225,7 +225,7 @@ class RunFolder:
             )
 
     def warn_of_another_model(self, sha256: str) -> None:
-        """Warns if the run was trained with another model than the one whose weights have this hash, or may have been."""
+        """Warns if the run was not trained with the model whose weights have this hash, or if that is not known."""
         try:
             trained_with = self.read_summary().get("frozen_sha256_before")
         except DamagedFileError as error:

@@ -89,7 +89,7 @@ REFUSED = {
     "a setting altered": ("config.yaml", replace(b"seed: 0", b"seed: 1"), "says seed is 1, but its checkpoints were"),
     "a setting's name flipped": ("config.yaml", replace(b"seed", b"sead"), "unknown setting 'sead'"),
     "prompts altered": ("../prompts.txt", replace(b"bb", b"bc"), "prompts are not those that the run's checkpoints"),
-    "prompts gone": ("../prompts.txt", remove, "cannot read prompt file prompts.txt"),
+    "prompts gone": ("../prompts.txt", remove, "copy/prompts.txt: no such file"),
 }
 
 
