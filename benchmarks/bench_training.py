@@ -9,11 +9,33 @@ import sys
 from pathlib import Path
 from typing import Any
 
+_BAD_INPUT, _INTERRUPTED = 2, 130
+"""Exit codes of the commands."""
+
 
 def run(output_dir: Path, seeds: list[int], train_arguments: list[str]) -> dict[str, Any]:
-    """Trains each seed, prints the table and returns its numbers."""
+    """Trains each seed, prints the table and returns its numbers.
+
+    Raises:
+        ValueError: if noisepolicy-train refuses its flags, or its runs measure something else than this table shows.
+        RuntimeError: if a run fails on the way.
+    """
+    if not seeds:
+        raise ValueError("--seeds needs a seed")
     summaries = [_train(output_dir / f"seed{seed}", seed, train_arguments) for seed in seeds]
-    result = {
+    try:
+        result = _collect(seeds, summaries)
+        _print(result)
+    except (LookupError, TypeError) as error:
+        raise ValueError(
+            f"the runs in {output_dir} do not hold what this table shows ({type(error).__name__}: {error}); it is for "
+            "the embedded model's own reward, with evaluation"
+        ) from error
+    return result
+
+
+def _collect(seeds: list[int], summaries: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
         "seeds": seeds,
         "images_trained": [summary["images_trained"] for summary in summaries],
         "train_seconds": [summary["train_seconds"] for summary in summaries],
@@ -21,8 +43,6 @@ def run(output_dir: Path, seeds: list[int], train_arguments: list[str]) -> dict[
         "peak_rss_bytes": [summary["peak_rss_bytes"] for summary in summaries],
         "steps": [_combine([summary["sweep"][i] for summary in summaries]) for i in range(len(summaries[0]["sweep"]))],
     }
-    _print(result)
-    return result
 
 
 def _train(folder: Path, seed: int, train_arguments: list[str]) -> dict[str, Any]:
@@ -33,7 +53,12 @@ def _train(folder: Path, seed: int, train_arguments: list[str]) -> dict[str, Any
             command += ["--resume", str(folder)]
         else:
             command += ["--seed", str(seed), "--output-dir", str(folder), *train_arguments]
-        subprocess.run(command, check=True)
+        code = subprocess.run(command, check=False).returncode
+        if code == _INTERRUPTED:
+            raise KeyboardInterrupt
+        if code:  # it has said why
+            kind = ValueError if code == _BAD_INPUT else RuntimeError
+            raise kind(f"noisepolicy-train with seed {seed} ended with exit code {code}")
     return json.loads(summary.read_text("utf-8"))
 
 

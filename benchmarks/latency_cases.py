@@ -180,6 +180,11 @@ def engine_name(row: Mapping[str, Any]) -> str:
     return row["backend"] if row["dtype"] == "float32" else f"{row['backend']} {row['dtype']}"
 
 
+def coarser(*dtypes: str) -> str:
+    """The less precise of several dtypes, by which outputs of both are compared."""
+    return max(dtypes, key=DENOISER_TOLERANCE.__getitem__)
+
+
 def check_output(who: str, output: torch.Tensor, expected: torch.Tensor, dtype: str, *, is_image: bool) -> float:
     """The largest difference from eager PyTorch's `expected`.
 

@@ -13,6 +13,7 @@ from noisepolicy.benchmarks.latency_cases import (
     Engine,
     ModelSpec,
     check_output,
+    coarser,
     load_engine,
 )
 from noisepolicy.benchmarks.machine import MemoryMeter
@@ -63,7 +64,7 @@ class LatencyBench:
             output = _tensor(engine.frozen.denoiser(*args, **kwargs))
             who = f"the denoiser of {engine.label} at batch {batch}"
             self._difference[engine.label, batch] = check_output(
-                who, output, self._expected[batch], engine.dtype, is_image=False
+                who, output, self._expected[batch], coarser(engine.dtype, self.spec.dtype), is_image=False
             )
             self._memory[engine.label, batch] = meter.peak_mb(lambda a=args, k=kwargs: engine.frozen.denoiser(*a, **k))
         self.engines.append(engine)
@@ -132,7 +133,9 @@ class LatencyBench:
         for engine in self.engines:
             images = timed_once(engine.label, engine.frozen)
             who = f"an image of {engine.label} (batch {batch}, steps {steps})"
-            differences[engine.label] = check_output(who, images, expected, engine.dtype, is_image=True)
+            differences[engine.label] = check_output(
+                who, images, expected, coarser(engine.dtype, self.spec.dtype), is_image=True
+            )
             shares[engine.label] = []
             plain = lambda e=engine: e.frozen.generate(latents, embeds, **settings)  # noqa: E731
             recorded = lambda e=engine, p=plain: _recorded(e, p, shares[e.label])  # noqa: E731

@@ -13,7 +13,7 @@ from noisepolicy.storage import write_json
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 bad input, 1 failed on the way or, with --compare, slower than before."""
+    """Exit codes: 0 done, 2 bad input, 130 interrupted, 1 failed on the way or, with --compare, slower than before."""
     arguments = parse_arguments(list(sys.argv[1:] if argv is None else argv))
     prepare("noisepolicy-bench")
     code = 0
@@ -35,6 +35,9 @@ def main(argv: list[str] | None = None) -> int:
             from noisepolicy.benchmarks.kernel_report import write_report
 
             write_report(arguments.output, result)
+    except KeyboardInterrupt:
+        print("\nnoisepolicy-bench: interrupted", file=sys.stderr)
+        return 130
     except (ValueError, RuntimeError, OSError) as error:
         print(f"noisepolicy-bench: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
