@@ -2,22 +2,26 @@
 
 import importlib.metadata
 import importlib.util
+import shutil
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from noisepolicy.export.cache import cached
+from noisepolicy.export.cache import Entry, cache_folder, cached
+from noisepolicy.export.fingerprint import function_sha256
 from noisepolicy.export.spec import Part, denoiser_part, vae_decoder_part
 from noisepolicy.export.to_onnx import OPSET, OPSET_BFLOAT16, export_onnx
-from noisepolicy.export.verify import verify
+from noisepolicy.export.verify import VerificationError, verify
 from noisepolicy.frozen import FrozenDiffusersPipeline, PromptEmbeds
 from noisepolicy.frozen.denoisers import CompiledDenoiser, CompiledVae, EngineDenoiser, EngineVae
-from noisepolicy.frozen.engines import Engine, OnnxRuntimeEngine, OpenVinoEngine
+from noisepolicy.frozen.engines import Engine, OnnxRuntimeEngine, OpenVinoEngine, first_line, load_openvino
 from noisepolicy.frozen.tensorrt_engine import TensorRTEngine
 from noisepolicy.frozen.tensorrt_files import load_tensorrt
 
@@ -73,7 +77,7 @@ def use_denoiser(frozen: FrozenDiffusersPipeline, name: str, *, dtype: str | Non
         ValueError: for a name that is none, or a dtype or model that the engine cannot do; for a model that has moved
             already.
         RuntimeError: if the engine does not run here.
-        VerificationError: if it does not compute what PyTorch does.
+        VerificationError: if it does not compute what PyTorch does in float32.
     """
     denoiser, vae = _stand_ins(frozen, name, dtype)
     frozen.replace(denoiser=denoiser, vae=vae)
@@ -96,40 +100,56 @@ def choose_denoiser(
     def call() -> None:
         frozen.generate(latents, embeds, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
 
-    original = frozen.denoiser, frozen.vae
+    original, batch_size = (frozen.denoiser, frozen.vae), frozen.rollout_batch_size
     speeds: dict[str, float] = {}
-    best, best_modules = "eager", original
+    best, best_modules, best_batch_size = "eager", original, batch_size
     for name in [name for name, reason in reasons.items() if reason is None]:
         try:
-            modules = _stand_ins(frozen, name, None)
-        except (ValueError, RuntimeError, OSError) as error:
-            reasons[name] = str(error)
-            continue
-        modules = modules[0] or original[0], modules[1] or original[1]
-        frozen.replace(denoiser=modules[0], vae=modules[1])
-        speeds[name] = len(latents) / _seconds(call, frozen.device)
-        frozen.replace(denoiser=original[0], vae=original[1])
-        if speeds[name] == max(speeds.values()):
-            best, best_modules = name, modules
+            stand_ins = _stand_ins(frozen, name, None)
+            modules = stand_ins[0] or original[0], stand_ins[1] or original[1]
+            frozen.replace(denoiser=modules[0], vae=modules[1])
+            speed = len(latents) / _seconds(call, frozen.device)
+        except Exception as error:  # engines' and compilers' exceptions share no narrower base
+            if name == "eager":
+                raise
+            reasons[name] = first_line(error)
+        else:
+            speeds[name] = speed
+            if speed == max(speeds.values()):
+                best, best_modules, best_batch_size = name, modules, frozen.rollout_batch_size
+        finally:
+            # One that ran out of memory has halved the batch, for itself alone.
+            frozen.replace(denoiser=original[0], vae=original[1])
+            frozen.rollout_batch_size = batch_size
     frozen.replace(denoiser=best_modules[0], vae=best_modules[1])
-    frozen.engine = best
+    frozen.engine, frozen.rollout_batch_size = best, best_batch_size
     return Choice(best, speeds, {name: reason for name, reason in reasons.items() if reason is not None})
 
 
-def exported_onnx(part: Part, sha256: str, dtype: torch.dtype) -> Path:
-    """The part's ONNX file in the cache, exported if it is not there.
+def exported_onnx(part: Part, sha256: str, dtype: torch.dtype, *, renew: bool = False) -> Entry:
+    """The cache's entry with the part's `model.onnx`, exported if it is not there.
 
     Args:
         sha256: of the part's weights.
+        renew: export it in any case.
     """
-    made_of = {
-        "part": part.name, "weights": sha256, "dtype": str(dtype), "opset": [OPSET, OPSET_BFLOAT16], "axes": part.axes,
+    name = f"{part.name}-{str(dtype).removeprefix('torch.')}"
+    return cached(
+        name,
+        _made_of(part, sha256, dtype),
+        lambda folder: export_onnx(part, folder / "model.onnx", dtype=dtype),
+        renew=renew,
+    )
+
+
+def _made_of(part: Part, sha256: str, dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "part": part.name, "weights": sha256, "function": function_sha256(part.module), "dtype": str(dtype),
+        "opset": [OPSET, OPSET_BFLOAT16], "axes": part.axes,
         "inputs": {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in part.inputs.items()},
         "config": {name: repr(value) for name, value in part.config.items() if not name.startswith("_")},
         "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
     }  # fmt: skip
-    name = f"{part.name}-{str(dtype).removeprefix('torch.')}"
-    return cached(name, made_of, lambda folder: export_onnx(part, folder / "model.onnx", dtype=dtype)) / "model.onnx"
 
 
 def _missing(modules: tuple[str, ...], extra: str) -> str | None:
@@ -159,60 +179,103 @@ def _stand_ins(
         getattr(frozen.vae, option, False) for option in ("use_slicing", "use_tiling")
     )
     if name == "compile":
-        return CompiledDenoiser(frozen.denoiser), CompiledVae(frozen.vae) if moves_vae else None
+        return CompiledDenoiser(frozen.denoiser), _compiled_vae(frozen) if moves_vae else None
     dtype = frozen.denoiser.dtype if dtype_name is None else _DTYPES[dtype_name]
     if name == "onnx" and frozen.device.type == "cpu" and dtype != torch.float32:
-        raise ValueError("--denoiser onnx computes in float32 on a CPU; openvino can in bfloat16 where the CPU can")
-    part = denoiser_part(frozen)
-    engine = _engine(frozen, part, name, dtype, 2 * frozen.rollout_batch_size, frozen.component_sha256("denoiser"))
-    denoiser = EngineDenoiser(engine, frozen.denoiser)
-    vae = None
-    if moves_vae:
-        needs_float32 = dtype == torch.float16 and getattr(frozen.vae.config, "force_upcast", False)
-        vae_dtype = torch.float32 if needs_float32 else dtype
-        decoder = vae_decoder_part(frozen)
-        vae_engine = _engine(
-            frozen, decoder, name, vae_dtype, frozen.rollout_batch_size, frozen.component_sha256("vae")
+        raise ValueError(
+            "--denoiser onnx computes in float32 on a CPU, which --denoiser-dtype float32 asks for; openvino can in "
+            "bfloat16 where the CPU can"
         )
-        vae = EngineVae(vae_engine, frozen.vae)
-    return denoiser, vae
+    # Both before either is built: what cannot be exported is told at once.
+    part, decoder = denoiser_part(frozen), vae_decoder_part(frozen) if moves_vae else None
+    engine = _engine(frozen, part, name, dtype, 2 * frozen.rollout_batch_size, frozen.component_sha256("denoiser"))
+    if decoder is None:
+        return EngineDenoiser(engine, frozen.denoiser), None
+    vae_dtype = torch.float32 if dtype == torch.float16 and frozen.upcasts_vae else dtype
+    vae_engine = _engine(frozen, decoder, name, vae_dtype, frozen.rollout_batch_size, frozen.component_sha256("vae"))
+    return EngineDenoiser(engine, frozen.denoiser), EngineVae(vae_engine, frozen.vae)
+
+
+def _compiled_vae(frozen: FrozenDiffusersPipeline) -> CompiledVae:
+    return CompiledVae(frozen.vae, upcasts=frozen.upcasts_vae and frozen.vae.dtype == torch.float16)
 
 
 def _engine(
     frozen: FrozenDiffusersPipeline, part: Part, name: str, dtype: torch.dtype, max_rows: int, sha256: str
 ) -> Engine:
-    """A part on an engine, checked against PyTorch."""
-    # OpenVINO takes float32 and rounds by itself.
-    path = exported_onnx(part, sha256, torch.float32 if name == "openvino" else dtype)
-    if name == "onnx":
-        engine: Engine = OnnxRuntimeEngine(path, device=frozen.device, output_shape=part.output_shape())
-    elif name == "openvino":
-        engine = OpenVinoEngine(path, dtype=dtype, cache_dir=path.parent / "openvino")
-    else:
-        engine = TensorRTEngine(
-            _tensorrt_engine(path, part, name, max_rows), flavor=name, device=frozen.device,
-            use_cuda_graph=not frozen.uses_cuda_graph,
-        )  # fmt: skip
-    verify(part, engine.run, dtype=dtype, batches=(1, 2, min(3, max_rows)))
+    """A part on an engine, checked against PyTorch. A cached export that fails the check is made again, once."""
+    # OpenVINO compiles for each shape, which takes as much memory as the weights.
+    batches = (2,) if name == "openvino" else (1, 2, min(3, max_rows))
+    engine, entry = _load(frozen, part, name, dtype, max_rows, sha256, renew=False)
+    try:
+        verify(part, engine.run, dtype=dtype, batches=batches)
+    except VerificationError as error:
+        if entry.is_new:
+            raise
+        message = f"the cached export {entry.folder} does not fit this model and is made again: {error}"
+        warnings.warn(message, stacklevel=4)
+        del engine  # it may hold the GPU's memory
+        engine, _ = _load(frozen, part, name, dtype, max_rows, sha256, renew=True)
+        verify(part, engine.run, dtype=dtype, batches=batches)
     return engine
 
 
-def _tensorrt_engine(onnx: Path, part: Part, flavor: str, max_rows: int) -> Path:
-    """The part's engine for this machine's GPU in the cache, built if it is not there."""
+def _load(
+    frozen: FrozenDiffusersPipeline, part: Part, name: str, dtype: torch.dtype, max_rows: int, sha256: str, renew: bool
+) -> tuple[Engine, Entry]:
+    """A part on an engine that is not checked yet, and its entry, new if nothing of it was in the cache."""
+    if name == "openvino":
+        entry = _openvino_model(part, sha256, renew=renew)
+        return OpenVinoEngine(entry.folder / "model.xml", dtype=dtype, cache_dir=entry.folder / "compiled"), entry
+    entry = exported_onnx(part, sha256, dtype, renew=renew)
+    if name == "onnx":
+        path = entry.folder / "model.onnx"
+        return OnnxRuntimeEngine(path, device=frozen.device, output_shape=part.output_shape()), entry
+    entry = _tensorrt_engine(entry, part, name, max_rows, frozen.device, renew=renew)
+    path, use_cuda_graph = entry.folder / "model.engine", not frozen.uses_cuda_graph
+    return TensorRTEngine(path, flavor=name, device=frozen.device, use_cuda_graph=use_cuda_graph), entry
+
+
+def _openvino_model(part: Part, sha256: str, *, renew: bool) -> Entry:
+    """The part in OpenVINO's own format, float32, from which OpenVINO rounds by itself.
+
+    Only a model in this format can be compiled for several shapes without a copy of the weights for each on the disk.
+    """
+    openvino = load_openvino()
+    exported: list[Entry] = []
+
+    def make(folder: Path) -> None:
+        exported.append(exported_onnx(part, sha256, torch.float32, renew=renew))
+        model = openvino.Core().read_model(exported[0].folder / "model.onnx")
+        openvino.save_model(model, folder / "model.xml", compress_to_fp16=False)
+        if exported[0].is_new:
+            shutil.rmtree(exported[0].folder)  # a second copy of the weights, which nobody has asked for
+
+    made_of = {**_made_of(part, sha256, torch.float32), "openvino": openvino.__version__}
+    entry = cached(f"{part.name}-openvino", made_of, make, renew=renew)
+    return Entry(entry.folder, is_new=entry.is_new and all(onnx.is_new for onnx in exported))
+
+
+def _tensorrt_engine(
+    onnx: Entry, part: Part, flavor: str, max_rows: int, device: torch.device, *, renew: bool
+) -> Entry:
+    """The part's engine for a GPU of this machine, built if it is not in the cache."""
     profile = part.profile((1, max_rows, max_rows))
     made_of = {
-        "onnx": onnx.parent.name, "flavor": flavor, "version": load_tensorrt(flavor).__version__,
-        "gpu": torch.cuda.get_device_name(), "profile": profile,
+        "onnx": onnx.folder.name, "flavor": flavor, "version": load_tensorrt(flavor).__version__,
+        "gpu": torch.cuda.get_device_name(device), "profile": profile,
     }  # fmt: skip
 
     def build(folder: Path) -> None:
         from noisepolicy.export.to_tensorrt import build_engine  # needs the package onnx
 
         build_engine(
-            onnx, folder / "model.engine", flavor=flavor, shapes=profile, timing_cache=onnx.parent / f"{flavor}.timing"
-        )
+            onnx.folder / "model.onnx", folder / "model.engine", flavor=flavor, shapes=profile, device=device,
+            timings_folder=cache_folder(),
+        )  # fmt: skip
 
-    return cached(f"{part.name}-{flavor}", made_of, build) / "model.engine"
+    entry = cached(f"{part.name}-{flavor}", made_of, build, renew=renew)
+    return Entry(entry.folder, is_new=entry.is_new and onnx.is_new)
 
 
 def _seconds(call: Callable[[], None], device: torch.device) -> float:

@@ -7,16 +7,29 @@ of every file. An entry that is cut short or altered is made again, and that is 
 import hashlib
 import json
 import os
+import secrets
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from noisepolicy.storage import file_sha256, write_json
 
 _MANIFEST = "entry.json"
 _FORMAT = 1
+_WORKING = ".making-"
+_ABANDONED_AFTER_S = 24 * 60 * 60.0
+
+
+class Entry(NamedTuple):
+    """An entry of the cache."""
+
+    folder: Path
+    is_new: bool
+    """Whether it was made just now."""
 
 
 def cache_folder() -> Path:
@@ -26,12 +39,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "noisepolicy"
 
 
-def cached(name: str, made_of: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
-    """The folder of an entry, made by `make(folder)` unless it is there and whole.
+def cached(name: str, made_of: Mapping[str, Any], make: Callable[[Path], None], *, renew: bool = False) -> Entry:
+    """An entry, made by `make(folder)` unless it is there and whole.
 
     Args:
         name: of the entry, for people.
         made_of: everything its content follows from, as JSON.
+        renew: make it again in any case.
 
     Raises:
         OSError: if the cache cannot be written.
@@ -39,27 +53,39 @@ def cached(name: str, made_of: Mapping[str, Any], make: Callable[[Path], None]) 
     text = json.dumps({"format": _FORMAT, **made_of}, sort_keys=True)
     root = cache_folder()
     entry = root / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:20]}"
-    if (entry / _MANIFEST).exists():
+    if (entry / _MANIFEST).exists() and not renew:
         if (reason := _damage(entry)) is None:
-            return entry
+            return Entry(entry, is_new=False)
         warnings.warn(f"the cached export {entry} is damaged ({reason}) and is made again", stacklevel=2)
-    working = root / f".{entry.name}.{os.getpid()}"
+    # A process id is no name: containers that share the folder have the same ones.
+    working = root / f"{_WORKING}{entry.name}-{secrets.token_hex(8)}"
     try:
-        shutil.rmtree(working, ignore_errors=True)
         working.mkdir(parents=True)
+        _remove_abandoned(root)
         make(working)
         files = {file.name: _describe(file) for file in sorted(working.iterdir()) if file.is_file()}
         write_json(working / _MANIFEST, {"made_of": dict(made_of), "files": files})
-        if _damage(entry) is not None:
+        if renew or _damage(entry) is not None:
             shutil.rmtree(entry, ignore_errors=True)
-        working.rename(entry)  # fails where another process has filled it meanwhile
+        try:
+            working.rename(entry)
+        except OSError:
+            if _damage(entry) is not None:  # else another process has filled it meanwhile
+                raise
     except OSError as error:
-        if (entry / _MANIFEST).exists() and _damage(entry) is None:
-            return entry  # another process was faster
         raise OSError(f"cannot write the export cache {root}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(working, ignore_errors=True)
-    return entry
+    return Entry(entry, is_new=True)
+
+
+def _remove_abandoned(root: Path) -> None:
+    """Removes what processes left that were killed while they made an entry, long ago."""
+    for folder in root.glob(f"{_WORKING}*"):
+        with suppress(OSError):  # its own process has just removed it
+            last = max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
+            if time.time() - last > _ABANDONED_AFTER_S:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _describe(file: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ A `Part` is a module that takes tensors and gives one. Names and axes of the den
 inputs are what the pipeline itself hands to its denoiser, recorded.
 """
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -56,6 +57,9 @@ DENOISERS: dict[str, Mapping[str, Axes]] = {
 
 FLOAT32_INPUTS = ("timestep", "guidance")
 """Inputs that stay float32 whatever the module computes in."""
+_WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_INDEX_DTYPES = (torch.int64, torch.int32, torch.bool)
+"""Of buffers, e.g. the positions of tokens."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +83,14 @@ class Part:
         return {axis for axes in self.axes.values() for axis in axes if axis is not None}
 
     def sample_inputs(self, batch: int) -> dict[str, torch.Tensor]:
-        """Inputs of `batch` rows, each a different mix of the sample's two; the same at every call."""
+        """Inputs of `batch` rows, each different and close to one of the sample's two; the same at every call."""
         generator = torch.Generator().manual_seed(batch)
         inputs = {}
         for name, tensor in self.inputs.items():
             if "batch" in self.axes[name] and tensor.ndim > 1:
-                weight = torch.rand(batch, *[1] * (tensor.ndim - 1), generator=generator).to(tensor)
+                # Close to one of the two, because a mean of both would be of a smaller spread than either.
+                weight = torch.arange(batch) % 2 * 0.9 + 0.1 * torch.rand(batch, generator=generator)
+                weight = weight.reshape(batch, *[1] * (tensor.ndim - 1)).to(tensor)
                 inputs[name] = torch.lerp(tensor[:1], tensor[1:2], weight)
             elif "batch" in self.axes[name]:
                 inputs[name] = tensor[:1].repeat(batch)
@@ -139,12 +145,13 @@ def denoiser_part(frozen: FrozenDiffusersPipeline, *, guidance_scale: float = 1.
         dynamic_size: let height and width change too.
 
     Raises:
-        ValueError: if the denoiser's class is not in `DENOISERS`.
+        ValueError: if the denoiser's class is not in `DENOISERS`, or its weights are quantised.
     """
     denoiser = frozen.denoiser
     kind = type(denoiser).__name__
     if kind not in DENOISERS:
         raise ValueError(f"the denoiser {kind} cannot be exported; those that can: {', '.join(DENOISERS)}")
+    _check_weights(denoiser)
     parameters = tuple(inspect.signature(type(denoiser).forward).parameters)[1:]
     args, kwargs = frozen.record_denoiser_call(guidance_scale=guidance_scale)
     inputs = flat_inputs(parameters, args, kwargs)
@@ -161,12 +168,22 @@ def denoiser_part(frozen: FrozenDiffusersPipeline, *, guidance_scale: float = 1.
 
 
 def vae_decoder_part(frozen: FrozenDiffusersPipeline, *, dynamic_size: bool = False) -> Part:
-    """The frozen image model's VAE decoder, from `latents` as `decode` takes them to `images` in [-1, 1]."""
+    """The frozen image model's VAE decoder, from `latents` as `decode` takes them to `images` in [-1, 1].
+
+    The decoder is exported as a whole, whether the frozen model slices or tiles its own calls or not. The sample
+    latents are spread as those of the model are.
+
+    Raises:
+        ValueError: for the decoder of a video model, and for one whose weights are quantised.
+    """
     if len(frozen.latent_shape) != 3:
         raise ValueError("the decoder of a video model cannot be exported")
-    vae = frozen.vae
+    _check_weights(frozen.vae)
+    vae = copy.copy(frozen.vae)  # with the same weights
+    vae.use_slicing = vae.use_tiling = False
     generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(2, *frozen.latent_shape, generator=generator).to(vae.device, vae.dtype)
+    latents = _unscaled(torch.randn(2, *frozen.latent_shape, generator=generator), vae.config)
+    latents = latents.to(vae.device, vae.dtype)
     axes = _kept(("batch", None, "height", "width"), dynamic_size)
     output_axes = ("batch", None, None, None)
     if dynamic_size:
@@ -185,6 +202,33 @@ def policy_part(policy: NoisePolicy) -> Part:
     return Part(
         f"{policy.kind}-policy", module, {"prompt_embeds": embeds}, axes, "mean_and_log_std", output_axes, policy.config
     )
+
+
+def _check_weights(module: nn.Module) -> None:
+    """Raises ValueError for weights that are not plain floating-point tensors, which no exporter takes."""
+    name = type(module).__name__
+    for child in module.modules():
+        if ".quantized." in type(child).__module__:
+            raise ValueError(f"{name} cannot be exported: it is quantised ({type(child).__name__})")
+    for where, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        is_plain = type(tensor) in (nn.Parameter, torch.Tensor)
+        is_weight = tensor.dtype in _WEIGHT_DTYPES or (tensor.dtype in _INDEX_DTYPES and type(tensor) is torch.Tensor)
+        if not is_plain or not is_weight:
+            kind = str(tensor.dtype).removeprefix("torch.") if is_plain else type(tensor).__name__
+            raise ValueError(
+                f"{name} cannot be exported: its weights are quantised ({where} is {kind}); load the model without "
+                "quantisation"
+            )
+
+
+def _unscaled(latents: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
+    """Latents of unit variance, which denoising ends with, as pipelines hand them to the decoder."""
+    latents = latents / (config.get("scaling_factor") or 1.0)
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is not None and std is not None:
+        mean, std = (torch.tensor(values, dtype=latents.dtype).reshape(1, -1, 1, 1) for values in (mean, std))
+        return latents * std + mean
+    return latents + (config.get("shift_factor") or 0.0)
 
 
 def _kept(axes: Axes, dynamic_size: bool) -> Axes:

@@ -22,11 +22,14 @@ _INLINE_BYTES = 1_900_000_000
 _SPACE_FACTOR = 1.2
 
 
-def export_onnx(part: Part, path: Path, *, dtype: torch.dtype | None = None) -> None:
+def export_onnx(part: Part, path: Path, *, dtype: torch.dtype | None = None) -> int:
     """Writes `part` to `path`, and with much weight to `path` + ".data" beside it; whole or not at all.
 
     Args:
         dtype: of weights and inputs; None is the module's own. Timesteps stay float32.
+
+    Returns:
+        The bytes written, those beside the file included.
 
     Raises:
         RuntimeError: if the exporter is not installed, or cannot export the part.
@@ -39,8 +42,8 @@ def export_onnx(part: Part, path: Path, *, dtype: torch.dtype | None = None) -> 
     check_space(path.parent, num_bytes)
     module, inputs = part.module, part.inputs
     if dtype is not None:
-        own = next((tensor.dtype for tensor in module.parameters()), dtype)
-        module = module if own == dtype else copy.deepcopy(module).to(dtype)
+        is_own = all(tensor.dtype == dtype for tensor in module.parameters())
+        module = module if is_own else copy.deepcopy(module).to(dtype)
         inputs = {name: tensor if name in FLOAT32_INPUTS else tensor.to(dtype) for name, tensor in inputs.items()}
     dims = dict.fromkeys(part.dynamic, torch.export.Dim.DYNAMIC)
     shapes = tuple({i: dims[axis] for i, axis in enumerate(axes) if axis is not None} for axes in part.axes.values())
@@ -60,10 +63,13 @@ def export_onnx(part: Part, path: Path, *, dtype: torch.dtype | None = None) -> 
         whole = Path(folder) / path.name
         program.save(whole, external_data=num_bytes > _INLINE_BYTES)
         # The graph names its data by file name, so both move as they are; the graph last.
-        for file in sorted(Path(folder).iterdir(), key=lambda file: file == whole):
+        files = sorted(Path(folder).iterdir(), key=lambda file: file == whole)
+        num_bytes = sum(file.stat().st_size for file in files)
+        for file in files:
             with open(file, "rb+") as handle:
                 os.fsync(handle.fileno())
             file.replace(path.parent / file.name)
+        return num_bytes
 
 
 def weight_bytes(module: nn.Module, dtype: torch.dtype | None = None) -> int:

@@ -4,9 +4,11 @@ TensorRT builds for the GPU of this machine, TensorRT-RTX also ahead of time for
 An engine lies beside a sidecar, `<engine>.json`, that says what it is; `check_engine` trusts no engine without.
 """
 
+import re
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -41,7 +43,8 @@ def build_engine(
     shapes: Mapping[str, tuple[Shape, Shape, Shape]],
     targets: Sequence[str] = (),
     refit: bool = False,
-    timing_cache: Path | None = None,
+    device: torch.device | None = None,
+    timings_folder: Path | None = None,
 ) -> None:
     """Builds an engine that computes in the types of the ONNX file, float32 without TF32, and writes its sidecar.
 
@@ -54,14 +57,27 @@ def build_engine(
         targets: GPUs to build for, as `("sm_89", "sm_120")`; TensorRT-RTX only. By default the GPU of this machine;
             on a machine without one TensorRT-RTX builds for all from sm_80 on.
         refit: let the weights be replaced later. TensorRT-RTX 1.7 cannot do that on a machine without a GPU.
-        timing_cache: a file of kernel timings that is read if it is there and written after the build. TensorRT-RTX
-            times nothing while it builds: it reads and writes none.
+        device: the GPU of this machine to build on and for; by default the current one.
+        timings_folder: where kernel timings are kept for later builds, a file for each GPU and release of TensorRT.
+            TensorRT-RTX times nothing while it builds: it reads and writes none.
 
     Raises:
         ValueError: if the ONNX file cannot be read, or a shape or target is wrong.
         RuntimeError: if the flavor is not installed, TensorRT finds no GPU, or the build fails; with its reason.
     """
-    onnx_path, engine_path = Path(onnx_path), Path(engine_path)
+    with nullcontext() if device is None else torch.cuda.device(device):  # TensorRT builds for the current GPU
+        _build(Path(onnx_path), Path(engine_path), flavor, shapes, targets, refit, timings_folder)
+
+
+def _build(
+    onnx_path: Path,
+    engine_path: Path,
+    flavor: str,
+    shapes: Mapping[str, tuple[Shape, Shape, Shape]],
+    targets: Sequence[str],
+    refit: bool,
+    timings_folder: Path | None,
+) -> None:
     trt = load_tensorrt(flavor)
     capabilities = capabilities_of(targets, flavor)
     if not onnx_path.is_file():
@@ -94,9 +110,10 @@ def build_engine(
         config.num_compute_capabilities = len(capabilities)
         for index, value in enumerate(capabilities):
             config.set_compute_capability(value, index)
-    has_timings = timing_cache is not None and flavor == "tensorrt"
-    if has_timings:
-        _load_timings(config, timing_cache, log)
+    timings = None
+    if timings_folder is not None and flavor == "tensorrt":
+        timings = timings_folder / _timings_name(trt.__version__)
+        _load_timings(config, timings, log)
 
     start = time.perf_counter()
     engine = builder.build_serialized_network(network, config)
@@ -105,8 +122,8 @@ def build_engine(
         advice = "; an engine for refit may need a GPU where it is built" if refit and capability() is None else ""
         name = ", ".join(targets) or capability() or "sm_80 and later"
         raise RuntimeError(f"{flavor} cannot build {onnx_path} for {name}: {log.reason()}{advice}")
-    if has_timings:
-        write_bytes(timing_cache, memoryview(config.get_timing_cache().serialize()))
+    if timings is not None:
+        write_bytes(timings, memoryview(config.get_timing_cache().serialize()))
     data = memoryview(engine)  # not copied: it is as large as the model
     is_local = not targets and capability() is not None
     info = EngineInfo(
@@ -180,6 +197,12 @@ def _check_shapes(shapes: Mapping[str, tuple[Shape, Shape, Shape]], inputs: Mapp
                 f"shapes of {name} are {limits}; expected a least, best and largest shape of {inputs[name]}, where -1 "
                 "is any number from 1"
             )
+
+
+def _timings_name(version: str) -> str:
+    """Of the file of the current GPU's timings; those of another GPU or release would be refused, or wrong."""
+    gpu = re.sub(r"\W+", "-", torch.cuda.get_device_name())
+    return f"timings-{gpu}-{capability()}-tensorrt-{version}.cache"
 
 
 def _load_timings(config: Any, path: Path, log: Any) -> None:

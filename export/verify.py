@@ -1,8 +1,11 @@
-"""Whether an engine computes what PyTorch does, with the numbers where it does not."""
+"""Whether an engine computes what PyTorch does in float32, with the numbers where it does not."""
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 from noisepolicy.export.spec import Part
 
@@ -22,7 +25,6 @@ class OutputMismatch(VerificationError):  # noqa: N818
     """An engine's numbers are further from PyTorch's than its precision explains."""
 
 
-@torch.no_grad()
 def verify(
     part: Part,
     run: Callable[[Mapping[str, torch.Tensor]], torch.Tensor],
@@ -30,34 +32,102 @@ def verify(
     dtype: torch.dtype = torch.float32,
     batches: Sequence[int] = (1, 2, 5),
 ) -> float:
-    """Compares an engine with the module it was exported from.
+    """Compares an engine with the module it was exported from, which computes in float32 whatever its own dtype.
 
     Args:
         run: the engine, from inputs by name to output.
-        dtype: what it computes in.
-        batches: sizes to compare at, beside the sample's two.
+        dtype: the precision of the engine, which decides the tolerance.
+        batches: batch sizes to compare at.
 
     Returns:
         The largest relative difference met.
 
     Raises:
+        VerificationError: if PyTorch itself gives NaN or infinity, so that nothing can be compared.
         ShapeMismatch, OutputMismatch: see there.
     """
-    worst = 0.0
-    for batch in batches:
-        inputs = part.sample_inputs(batch)
-        expected = part.module(*inputs.values()).float()
+    worst, precision = 0.0, str(dtype).removeprefix("torch.")
+    for batch, (inputs, expected) in zip(batches, reference_outputs(part, batches), strict=True):
+        where = f"{part.name} at batch {batch}"
+        if not expected.isfinite().all():
+            raise VerificationError(
+                f"{where}: PyTorch itself gives NaN or infinity in float32, so no engine can be compared with it; the "
+                "model's weights are damaged, or too large for the dtype it was loaded in"
+            )
         output = run(inputs).to(expected.device).float()
         if output.shape != expected.shape:
-            raise ShapeMismatch(
-                f"{part.name} at batch {batch}: the engine gives {tuple(output.shape)}, PyTorch {tuple(expected.shape)}"
-            )
+            raise ShapeMismatch(f"{where}: the engine gives {tuple(output.shape)}, PyTorch {tuple(expected.shape)}")
+        if not output.isfinite().all():
+            advice = "" if dtype == torch.float32 else "; let the engine compute in float32 or, where it can, bfloat16"
+            raise OutputMismatch(f"{where}: the engine gives NaN or infinity in {precision}, PyTorch numbers{advice}")
         difference = ((output - expected).square().mean() / expected.square().mean().clamp(min=1e-20)).sqrt().item()
         if not difference <= TOLERANCE[dtype]:
             raise OutputMismatch(
-                f"{part.name} at batch {batch}: the engine differs from PyTorch by {difference:.1e} (root mean square, "
-                f"relative; largest single difference {(output - expected).abs().max().item():.1e}), tolerance "
-                f"{TOLERANCE[dtype]:.0e} in {str(dtype).removeprefix('torch.')}"
+                f"{where}: the engine differs from PyTorch by {difference:.1e} (root mean square, relative; largest "
+                f"single difference {(output - expected).abs().max().item():.1e}), tolerance {TOLERANCE[dtype]:.0e} in "
+                f"{precision}"
             )
         worst = max(worst, difference)
     return worst
+
+
+def reference_outputs(part: Part, batches: Sequence[int]) -> list[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+    """Sample inputs of each batch size and what the part makes of them in float32, without TensorFloat-32.
+
+    A part of another dtype is copied for it; the copy is on the CPU if the GPU has no memory for it.
+    """
+    device = next(iter(part.inputs.values())).device
+    try:
+        return _outputs(part, batches, device)
+    except torch.OutOfMemoryError:
+        if device.type == "cpu":
+            raise
+    torch.cuda.empty_cache()
+    return _outputs(part, batches, torch.device("cpu"))
+
+
+@torch.no_grad()
+def _outputs(
+    part: Part, batches: Sequence[int], device: torch.device
+) -> list[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+    module, outputs = _in_float32(part.module, device), []
+    with _exact_float32():
+        for batch in batches:
+            inputs = part.sample_inputs(batch)
+            outputs.append((inputs, module(*(tensor.to(device, torch.float32) for tensor in inputs.values()))))
+    return outputs
+
+
+def _in_float32(module: nn.Module, device: torch.device) -> nn.Module:
+    """A copy in float32; it shares the tensors that are of this dtype and on this device already."""
+    memo: dict[int, torch.Tensor] = {}
+    for tensor in [*module.parameters(), *module.buffers()]:
+        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        copied = tensor.detach().to(device, dtype)
+        memo[id(tensor)] = nn.Parameter(copied, requires_grad=False) if isinstance(tensor, nn.Parameter) else copied
+    return copy.deepcopy(module, memo)
+
+
+@contextmanager
+def _exact_float32() -> Iterator[None]:
+    """Keeps float32 products in float32: on recent GPUs PyTorch's convolutions are in TensorFloat-32 by default."""
+    backends = torch.backends
+    if hasattr(backends.cuda.matmul, "fp32_precision"):  # torch 2.9; the older flags cannot be mixed with it
+        places = (
+            backends.cuda.matmul,
+            backends.cudnn.conv,
+            backends.cudnn.rnn,
+            backends.mkldnn.matmul,
+            backends.mkldnn.conv,
+        )
+        name, exact = "fp32_precision", "ieee"
+    else:
+        places, name, exact = (backends.cuda.matmul, backends.cudnn), "allow_tf32", False
+    before = [getattr(place, name) for place in places]
+    try:
+        for place in places:
+            setattr(place, name, exact)
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            setattr(place, name, value)

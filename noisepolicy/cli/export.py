@@ -1,6 +1,7 @@
 """`noisepolicy-export`: a model's denoiser and VAE decoder, and a run's policy, as ONNX files and TensorRT engines."""
 
 import argparse
+import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -14,6 +15,12 @@ if TYPE_CHECKING:
     from noisepolicy.export.spec import Part
     from noisepolicy.frozen import FrozenDiffusersPipeline
     from noisepolicy.policies import NoisePolicy
+
+_NO_MATTER = {
+    "denoiser": "eager", "denoiser_dtype": None, "cuda_graph": False, "vae_slicing": False, "vae_tiling": False,
+    "cpu_offload": False,
+}  # fmt: skip
+"""Settings that say how a run was carried out on its machine. The model and the policy are the same under others."""
 
 _DESCRIPTION = """Export a frozen model: denoiser.onnx, vae_decoder.onnx, with a run policy.onnx, and loop.json, which
 holds what is left to do between them; --engine adds TensorRT engines, which can be built for GPUs that are not here."""
@@ -66,8 +73,7 @@ def _export(arguments: argparse.Namespace) -> None:
         policy = NoisePolicy.from_pretrained(run.checked_policy())
         if policy.kind == "table":
             raise ValueError(f"{arguments.source} is a run of FIND: its policy is a table, in policy/, not a network")
-    config.denoiser, config.denoiser_dtype = "eager", None
-    config.dtype = arguments.dtype or config.dtype
+    config = dataclasses.replace(config, dtype=arguments.dtype or config.dtype, **_NO_MATTER)
     accelerator = make_accelerator(arguments.device)
     config = with_mixed_precision(config, accelerator)
     frozen = load_frozen(config, accelerator.device)
@@ -76,11 +82,13 @@ def _export(arguments: argparse.Namespace) -> None:
         guidance = config.guidance_scale if policy is not None else 1.0
     dtype = getattr(torch, config.dtype or "float32")
     rows = 2 * arguments.max_batch if guidance > 1 else arguments.max_batch
+    # All parts before any is built: what cannot be exported is told at once.
     denoiser = denoiser_part(frozen, guidance_scale=guidance, dynamic_size=arguments.dynamic_size)
+    decoder = vae_decoder_part(frozen, dynamic_size=arguments.dynamic_size)
     _export_part(denoiser, "denoiser", dtype, rows, arguments)
-    if len(frozen.latent_shape) == 3:
-        decoder = vae_decoder_part(frozen, dynamic_size=arguments.dynamic_size)
-        _export_part(decoder, "vae_decoder", dtype, arguments.max_batch, arguments)
+    # A decoder that the model's own pipeline runs in float32 gives NaN in float16.
+    decoder_dtype = torch.float32 if dtype == torch.float16 and frozen.upcasts_vae else dtype
+    _export_part(decoder, "vae_decoder", decoder_dtype, arguments.max_batch, arguments)
     if policy is not None:
         _export_part(policy_part(policy), "policy", torch.float32, arguments.max_batch, arguments)
     _write_loop(frozen, policy, arguments, guidance)
@@ -95,10 +103,11 @@ def _export_part(part: "Part", name: str, dtype: "torch.dtype", rows: int, argum
     from noisepolicy.frozen.engines import OnnxRuntimeEngine
 
     path, start = arguments.output_dir / f"{name}.onnx", time.perf_counter()
-    export_onnx(part, path, dtype=dtype)
-    said = f"{path}  {path.stat().st_size / 1e6:.1f} MB, {time.perf_counter() - start:.0f} s"
+    num_bytes = export_onnx(part, path, dtype=dtype)
+    precision = str(dtype).removeprefix("torch.")
+    said = f"{path}  {precision}, {_size(num_bytes)}, {time.perf_counter() - start:.0f} s"
+    device = next(iter(part.inputs.values())).device
     if not arguments.no_verify:
-        device = next(part.module.parameters()).device
         if dtype == torch.bfloat16 and device.type == "cpu":
             said += "; not verified: ONNX Runtime has no bfloat16 on a CPU"
         else:
@@ -111,11 +120,16 @@ def _export_part(part: "Part", name: str, dtype: "torch.dtype", rows: int, argum
     scale = (0.5, 1.0, 2.0) if arguments.dynamic_size else (1.0, 1.0, 1.0)
     build_engine(
         path, engine_path, flavor=arguments.engine, shapes=part.profile((1, rows, rows), scale),
-        targets=arguments.target, refit=arguments.refit, timing_cache=arguments.output_dir / "timing.cache",
+        targets=arguments.target, refit=arguments.refit,
+        device=device if device.type == "cuda" else None, timings_folder=arguments.output_dir,
     )  # fmt: skip
-    size, seconds = engine_path.stat().st_size / 1e6, time.perf_counter() - start
+    size, seconds = _size(engine_path.stat().st_size), time.perf_counter() - start
     gpus = f", for {', '.join(arguments.target)}" if arguments.target else ""
-    print(f"{engine_path}  {size:.1f} MB, {seconds:.0f} s{gpus}", flush=True)
+    print(f"{engine_path}  {size}, {seconds:.0f} s{gpus}", flush=True)
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
 
 
 def _write_loop(

@@ -3,6 +3,7 @@
 They are called as the pipeline calls its own: `unet(sample, timestep, encoder_hidden_states=..., return_dict=False)`.
 """
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,7 +14,7 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
-from noisepolicy.frozen.engines import Engine, OnnxRuntimeEngine, OpenVinoEngine
+from noisepolicy.frozen.engines import Engine, OnnxRuntimeEngine, OpenVinoEngine, first_line
 from noisepolicy.frozen.tensorrt_engine import TensorRTEngine
 
 _NESTED = "added_cond_kwargs"
@@ -44,26 +45,52 @@ def flat_inputs(parameters: Sequence[str], args: Sequence[Any], kwargs: Mapping[
 
 
 class StandIn(nn.Module):
-    """What a pipeline asks of its denoiser or VAE beside calling it: `config`, `dtype`, `device`.
+    """A module in the place of a pipeline's denoiser or VAE, whose weights count for the model's hash as they were."""
 
-    Args:
-        like: the module it stands in for; its weights are not kept.
+
+class EngineStandIn(StandIn):
+    """A stand-in that keeps none of the weights of `like`, but what pipelines read of it: `config`, `dtype`, `device`.
+
+    `to` and its like change `dtype` and `device`, hence the type of the outputs; the engine stays as it is.
     """
 
     def __init__(self, like: nn.Module) -> None:
         super().__init__()
         self.config = like.config
-        self.dtype = like.dtype
-        self.device = like.device
+        self.register_buffer("_placed_as", torch.empty(0, dtype=like.dtype, device=like.device), persistent=False)
         if hasattr(like, "add_embedding"):  # SDXL's pipeline reads its width
             self.add_embedding = like.add_embedding
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._placed_as.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._placed_as.device
 
     def cache_context(self, name: str) -> AbstractContextManager[None]:
         """Pipelines of transformers say here whose turn it is; nothing is kept between turns."""
         return nullcontext()
 
 
-class EngineDenoiser(StandIn):
+class CompiledStandIn(StandIn):
+    """A stand-in that calls a method of `module` compiled. It has all other attributes of `module`."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "module":  # not there yet, as in a copy that is being made
+                raise
+            return getattr(self.module, name)
+
+
+class EngineDenoiser(EngineStandIn):
     """A denoiser that an engine runs.
 
     Args:
@@ -113,8 +140,8 @@ class TensorRTDenoiser(EngineDenoiser):
         super().__init__(TensorRTEngine(path, device=like.device, **options), like)
 
 
-class EngineVae(StandIn):
-    """A VAE whose decoder an engine runs; it cannot encode.
+class EngineVae(EngineStandIn):
+    """A VAE whose decoder an engine runs; it cannot encode. Images are of the type in which the engine gives them.
 
     Args:
         engine: of the exported decoder, from scaled latents to images in [-1, 1].
@@ -124,18 +151,16 @@ class EngineVae(StandIn):
     def __init__(self, engine: Engine, like: nn.Module) -> None:
         super().__init__(like)
         self.engine = engine
-        if getattr(self.config, "force_upcast", False):
-            # Its pipelines would cast it to float32 and back around every call.
-            self.config = type(self.config)({**self.config, "force_upcast": False})
+        self.config = _without_upcast(like.config)
 
     def decode(self, z: torch.Tensor, return_dict: bool = True, generator: torch.Generator | None = None) -> Any:
         """Images of latents; `generator` is what pipelines pass and decoders do not use."""
         (name,) = self.engine.input_names
-        output = self.engine.run({name: z}).to(self.device, self.dtype)
+        output = self.engine.run({name: z}).to(self.device)
         return Transformer2DModelOutput(output) if return_dict else (output,)
 
 
-class CompiledDenoiser(StandIn):
+class CompiledDenoiser(CompiledStandIn):
     """The denoiser under `torch.compile`, compiled for each shape it meets.
 
     Args:
@@ -145,29 +170,41 @@ class CompiledDenoiser(StandIn):
 
     def __init__(self, like: nn.Module, *, mode: str | None = None) -> None:
         super().__init__(like)
-        self.module = like
         self._call = compile_for_each_shape(like.forward, like.device, mode)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._call(*args, **kwargs)
 
 
-class CompiledVae(StandIn):
-    """The same for a VAE's decoder; it cannot encode."""
+class CompiledVae(CompiledStandIn):
+    """The same for a VAE's decoder; it cannot encode.
 
-    def __init__(self, like: nn.Module, *, mode: str | None = None) -> None:
-        super().__init__(like)
-        self.module = like
-        self._call = compile_for_each_shape(like.decode, like.device, mode)
+    Args:
+        like: the VAE.
+        upcasts: decode in float32 on a copy of the weights, for a pipeline that would cast its VAE around every call.
+            A compiled decoder would be compiled, and its CUDA graphs be captured, for each such cast.
+        mode: as of `CompiledDenoiser`.
+    """
 
-    def decode(self, *args: Any, **kwargs: Any) -> Any:
-        return self._call(*args, **kwargs)
+    def __init__(self, like: nn.Module, *, upcasts: bool = False, mode: str | None = None) -> None:
+        super().__init__(copy.deepcopy(like).float() if upcasts else like)
+        self.config = _without_upcast(like.config)
+        self._call = compile_for_each_shape(self.module.decode, like.device, mode)
+
+    def decode(self, z: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Images of latents, as the VAE's own `decode`."""
+        return self._call(z.to(self.dtype), *args, **kwargs)
+
+
+def _without_upcast(config: Any) -> Any:
+    """A VAE's configuration that does not ask its pipeline to cast it to float32 and back around every call."""
+    return type(config)({**config, "force_upcast": False}) if config.get("force_upcast") else config
 
 
 def compile_for_each_shape(
     function: Callable[..., Any], device: torch.device, mode: str | None = None
 ) -> Callable[..., Any]:
-    """`torch.compile` that never falls back to eager: what it cannot compile is an error.
+    """`torch.compile` that never falls back to eager: what it cannot compile is a RuntimeError.
 
     After a few shapes of one function dynamo would quietly run it uncompiled.
     """
@@ -178,10 +215,20 @@ def compile_for_each_shape(
     def call(*args: Any, **kwargs: Any) -> Any:
         if device.type == "cuda":
             torch.compiler.cudagraph_mark_step_begin()
-        with torch._dynamo.config.patch(
-            recompile_limit=_MAX_COMPILED_SHAPES, fail_on_recompile_limit_hit=True, suppress_errors=False
+        with (
+            torch._dynamo.config.patch(
+                recompile_limit=_MAX_COMPILED_SHAPES, fail_on_recompile_limit_hit=True, suppress_errors=False
+            ),
+            torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
         ):
-            output = compiled(*args, **kwargs)
+            try:
+                output = compiled(*args, **kwargs)
+            except torch.OutOfMemoryError:
+                raise  # for which callers halve a batch
+            except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
+                # Their texts are of many lines.
+                reason = f"{type(error).__name__}: {first_line(error)}"
+                raise RuntimeError(f"torch.compile cannot run {function.__qualname__} ({reason})") from error
         # A CUDA graph's output is overwritten by its next replay.
         return tuple(part.clone() for part in output) if device.type == "cuda" and type(output) is tuple else output
 

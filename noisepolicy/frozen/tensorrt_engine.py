@@ -48,6 +48,11 @@ class _Stream:
         finally:
             caller.wait_stream(self._stream)
 
+    def is_captured_by_caller(self) -> bool:
+        """Whether the caller is capturing a CUDA graph, of which the work on this stream becomes a part."""
+        with torch.cuda.device(self.device):
+            return torch.cuda.is_current_stream_capturing()
+
     def capture(self, launch: Callable[[], None]) -> Callable[[], None]:
         """Records what `launch` puts on this stream; the result does it again. The host waits here, once a graph."""
         graph = torch.cuda.CUDAGraph()
@@ -58,7 +63,7 @@ class _Stream:
 
 @dataclass
 class _Profile:
-    context: Any
+    index: int
     shapes: dict[str, tuple[Shape, Shape]]
     """Least and largest by input."""
     min_batch: int
@@ -68,6 +73,8 @@ class _Profile:
 @dataclass
 class _Graph:
     replay: Callable[[], None]
+    context: Any
+    """Its own, because a context that takes other shapes breaks the graphs that were captured of it."""
     inputs: dict[str, torch.Tensor]
     output: torch.Tensor
 
@@ -83,6 +90,7 @@ class TensorRTEngine:
         flavor: "tensorrt" or "tensorrt-rtx", which built it.
         device: a CUDA device.
         use_cuda_graph: replay a CUDA graph for each shape; the eight used last are kept, with buffers of their own.
+            Without it the caller may capture `run` in graphs of its own, each of which gets a context of its own.
 
     Raises:
         EngineMismatch: if the engine is not for this machine; see `check_engine`.
@@ -94,10 +102,12 @@ class TensorRTEngine:
         self, path: str | Path, *, flavor: str, device: torch.device | str, use_cuda_graph: bool = True
     ) -> None:
         check_engine(path, flavor=flavor, device=device if torch.device(device).type == "cuda" else None)
-        self._path, self._trt = Path(path), load_tensorrt(flavor)
+        self._path, self._flavor, self._trt = Path(path), flavor, load_tensorrt(flavor)
         self._stream = _Stream(torch.device(device))
         self._use_cuda_graph, self._has_warned = use_cuda_graph, False
         self._graphs: OrderedDict[tuple[Shape, ...], _Graph] = OrderedDict()
+        self._contexts: dict[tuple[Shape, ...], Any] = {}
+        self._contexts_of_caller: dict[tuple[Shape, ...], list[Any]] = {}
         self._log = the_log(self._trt)
         self._log.forget()
         with self._stream.joined():
@@ -106,7 +116,10 @@ class TensorRTEngine:
             if self._engine is None:
                 raise RuntimeError(f"{flavor} cannot load {path}: {self._log.reason()}")
             self._read_tensors()
-            self._profiles = [self._open(index, flavor) for index in range(self._engine.num_optimization_profiles)]
+            self._profiles = [self._read_profile(index) for index in range(self._engine.num_optimization_profiles)]
+            # Contexts may share it, since they run one after another on one stream.
+            size = max(self._engine.device_memory_size_v2, 1)
+            self._scratch = torch.empty(size, dtype=torch.uint8, device=self._stream.device)
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -163,23 +176,46 @@ class TensorRTEngine:
         if not self._batched:
             raise ValueError(f"{self._path} has no input with a batch; expected the output's first axis in one")
 
-    def _open(self, index: int, flavor: str) -> _Profile:
+    def _read_profile(self, index: int) -> _Profile:
         shapes = {name: (shape, shape) for name, shape in self._shapes.items()}
         for name in (name for name, shape in self._shapes.items() if -1 in shape):
             least, _, largest = self._engine.get_tensor_profile_shape(name, index)
             shapes[name] = (tuple(least), tuple(largest))
-        if flavor == "tensorrt-rtx":
+        min_batch = max(shapes[name][0][0] for name in self._batched)
+        return _Profile(index, shapes, min_batch, min(shapes[name][1][0] for name in self._batched))
+
+    def _new_context(self, profile: _Profile) -> Any:
+        strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if self._flavor == "tensorrt-rtx":
             config = self._engine.create_runtime_config()
+            config.set_execution_context_allocation_strategy(strategy)
             # The default runs other kernels while it compiles the right ones, with other bits, and a graph keeps them.
             strategies = self._trt.DynamicShapesKernelSpecializationStrategy
             config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
             context = self._engine.create_execution_context(config)
         else:
-            context = self._engine.create_execution_context()
-        if context is None or not context.set_optimization_profile_async(index, self._stream.handle):
+            context = self._engine.create_execution_context(strategy)
+        if context is None:
             raise RuntimeError(f"{self._path} cannot be prepared: {self._log.reason()}")
-        min_batch = max(shapes[name][0][0] for name in self._batched)
-        return _Profile(context, shapes, min_batch, min(shapes[name][1][0] for name in self._batched))
+        context.set_device_memory(self._scratch.data_ptr(), self._scratch.numel())
+        if not context.set_optimization_profile_async(profile.index, self._stream.handle):
+            raise RuntimeError(f"{self._path} cannot be prepared: {self._log.reason()}")
+        return context
+
+    def _context(self, profile: _Profile, key: tuple[Shape, ...]) -> Any:
+        """The context of these shapes for launches outside of our own graphs; no graph shares its context.
+
+        A caller who captures runs once before, because what TensorRT does at a context's first launch cannot be
+        captured. After the capture that context is left to the caller's graph, and the next launch gets another.
+        """
+        captured = self._contexts_of_caller.setdefault(key, [])
+        is_captured = self._stream.is_captured_by_caller()
+        if key not in self._contexts or (self._contexts[key] in captured and not is_captured):
+            with self._stream.joined():
+                self._contexts[key] = self._new_context(profile)
+        if is_captured and self._contexts[key] not in captured:
+            captured.append(self._contexts[key])
+        return self._contexts[key]
 
     def _check(self, inputs: Mapping[str, torch.Tensor]) -> int:
         if inputs.keys() != self._shapes.keys():
@@ -227,10 +263,11 @@ class TensorRTEngine:
                 graph.replay()
                 output.copy_(graph.output[:batch])
             return output
+        context = self._context(profile, tuple(shapes.values()))
         bound = {name: self._ready(name, tensor, shapes[name]) for name, tensor in inputs.items()}
-        output = self._bind(profile.context, bound)
+        output = self._bind(context, bound)
         with self._stream.joined():  # `bound` lives until the caller's stream waits for this one
-            self._launch(profile.context)
+            self._launch(context)
         return output[:batch]
 
     def _graph(
@@ -240,8 +277,8 @@ class TensorRTEngine:
         if key in self._graphs:
             self._graphs.move_to_end(key)
             return self._graphs[key]
-        context = profile.context
         with self._stream.joined():
+            context = self._new_context(profile)
             buffers = {name: self._empty(name, shape) for name, shape in shapes.items()}
             for name, tensor in inputs.items():
                 _fill(buffers[name], tensor)
@@ -252,7 +289,7 @@ class TensorRTEngine:
                 self._use_cuda_graph = False
                 return None
             replay = self._stream.capture(lambda: self._launch(context))
-        self._graphs[key] = _Graph(replay, buffers, output)
+        self._graphs[key] = _Graph(replay, context, buffers, output)
         if len(self._graphs) > _MAX_GRAPHS:
             self._graphs.popitem(last=False)
         return self._graphs[key]

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import time
 from collections import namedtuple
 
 import numpy as np
@@ -94,7 +96,7 @@ def test_verification_says_what_differs(decoder):
     assert verify(part, run) < 1e-5
     with pytest.raises(OutputMismatch, match=r"batch 1: the engine differs from PyTorch by \d.*tolerance 1e-04"):
         verify(part, lambda inputs: run(inputs) * 1.001)
-    with pytest.raises(OutputMismatch, match="nan"):
+    with pytest.raises(OutputMismatch, match="batch 1: the engine gives NaN or infinity in float32"):
         verify(part, lambda inputs: run(inputs) * float("nan"))
     with pytest.raises(OutputMismatch, match="batch 2"):  # rows that see each other
         verify(part, lambda inputs: run(inputs).flip(0))
@@ -116,6 +118,35 @@ def test_a_file_that_is_cut_short_is_named(decoder, tmp_path):
     path.write_bytes(decoder[1].read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"ONNX Runtime cannot load .*cut\.onnx.*export it again"):
         OnnxRuntimeEngine(path, device=CPU)
+
+
+def test_what_onnx_runtime_says_while_it_runs_is_one_line(decoder):
+    """Its exceptions are RuntimeErrors of this package's, which every command reports in one line."""
+    engine = OnnxRuntimeEngine(decoder[1], device=CPU, output_shape=lambda shapes: (1, 3, 16, 24))
+    for run in (engine.run, engine._run_bound):
+        with pytest.raises(RuntimeError, match=r"ONNX Runtime cannot run .*decoder\.onnx: .*nvalid") as error:
+            run({"latents": torch.zeros(1, 5, 8, 12)})
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("text", "kind"), [
+    ("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION :\n Failed to allocate memory for buffer", torch.OutOfMemoryError),
+    ("CUDA failure 2: out of memory ; GPU=0", torch.OutOfMemoryError),
+    ("std::bad_alloc", torch.OutOfMemoryError),
+    ("[ONNXRuntimeError] : 1 : FAIL :\n no kernel", RuntimeError),
+])  # fmt: skip
+def test_an_engine_that_runs_out_of_memory_is_known_for_it(decoder, text, kind):
+    """Rollouts halve their batch for it."""
+    engine = OnnxRuntimeEngine(decoder[1], device=CPU)
+
+    class Session:
+        def run(self, names, arrays):
+            raise Exception(text)
+
+    engine._session = Session()
+    with pytest.raises(RuntimeError, match="ONNX Runtime cannot run ") as error:
+        engine.run({"latents": torch.zeros(1, 4, 8, 12)})
+    assert type(error.value) is kind
 
 
 def test_a_provider_that_is_not_there_is_never_replaced(decoder, monkeypatch):
@@ -181,8 +212,10 @@ class TestCache:
 
     def test_made_once_for_the_same_content(self):
         first = cached("unet", {"weights": "a"}, self.make)
-        assert cached("unet", {"weights": "a"}, self.make) == first and self.made == 1
-        assert cached("unet", {"weights": "b"}, self.make) != first and self.made == 2
+        assert first.is_new and self.made == 1
+        assert cached("unet", {"weights": "a"}, self.make) == (first.folder, False) and self.made == 1
+        assert cached("unet", {"weights": "b"}, self.make).folder != first.folder and self.made == 2
+        assert cached("unet", {"weights": "a"}, self.make, renew=True) == first and self.made == 3
 
     @pytest.mark.parametrize(("damage", "reason"), [
         (lambda file: file.write_bytes(file.read_bytes()[:50]), "model.onnx has 50 bytes of 700"),
@@ -191,19 +224,19 @@ class TestCache:
         (lambda file: (file.parent / "entry.json").write_text("{"), "Expecting property name"),
     ])  # fmt: skip
     def test_damage_is_noticed_and_mended(self, damage, reason):
-        folder = cached("unet", {}, self.make)
+        folder = cached("unet", {}, self.make).folder
         damage(folder / "model.onnx")
         with pytest.warns(UserWarning, match=f"is damaged .*{reason}.* made again"):
-            assert cached("unet", {}, self.make) == folder
+            assert cached("unet", {}, self.make) == (folder, True)
         assert self.made == 2 and (folder / "model.onnx").stat().st_size == 700
 
     def test_what_another_process_made_meanwhile_is_left_alone(self):
         def make(folder):
             self.make(folder)
             if self.made == 1:
-                self.inode = cached("unet", {}, self.make).joinpath("model.onnx").stat().st_ino
+                self.inode = (cached("unet", {}, self.make).folder / "model.onnx").stat().st_ino
 
-        assert cached("unet", {}, make).joinpath("model.onnx").stat().st_ino == self.inode
+        assert (cached("unet", {}, make).folder / "model.onnx").stat().st_ino == self.inode
         assert len(list(cache.cache_folder().iterdir())) == 1
 
     def test_a_failed_export_leaves_nothing(self):
@@ -215,6 +248,39 @@ class TestCache:
             cached("unet", {}, fail)
         assert not list(cache.cache_folder().iterdir())
 
+    def test_processes_of_one_id_do_not_share_a_working_folder(self, monkeypatch):
+        """As in two containers that have the cache on one volume."""
+        monkeypatch.setattr(os, "getpid", lambda: 1)
+        working = []
+
+        def make(folder):
+            self.make(folder)
+            working.append(folder)
+            if self.made == 1:
+                cached("unet", {}, make)
+            assert (folder / "model.onnx").exists()  # nobody else has moved it
+
+        cached("unet", {}, make)
+        assert len(set(working)) == 2 and len(list(cache.cache_folder().iterdir())) == 1
+
+    def test_what_killed_processes_left_is_removed_after_a_day(self):
+        root = cache.cache_folder()
+        for name, hours in (("old", 25), ("young", 23)):
+            left = root / f".making-unet-{name}"
+            left.mkdir(parents=True)
+            (left / "model.onnx").write_bytes(b"half")
+            for path in (left / "model.onnx", left):
+                os.utime(path, (time.time() - hours * 3600,) * 2)
+        cached("unet", {}, self.make)
+        assert [path.name for path in root.glob(".*")] == [".making-unet-young"]
+
+    def test_an_entry_is_as_readable_as_other_files(self):
+        before = os.umask(0o022)
+        try:
+            assert cached("unet", {}, self.make).folder.stat().st_mode & 0o777 == 0o755
+        finally:
+            os.umask(before)
+
     @pytest.mark.skipif(os.geteuid() != 0 and not os.access("/proc", os.R_OK), reason="needs /proc")
     def test_a_cache_that_cannot_be_written_is_named(self, monkeypatch):
         monkeypatch.setenv("NOISEPOLICY_CACHE", "/proc/noisepolicy")
@@ -225,7 +291,13 @@ class TestCache:
 @pytest.mark.slow
 def test_the_command_and_what_runs_without_torch(run_train, tmp_path, frozen, prompts, latents, capsys, monkeypatch):
     arguments = ["--num-iterations", "2", "--batch-size", "8", "--critic-warmup", "8", "--eval-num-prompts", "0"]
-    assert run_train(*arguments, "--output-dir", "run").returncode == 0
+    assert run_train(*arguments, "--output-dir", "run", "--vae-slicing").returncode == 0
+    # As on another machine, with a GPU.
+    settings = (tmp_path / "run" / "config.yaml").read_text()
+    assert "cuda_graph: false" in settings and "cpu_offload: false" in settings
+    for name, value in {"cuda_graph": "true", "cpu_offload": "true", "denoiser": "tensorrt"}.items():
+        settings = re.sub(f"^{name}: .*$", f"{name}: {value}", settings, flags=re.MULTILINE)
+    (tmp_path / "run" / "config.yaml").write_text(settings)
     folder = tmp_path / "exported"
     assert export_command.main([str(tmp_path / "run"), "--output-dir", str(folder), "--steps", "1", "2"]) == 0
     assert "differs from PyTorch by" in capsys.readouterr().out

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import diffusers
@@ -217,9 +218,9 @@ def as_tensorrt(monkeypatch) -> dict:
 @pytest.mark.filterwarnings("ignore:Use Deprecated in TensorRT-RTX:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:the timing cache")  # which TensorRT-RTX cannot read without a GPU
 def test_tensorrt_itself(gemm, tmp_path, monkeypatch, as_tensorrt):
-    """Its GPU is in the sidecar; the timing cache is read and written."""
-    engine, timings = tmp_path / "layer.engine", tmp_path / "timings"
-    build_engine(gemm, engine, timing_cache=timings, **as_tensorrt)
+    """Its GPU is in the sidecar; the timings of this GPU and release are read and written."""
+    engine, folder = tmp_path / "layer.engine", tmp_path / "timings"
+    build_engine(gemm, engine, timings_folder=folder, **as_tensorrt)
     info = read_sidecar(engine)
     assert (info.flavor, info.targets, info.gpu, info.capability) == ("tensorrt", [], "NVIDIA H100", "sm_90")
     monkeypatch.setattr(tensorrt_files, "load_tensorrt", lambda flavor: trt)
@@ -231,14 +232,42 @@ def test_tensorrt_itself(gemm, tmp_path, monkeypatch, as_tensorrt):
     monkeypatch.setattr(
         trt.IBuilderConfig, "create_timing_cache", lambda config, data: read.append(data) or create(config, data)
     )
+    (timings,) = folder.iterdir()
+    assert timings.name == f"timings-NVIDIA-H100-sm_90-tensorrt-{trt.__version__}.cache"
     whole = timings.read_bytes()
     assert len(whole) > 100
-    build_engine(gemm, engine, timing_cache=timings, **as_tensorrt)
+    build_engine(gemm, engine, timings_folder=folder, **as_tensorrt)
     assert read == [whole]
     timings.write_bytes(b"no timings")
-    with pytest.warns(UserWarning, match="timings is not used, and written anew"):
-        build_engine(gemm, engine, timing_cache=timings, **as_tensorrt)
+    with pytest.warns(UserWarning, match="cache is not used, and written anew"):
+        build_engine(gemm, engine, timings_folder=folder, **as_tensorrt)
     assert timings.read_bytes() == whole
+
+    # Another GPU has timings of its own, and the release too.
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA L4")
+    build_engine(gemm, engine, timings_folder=folder, **as_tensorrt)
+    assert read[-1] == b"" and timings.read_bytes() == whole
+    monkeypatch.setattr(trt, "__version__", "99.0")
+    build_engine(gemm, engine, timings_folder=folder, **as_tensorrt)
+    assert read[-1] == b"" and len(list(folder.iterdir())) == 3
+
+
+def test_the_gpu_that_is_named_is_the_one_that_is_built_for(gemm, tmp_path, monkeypatch, as_tensorrt):
+    """TensorRT builds for the current GPU."""
+    current = [0]
+
+    @contextmanager
+    def use(device):
+        before, current[0] = current[0], torch.device(device).index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "device", use)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: f"GPU {current[0]}")
+    monkeypatch.setattr("noisepolicy.export.to_tensorrt.capability", lambda: f"sm_9{current[0]}")
+    build_engine(gemm, tmp_path / "layer.engine", device=torch.device("cuda:1"), **as_tensorrt)
+    info = read_sidecar(tmp_path / "layer.engine")
+    assert (info.gpu, info.capability, current) == ("GPU 1", "sm_91", [0])
 
 
 def test_tensorrt_itself_builds_for_its_own_gpu_alone(gemm, tmp_path, monkeypatch, as_tensorrt):
@@ -250,7 +279,7 @@ def test_tensorrt_itself_builds_for_its_own_gpu_alone(gemm, tmp_path, monkeypatc
 
 
 def test_tensorrt_rtx_keeps_no_timings(gemm, tmp_path):
-    build_engine(gemm, tmp_path / "e", flavor=FLAVOR, shapes=GEMM_SHAPES, timing_cache=tmp_path / "timings")
+    build_engine(gemm, tmp_path / "e", flavor=FLAVOR, shapes=GEMM_SHAPES, timings_folder=tmp_path / "timings")
     assert not (tmp_path / "timings").exists()
 
 

@@ -34,7 +34,11 @@ class FakeStream:
 
     def __init__(self, device):
         self.device, self.bound, self.num_captures, self.recording = device, [], 0, None
+        self.recording_contexts, self.pool = [], []
         FakeStream.last = self
+
+    def is_captured_by_caller(self):
+        return self.recording is not None
 
     @contextmanager
     def joined(self):
@@ -44,11 +48,24 @@ class FakeStream:
 
     def capture(self, launch):
         self.num_captures += 1
-        self.recording = []
+        replay = self.record(launch)
+        assert replay.num_calls == 1
+        return replay
+
+    def record(self, launch):
+        """A CUDA graph of whatever `launch` does here. The contexts that it used are the graph's from now on."""
+        self.recording, self.recording_contexts, self.pool = [], [], []
         launch()
-        calls, self.recording = self.recording, None
-        assert len(calls) == 1
-        return calls[0]
+        calls, pool, self.recording = self.recording, self.pool, None
+        for context in self.recording_contexts:
+            context.is_captured = True
+
+        def replay():
+            for call in calls:
+                call()
+
+        replay.num_calls, replay.pool = len(calls), pool  # a graph keeps the memory that was taken in its capture
+        return replay
 
 
 class FakeContext:
@@ -56,6 +73,11 @@ class FakeContext:
 
     def __init__(self, engine):
         self.engine, self.profile, self.shapes, self.addresses = engine, None, {}, {}
+        self.is_captured, self.has_run, self.scratch = False, False, None
+
+    def set_device_memory(self, memory, size):
+        assert size >= self.engine.device_memory_size_v2 and memory % CPU_ALIGNMENT == 0
+        self.scratch = self._find("the scratch memory", memory, size)
 
     def set_optimization_profile_async(self, index, stream_handle):
         assert stream_handle == FakeStream.handle
@@ -64,6 +86,7 @@ class FakeContext:
 
     def set_input_shape(self, name, shape):
         assert type(shape) is tuple
+        assert not self.is_captured, "a context that was captured in a graph takes other inputs"
         self.shapes[name] = shape
         least, _, largest = self.profile.get(name, ((),) * 3)
         return len(least) == len(shape) and all(a <= b <= c for a, b, c in zip(least, shape, largest, strict=True))
@@ -89,6 +112,8 @@ class FakeContext:
                 if storage.data_ptr() + storage.nbytes() >= memory + size:
                     tensor = weakref.ref(thing)
                     FakeStream.last.bound.append(tensor)
+                    if FakeStream.last.recording is not None:
+                        FakeStream.last.pool.append(thing)
                     return tensor
         raise AssertionError(f"no living tensor of {size} bytes is at the address of {name}")
 
@@ -97,6 +122,7 @@ class FakeContext:
 
     def execute_async_v3(self, stream_handle):
         assert stream_handle == FakeStream.handle
+        assert self.scratch is not None and self.scratch() is not None, "the context has no scratch memory"
         addresses = dict(self.addresses)
 
         def execute():
@@ -110,7 +136,10 @@ class FakeContext:
         if FakeStream.last.recording is None:
             execute()
         else:
+            assert self.has_run, "a context's first launch cannot be captured"
             FakeStream.last.recording.append(execute)
+            FakeStream.last.recording_contexts.append(self)
+        self.has_run = True
         if not self.runs:
             self.engine.log.log(FakeTensorRT.ILogger.ERROR, "Error Code 1:\n no memory")
         return self.runs
@@ -121,10 +150,16 @@ def read(address, shape, dtype):
     return torch.frombuffer(bytearray(ctypes.string_at(address, size)), dtype=dtype).reshape(shape)
 
 
+class FakeConfig:
+    def set_execution_context_allocation_strategy(self, strategy):
+        self.strategy = strategy
+
+
 class FakeEngine:
     def __init__(self, log, profiles):
         self.log, self.profiles, self.contexts = log, profiles, []
         self.num_io_tensors, self.num_optimization_profiles = len(SHAPES), len(profiles)
+        self.device_memory_size_v2 = 1000
 
     def get_tensor_name(self, index):
         return list(SHAPES)[index]
@@ -145,10 +180,11 @@ class FakeEngine:
         return False
 
     def create_runtime_config(self):
-        return SimpleNamespace()
+        return FakeConfig()
 
     def create_execution_context(self, runtime_config):
         assert runtime_config.dynamic_shapes_kernel_specialization_strategy == "eager"
+        assert runtime_config.strategy == "user managed"
         self.contexts.append(FakeContext(self))
         return self.contexts[-1]
 
@@ -157,6 +193,7 @@ class FakeTensorRT:
     __version__ = "1.0"
     TensorIOMode = SimpleNamespace(INPUT=1, OUTPUT=2)
     DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager")
+    ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user managed")
 
     class ILogger:
         INTERNAL_ERROR, ERROR, WARNING = range(3)

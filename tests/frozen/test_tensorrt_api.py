@@ -36,6 +36,8 @@ SIGNATURES = {
     "ICudaEngine.is_shape_inference_io": ["name"],
     "ICudaEngine.create_runtime_config": [],
     "ICudaEngine.create_execution_context": ["runtime_config"],
+    "IRuntimeConfig.set_execution_context_allocation_strategy": ["strategy"],
+    "IExecutionContext.set_device_memory": ["memory", "size"],
     "IExecutionContext.set_optimization_profile_async": ["profile_index", "stream_handle"],
     "IExecutionContext.set_input_shape": ["name", "shape"],
     "IExecutionContext.infer_shapes": [],
@@ -51,6 +53,7 @@ ATTRIBUTES = [
     "IBuilderConfig.num_compute_capabilities", "INetworkDefinition.num_inputs", "INetworkDefinition.num_outputs",
     "ITensor.name", "ITensor.shape", "ITensor.dtype", "DataType.FLOAT.name", "ICudaEngine.num_io_tensors",
     "ICudaEngine.num_optimization_profiles", "DynamicShapesKernelSpecializationStrategy.EAGER",
+    "ExecutionContextAllocationStrategy.USER_MANAGED", "ICudaEngine.device_memory_size_v2",
     "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy",
     *(f"DataType.{name}" for name in tensorrt_files.DTYPES),
 ]  # fmt: skip

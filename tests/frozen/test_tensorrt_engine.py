@@ -143,6 +143,42 @@ def test_the_graphs_used_last_are_kept(open_engine):
     assert FakeStream.last.num_captures == 22
 
 
+def test_every_graph_has_a_context_of_its_own(open_engine):
+    """The fake refuses a context that takes other shapes after it was captured."""
+    engine = open_engine(limits(1, 8))
+    for seed in range(2):
+        for batch in (1, 2, 5):
+            check(engine, make_inputs(batch, seed=seed))
+    assert len(engine.fake.contexts) == FakeStream.last.num_captures == 3
+    assert len({context.scratch() for context in engine.fake.contexts}) == 1  # which they may share
+
+
+def test_graphs_that_the_caller_captures_have_contexts_of_their_own(open_engine):
+    """As the denoising loop captures them: two runs, then the capture of several calls, at each batch size."""
+    engine = open_engine(limits(1, 8), use_cuda_graph=False)
+    graphs = []
+    for batch in (2, 5, 2):  # the same shapes in another graph are another context too
+        inputs = make_inputs(batch, seed=len(graphs))
+        for _ in range(2):
+            check(engine, inputs)
+        outputs = []
+
+        def launch(inputs=inputs, outputs=outputs):
+            outputs.extend(engine.run(inputs) for _ in range(2))
+
+        graphs.append((FakeStream.last.record(launch), inputs, outputs))
+    check(engine, make_inputs(2))
+    for replay, inputs, outputs in graphs:
+        for output in outputs:
+            output.zero_()
+        replay()
+        expected = compute(**{name: tensor.to(DTYPES[name]) for name, tensor in inputs.items()})
+        for output in outputs:
+            torch.testing.assert_close(output, expected, rtol=1e-6, atol=1e-6)
+    captured = [context for context in engine.fake.contexts if context.is_captured]
+    assert len(captured) == 3 and len(engine.fake.contexts) == 4
+
+
 def test_modes_of_the_caller(open_engine, use_cuda_graph):
     engine = open_engine(limits(1, 8), use_cuda_graph=use_cuda_graph)
     inputs = make_inputs(2)
@@ -163,11 +199,12 @@ def test_the_profile_that_fits_is_taken(open_engine, use_cuda_graph):
     engine = open_engine(limits(8, 16), limits(1, 4), limits(1, 4, width=9), use_cuda_graph=use_cuda_graph)
     assert engine.max_batch == 16
     for batch, width, index in ((3, 5, 1), (8, 5, 0), (20, 5, 0), (6, 5, 1), (2, 9, 2)):
-        for context in engine.fake.contexts:
-            context.shapes.clear()
         engine._graphs.clear()
+        engine._contexts.clear()
+        engine.fake.contexts.clear()
         check(engine, make_inputs(batch, width))
-        assert [bool(context.shapes) for context in engine.fake.contexts] == [i == index for i in range(3)]
+        assert engine.fake.contexts
+        assert all(context.profile is engine.fake.profiles[index] for context in engine.fake.contexts)
 
 
 def test_what_cannot_be_captured_runs_without_graphs(open_engine, monkeypatch):
