@@ -168,7 +168,9 @@ def _train(method: Method, seed: int, world: World, folder: Path, config: TrainC
             settings["init_policy"] = folder.parent / f"{method.starts_from}-seed{seed}"
     config = dataclasses.replace(config, **settings)
     prompts = world.prompts(method)
-    task = world.task if method.kind == "policy" else Task(world.task.frozen, world.task.reward, [], prompts, prompts)
+    task = world.task
+    if method.kind != "policy":
+        task = dataclasses.replace(task, train_prompts=prompts, eval_prompts=prompts)
     config = config.resolved(len(task.train_prompts))
     per_prompt = len(prompts) if method.is_per_prompt else 1
     total = max(

@@ -135,7 +135,7 @@ def _choose(names: Sequence[str] | None, methods: Sequence[Method]) -> list[Meth
 
 
 def images_to_gain(curve: Sequence[dict[str, Any]], gain: float = GAIN) -> float | None:
-    """Images until the measured reward is `gain` over the base model's from the same noise.
+    """Images until the measured reward is `gain` over the base model's from the same seeds.
 
     Between two points by a straight line; before the first nothing is known.
     """

@@ -122,6 +122,7 @@ class _Session:
             total=config.num_iterations, initial=trainer.iteration, unit="it", disable=not self._is_main,
             dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 15.0,
         )  # fmt: skip
+        is_stopped = False
         with progress, signals.put_off():
             for metrics in trainer.train():
                 progress.set_postfix(
@@ -134,19 +135,20 @@ class _Session:
                         board.add_scalar(name, value, metrics["images"])
                 if self._is_main and metrics["iteration"] % config.sample_every == 0:
                     self._write_samples(metrics["iteration"])
-                if self._is_signalled(signals):
+                if is_stopped := self._is_signalled(signals):
                     if self._is_main:
                         trainer.save()
                     break
         if board:
             board.close()
-        return signals.received is None
+        return not (is_stopped or self._is_signalled(signals))
 
     def _is_signalled(self, signals: Signals) -> bool:
         """Whether a signal has come to any of the processes, which must stop together."""
         numbers = self.trainer.processes.exchange("'look for signals'", signals.received or 0)
-        signals.received = max(numbers) or None
-        return signals.received is not None
+        if number := max(numbers):
+            signals.received = number  # else one may have come meanwhile, of which the others know next time
+        return number > 0
 
     @property
     def _is_main(self) -> bool:

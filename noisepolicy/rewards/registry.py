@@ -309,7 +309,8 @@ def _import_function(name: str) -> Any:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ValueError(f"reward {name!r}: cannot import {module_name!r} ({reason})") from error
     if given is not None and not _lies_in(folder, sys.modules[module_name.partition(".")[0]].__spec__):
-        raise ValueError(f"reward {name!r}: {module_name!r} is imported from elsewhere, {module.__spec__.origin}")
+        place = getattr(module, "__file__", None)
+        raise ValueError(f"reward {name!r}: {module_name!r} is imported from elsewhere, {place}")
     if not hasattr(module, function_name):
         raise ValueError(f"reward {name!r}: module {module_name!r} has no {function_name!r}")
     function = getattr(module, function_name)

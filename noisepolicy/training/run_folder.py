@@ -24,16 +24,9 @@ _RUNS = Path("runs")
 _PLOTTED = ("iteration", "images", "reward", "kl_to_prior")
 """What a report needs of every line of metrics."""
 MAY_CHANGE_ON_RESUME = {
-    *("num_iterations", "device", "rollout_batch_size", "denoiser", "cuda_graph", "cpu_offload", "vae_slicing"),
-    *(
-        "gradient_accumulation_steps",
-        "overlap",
-        "timeout",
-        "checkpoint_every",
-        "sample_every",
-        "tensorboard",
-        "license",
-    ),
+    *("num_iterations", "checkpoint_every", "sample_every", "tensorboard", "timeout", "license"),
+    *("device", "denoiser", "cuda_graph", "cpu_offload", "vae_slicing", "overlap"),
+    *("rollout_batch_size", "gradient_accumulation_steps"),
     *("eval_steps", "eval_num_prompts", "eval_group_size", "eval_rewards", "eval_prompts"),
     *("model", "prompts"),
 }
