@@ -7,6 +7,8 @@ import traceback
 import warnings
 from collections.abc import Callable
 
+from tqdm import tqdm
+
 from noisepolicy.cli.launch import leave, may_report_error, rank, silence_all_but_the_first
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -18,7 +20,7 @@ def prepare(command: str) -> None:
 
     def show(message: Warning | str, category: type[Warning], *_: object) -> None:
         if category is UserWarning:
-            print(f"{command}: warning: {message}", file=sys.stderr)
+            tqdm.write(f"{command}: warning: {message}", file=sys.stderr)  # above a progress bar, not at its end
 
     warnings.showwarning = show
 

@@ -140,7 +140,7 @@ def test_nothing_heavy_is_imported_before_it_is_needed():
     [
         (lambda images, prompts: torch.tensor([1.0, float("nan")]), "returned nan for prompt 'two'"),
         (lambda images, prompts: torch.tensor([float("inf"), 1.0]), "returned inf for prompt 'one'"),
-        (lambda images, prompts: torch.zeros(2, 1), r"returned shape \(2, 1\) for 2 images"),
+        (lambda images, prompts: torch.zeros(2, 2), r"returned shape \(2, 2\) for 2 images"),
         (lambda images, prompts: torch.zeros(3), r"returned shape \(3,\) for 2 images"),
         (lambda images, prompts: 1.0, r"returned shape \(\) for 2 images"),
         (lambda images, prompts: None, "returned NoneType"),
