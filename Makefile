@@ -1,14 +1,31 @@
 # make train: a virtual environment, the package, and a policy for the embedded model.
 # make test:  the same with the test extras, then the whole suite, on up to four cores; a test that hangs fails.
+# make test-lowest, test-newest: the quick tests with the lowest versions that pyproject.toml allows, which uv reads there,
+#   and with the newest released ones; each in an environment of its own, made anew.
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: train test
+.PHONY: train test test-lowest test-newest
 train: $(VENV)/train.stamp
 	$(VENV)/bin/noisepolicy-train
 
 test: $(VENV)/test.stamp
-	$(VENV)/bin/pytest -n auto --maxprocesses 4 --dist worksteal -o faulthandler_exit_on_timeout=true
+	$(VENV)/bin/pytest $(PARALLEL)
+
+PARALLEL := -n auto --maxprocesses 4 --dist worksteal -o faulthandler_exit_on_timeout=true
+QUICK_TESTS := tests/ops tests/policies tests/frozen tests/shapes tests/export/test_export.py tests/export/test_denoisers.py
+TRAINING_RUN := tests/cli/test_train.py::test_a_run_from_start_to_report
+
+test-lowest: RESOLUTION := lowest-direct
+test-newest: RESOLUTION := highest
+test-lowest test-newest: test-%:
+	$(PYTHON) -m venv --clear $(VENV)-$*
+	$(VENV)-$*/bin/pip install --quiet uv
+	$(VENV)-$*/bin/uv pip install --quiet --python $(VENV)-$*/bin/python --resolution $(RESOLUTION) \
+	  '.[benchmarks,onnx,openvino,server,tensorboard]'
+	$(VENV)-$*/bin/uv pip install --quiet --python $(VENV)-$*/bin/python pytest pytest-xdist
+	$(VENV)-$*/bin/pytest $(PARALLEL) -m "not slow" $(QUICK_TESTS)
+	$(VENV)-$*/bin/pytest $(TRAINING_RUN)
 
 SOURCES := setup.py pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc noisepolicy export benchmarks -type f -not -path '*__pycache__*' -not -name '*.so')
 

@@ -51,6 +51,8 @@ def main() -> None:
     pipeline.unet.half()
     pipeline.vae.half()
     pipeline.save_pretrained(folder / "model")
+    # Transformers 4 reads the files that this writes; transformers 5 saves other ones.
+    build_tokenizer(folder / "model" / "tokenizer", words, max_tokens=MAX_TOKENS)
     print(f"wrote {folder / 'model'}")
 
 

@@ -57,9 +57,9 @@ def policy_rows(mean: torch.Tensor, log_std: torch.Tensor) -> tuple[torch.Tensor
 def _leading(shape: tuple[int, ...], log_std: torch.Tensor) -> torch.Tensor:
     """`log_std` broadcast to the leading dimensions of `shape` that it varies over."""
     ours = tuple(log_std.shape)
-    if len(ours) > len(shape) or any(n not in (1, m) for n, m in zip(reversed(ours), reversed(shape), strict=False)):
-        raise ValueError(f"log_std of shape {ours} does not broadcast to mean's {shape}")
     padded = (1,) * (len(shape) - len(ours)) + ours
+    if len(padded) > len(shape) or any(n not in (1, m) for n, m in zip(padded, shape, strict=True)):
+        raise ValueError(f"log_std of shape {ours} does not broadcast to mean's {shape}")
     num_leading = max([1, *(axis + 1 for axis in range(1, len(shape)) if padded[axis] != 1)])
     return log_std.reshape(padded[:num_leading]).expand(shape[:num_leading])
 

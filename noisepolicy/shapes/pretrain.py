@@ -54,6 +54,7 @@ def main() -> None:
     pipeline.unet.half()
     pipeline.vae.half()
     pipeline.save_pretrained(folder / "model")
+    build_tokenizer(folder / "model" / "tokenizer")  # transformers 4 reads its files; transformers 5 saves other ones
     print(f"wrote {folder / 'model'}")
 
 

@@ -1,5 +1,6 @@
 """The shipped model: its format, its size, and that it is worth training a policy for."""
 
+import json
 import subprocess
 import sys
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
+from noisepolicy import moving_shapes
 from noisepolicy.ops import gaussian_sample
 from noisepolicy.shapes import held_out_scenes, model_folder
 from noisepolicy.shapes.reward import score
@@ -27,6 +29,15 @@ def test_each_word_is_one_token_and_any_text_tokenizes():
     for scene in held_out_scenes():
         assert len(tokenizer(scene.caption).input_ids) == 17
     assert len(tokenizer("Grüße, 世界! 🙂").input_ids) > 3
+
+
+@pytest.mark.parametrize("folder", [model_folder(), moving_shapes.model_folder()], ids=["shapes", "moving_shapes"])
+def test_the_tokenizer_is_the_same_for_every_transformers(folder):
+    """Transformers 5 reads `tokenizer.json`, transformers 4 the other two files."""
+    model = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())["model"]
+    assert json.loads((folder / "tokenizer" / "vocab.json").read_text()) == model["vocab"]
+    _, *merges = (folder / "tokenizer" / "merges.txt").read_text().splitlines()
+    assert merges == [" ".join(pair) for pair in model["merges"]]
 
 
 @pytest.mark.slow
@@ -53,6 +64,9 @@ def test_pretraining_resumes(tmp_path):
         "--vae-steps", "2", "--text-steps", "2", "--unet-steps", "2", "--num-pictures", "128",
     ]  # fmt: skip
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    for name in ("vocab.json", "merges.txt"):
+        made = (tmp_path / "model" / "tokenizer" / name).read_text()
+        assert made == (model_folder() / "tokenizer" / name).read_text()
     first = read_tensors(tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors")
     (tmp_path / "unet.safetensors").unlink()
     (tmp_path / "text_encoder.safetensors").unlink()
