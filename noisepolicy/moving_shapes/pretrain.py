@@ -16,7 +16,7 @@ from noisepolicy.moving_shapes.networks import MAX_TOKENS, TEXT_WIDTH, build_une
 from noisepolicy.moving_shapes.renderer import render
 from noisepolicy.shapes import model_folder as image_model_folder
 from noisepolicy.shapes.captions import COLORS, SHAPES
-from noisepolicy.shapes.networks import build_scheduler, build_text_encoder
+from noisepolicy.shapes.networks import build_scheduler, build_text_encoder, name_weights_for_every_transformers
 from noisepolicy.shapes.stages import Stages, World
 from noisepolicy.shapes.tokenizer import build_tokenizer
 
@@ -53,6 +53,7 @@ def main() -> None:
     pipeline.save_pretrained(folder / "model")
     # Transformers 4 reads the files that this writes; transformers 5 saves other ones.
     build_tokenizer(folder / "model" / "tokenizer", words, max_tokens=MAX_TOKENS)
+    name_weights_for_every_transformers(folder / "model" / "text_encoder")
     print(f"wrote {folder / 'model'}")
 
 

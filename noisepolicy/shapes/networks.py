@@ -1,7 +1,11 @@
 """The networks of the embedded world: Stable Diffusion's parts, small. 64 x 64 pictures, 8 x 8 x 8 latents."""
 
+from pathlib import Path
+
 from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from noisepolicy.storage import read_tensors_and_metadata, write_tensors
 
 LATENT_CHANNELS = 8
 LATENT_SIZE = 8
@@ -66,3 +70,14 @@ def build_scheduler() -> DDIMScheduler:
         clip_sample=False,
         steps_offset=1,  # unused with trailing spacing; the value diffusers expects of a Stable Diffusion scheduler
     )
+
+
+def name_weights_for_every_transformers(folder: Path) -> None:
+    """Renames the weights of the CLIP text encoder saved in `folder` as transformers 4 and 5 both read them.
+
+    Transformers 5 saves them without the prefix `text_model.`. Transformers 4 then finds none of them, and leaves the
+    encoder at its random initialisation with no more than a warning.
+    """
+    path = folder / "model.safetensors"
+    tensors, metadata = read_tensors_and_metadata(path)
+    write_tensors(path, {f"text_model.{name.removeprefix('text_model.')}": t for name, t in tensors.items()}, metadata)

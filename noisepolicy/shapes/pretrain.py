@@ -13,7 +13,13 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from noisepolicy.shapes.captions import COLORS, DIRECTIONS, NUM_OBJECTS, SHAPES, train_scenes
-from noisepolicy.shapes.networks import build_scheduler, build_text_encoder, build_unet, build_vae
+from noisepolicy.shapes.networks import (
+    build_scheduler,
+    build_text_encoder,
+    build_unet,
+    build_vae,
+    name_weights_for_every_transformers,
+)
 from noisepolicy.shapes.renderer import render
 from noisepolicy.shapes.stages import Stages, World
 from noisepolicy.shapes.tokenizer import build_tokenizer
@@ -55,6 +61,7 @@ def main() -> None:
     pipeline.vae.half()
     pipeline.save_pretrained(folder / "model")
     build_tokenizer(folder / "model" / "tokenizer")  # transformers 4 reads its files; transformers 5 saves other ones
+    name_weights_for_every_transformers(folder / "model" / "text_encoder")
     print(f"wrote {folder / 'model'}")
 
 

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from transformers import CLIPTextModel
 
 from noisepolicy import moving_shapes
 from noisepolicy.ops import gaussian_sample
@@ -40,6 +41,16 @@ def test_the_tokenizer_is_the_same_for_every_transformers(folder):
     assert merges == [" ".join(pair) for pair in model["merges"]]
 
 
+@pytest.mark.parametrize("folder", [model_folder(), moving_shapes.model_folder()], ids=["shapes", "moving_shapes"])
+def test_the_text_encoder_gets_its_weights_from_every_transformers(folder):
+    """Transformers 4 knows them by the names that start with `text_model.`; others it leaves at random values."""
+    stored = read_tensors(folder / "text_encoder" / "model.safetensors")
+    assert all(name.startswith("text_model.") for name in stored)
+    loaded = CLIPTextModel.from_pretrained(folder / "text_encoder").state_dict()
+    loaded = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in loaded.items()}
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in stored.items())
+
+
 @pytest.mark.slow
 def test_scores_by_step_count_and_the_noise_matters(frozen):
     prompts = [scene.caption for scene in held_out_scenes()[:24] for _ in range(16)]
@@ -64,6 +75,8 @@ def test_pretraining_resumes(tmp_path):
         "--vae-steps", "2", "--text-steps", "2", "--unet-steps", "2", "--num-pictures", "128",
     ]  # fmt: skip
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    text_encoder = read_tensors(tmp_path / "model" / "text_encoder" / "model.safetensors")
+    assert text_encoder.keys() == read_tensors(model_folder() / "text_encoder" / "model.safetensors").keys()
     for name in ("vocab.json", "merges.txt"):
         made = (tmp_path / "model" / "tokenizer" / name).read_text()
         assert made == (model_folder() / "tokenizer" / name).read_text()
