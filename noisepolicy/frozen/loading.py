@@ -234,7 +234,7 @@ def _explain(model: str, error: Exception) -> str:
     # transformers asks for tiktoken then, which cannot read such a file.
     needed = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
     missing = [package for module, package in needed.items() if not _is_installed(module)]
-    if missing and re.search("tiktoken|sentencepiece", reason, re.IGNORECASE):
+    if missing and re.search("tiktoken|sentencepiece|protobuf", reason, re.IGNORECASE):
         reason = f"its tokenizer needs packages that are not installed: pip install {' '.join(missing)}"
     if Path(model).is_dir():
         return f"cannot load the model folder {model}: {reason}"

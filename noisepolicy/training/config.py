@@ -285,15 +285,15 @@ class TrainConfig:
         batch_size = self.batch_size or recipe.get("batch_size", group_size)
         if batch_size % group_size:
             raise ValueError(f"--group-size {group_size} must divide --batch-size {batch_size}")
-        if batch_size < 2:
-            raise ValueError(
-                f"--batch-size must be at least 2, got {batch_size}: an image is good or bad beside another one only"
-            )
         if (parts := self.gradient_accumulation_steps) > batch_size:
             raise ValueError(f"--gradient-accumulation-steps {parts} is more than the {batch_size} images of a batch")
         if self.algorithm != "critic" and group_size < 2:
             raise ValueError(
                 f"--algorithm {self.algorithm} compares images of one prompt: --group-size must be at least 2, got 1"
+            )
+        if batch_size < 2:
+            raise ValueError(
+                f"--batch-size must be at least 2, got {batch_size}: an image is good or bad beside another one only"
             )
         if self.init_policy is not None and self.algorithm != "find":
             raise ValueError(f"--init-policy is for --algorithm find, not {self.algorithm}")

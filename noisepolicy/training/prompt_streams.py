@@ -137,9 +137,11 @@ class Table:
         self._format: dict[str, Any] = {"delimiter": delimiter, "strict": True}
         try:
             rows = csv.reader(Lines(file), **self._format)
-            header = next(row for row in rows if not _is_blank(row))
+            header = next((row for row in rows if not _is_blank(row)), None)
         except csv.Error as error:
             raise ValueError(f"its first row cannot be read ({error})") from None
+        if header is None:
+            raise ValueError("it holds no prompt")
         self._names = [name.strip() for name in header]
         self._column = find_column(self._names, column)
         if twice := [name for name in self._names if name and self._names.count(name) > 1]:

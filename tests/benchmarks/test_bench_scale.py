@@ -13,7 +13,7 @@ def test_images_and_bytes_of_one_and_two_processes(capsys):
     one, two = json.loads(capsys.readouterr().out.splitlines()[-1])["scale"]
     assert (one["processes"], two["processes"], one["images"]) == (1, 2, 96)
     assert one["bytes_per_iteration"] == 0 and one["rollout_speedup"] == 1
-    assert two["bytes_per_iteration"] == 96 * (16 + 4 * 512 + 2 * 768)  # the formula of docs/scale.md
+    assert two["bytes_per_iteration"] == 96 * (20 + 4 * 512 + 2 * 768)  # the formula of docs/scale.md
     assert two["rollout_images_per_s"] > 0 and two["iteration_speedup"] > 0
     assert 0 < one["save_share"] < 1 and min(one["resume_s"], two["resume_s"]) > 0
     generation, in_turn, overlapped = (one["overlap"][name] for name in ("generation_s", "in_turn_s", "overlapped_s"))

@@ -177,7 +177,8 @@ def test_threads_of_every_command_sleep_while_they_wait(tmp_path, command):
 def test_processes_of_torchrun_have_a_thread_each(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
     _, read = start([*command, "-m", "noisepolicy.cli.eval", "missing"], cwd=tmp_path)
-    assert read.count(("GOMP_SPINCOUNT", "1000")) == read.count(("OMP_NUM_THREADS", "1")) == 2
+    # Once for each copy of OpenMP that a process loads; some packages bring one of their own.
+    assert read.count(("GOMP_SPINCOUNT", "1000")) == read.count(("OMP_NUM_THREADS", "1")) >= 2
 
 
 @pytest.mark.parametrize(

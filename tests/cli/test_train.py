@@ -132,7 +132,7 @@ BAD_INPUT = {
     "model without prompts": (["--model", "some/model"], "needs --prompts"),
     "missing prompts": (["--prompts", "none.txt"], "cannot read prompt file none.txt"),
     "prompts without a header": (["--prompts", "bare.csv"], "no column is named prompt, caption or text"),
-    "a bad record": (["--prompts", "bad.jsonl"], "prompt file bad.jsonl, line 2: this is not JSON"),
+    "a bad record": (["--prompts", "bad.jsonl"], "bad.jsonl, line 2: this is not JSON"),
     "one prompt": (["--prompts", "a red circle", "--eval-num-prompts", "4"], "too few different ones (1)"),
     "empty prompts": (["--prompts", "empty.txt"], "empty.txt holds no prompt"),
     "latin-1 prompts": (["--prompts", "latin.txt"], "latin.txt is not UTF-8"),

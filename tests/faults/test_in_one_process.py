@@ -106,10 +106,10 @@ def test_many_iterations_leave_no_memory_and_no_files_open(tmp_path, request):
 def test_a_long_history_takes_disk_and_no_memory(tmp_path, request):
     """Rows of 256 numbers and a picture: 26 GB are ten million."""
     count, batch = (1_000_000 if request.config.getoption("--soak") else 40_000), 1000
-    history = History(tmp_path, (4, 8, 8), (3, 16, 16), torch.device("cpu"))
+    history = History(tmp_path, (4, 8, 8), (3, 16, 16), num_parts=1, device=torch.device("cpu"))
     rows = {
         "prompt_row": torch.arange(batch), "step_index": torch.zeros(batch, dtype=torch.int64),
-        "reward": torch.rand(batch), "action": torch.randn(batch, 4, 8, 8), "picture": torch.rand(batch, 3, 16, 16),
+        "parts": torch.rand(batch, 1), "action": torch.randn(batch, 4, 8, 8), "picture": torch.rand(batch, 3, 16, 16),
     }  # fmt: skip
     history.append(**rows)
     history.draw(64, torch.Generator())
@@ -120,7 +120,7 @@ def test_a_long_history_takes_disk_and_no_memory(tmp_path, request):
     assert resident_bytes() - memory < 8 * 2**20
     assert (tmp_path / "rows.bin").stat().st_size == count * (8 + 8 + 4 + 4 * 256 + 2 * 768 + 4)
     state = history.state()
-    History(tmp_path, (4, 8, 8), (3, 16, 16), torch.device("cpu")).load_state(state, tmp_path)
+    History(tmp_path, (4, 8, 8), (3, 16, 16), num_parts=1, device=torch.device("cpu")).load_state(state, tmp_path)
     assert resident_bytes() - memory < 64 * 2**20
 
 

@@ -5,6 +5,7 @@ import resource
 import weakref
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -97,6 +98,8 @@ def test_other_errors_pass(family_folder):
 
 @pytest.mark.parametrize("name", [NAME, "SanaPipeline", "WanPipeline", "LTXPipeline"])
 def test_vae_slicing_and_tiling_change_no_small_image(family_folder, name):
+    if name == "SanaPipeline" and diffusers.__version__.startswith("0.35."):
+        pytest.skip("SANA's VAE cannot decode slices in diffusers 0.35")
     plain = FrozenDiffusersPipeline.from_pretrained(family_folder(name), **SIZE[name])
     thrifty = FrozenDiffusersPipeline.from_pretrained(
         family_folder(name), vae_slicing=True, vae_tiling=True, **SIZE[name]

@@ -50,7 +50,7 @@ def test_video_travels(serve):
     video = torch.rand(3, 4, 3, 8, 8)
     for address in (server.address, f"raw({server.address})"):
         torch.testing.assert_close(
-            load_reward(address)(video, PROMPTS[:3]), video.mean((1, 2, 3, 4)), atol=2e-3, rtol=0
+            load_reward(address)(video, PROMPTS[:3]), video.double().mean((1, 2, 3, 4)), atol=2e-3, rtol=0
         )
 
 

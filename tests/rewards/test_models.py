@@ -49,16 +49,18 @@ def test_clipscore_and_pickscore(clip_folder, height, width, tolerance):
     logits = plain_logits(clip_folder, pictures)
     scale = CLIPModel.from_pretrained(clip_folder).logit_scale.exp().item()
     pickscore = load_reward(f"pickscore({clip_folder})")(images, PROMPTS)
-    torch.testing.assert_close(pickscore, logits, atol=tolerance * scale, rtol=0)
+    torch.testing.assert_close(pickscore, logits, atol=tolerance * scale, rtol=0, check_dtype=False)
     clipscore = load_reward(f"clipscore({clip_folder})")(images, PROMPTS)
-    torch.testing.assert_close(clipscore, 100 * logits / scale, atol=tolerance * 100, rtol=0)
+    torch.testing.assert_close(clipscore, 100 * logits / scale, atol=tolerance * 100, rtol=0, check_dtype=False)
     assert clipscore.std() > 0.1  # not all alike, so that the comparison says something
 
 
 def test_batches_larger_than_one_encoding(clip_folder):
     images, prompts = torch.rand(70, 3, 32, 32), ["a red circle", "a blue square"] * 35
     reward = load_reward(f"clipscore({clip_folder})")
-    torch.testing.assert_close(reward(images, prompts)[60:], reward(images[60:], prompts[60:]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        reward(images, prompts)[60:], reward(images[60:], prompts[60:]), atol=1e-4, rtol=0, check_dtype=False
+    )
     assert reward(images[:0], []).shape == (0,)
 
 
@@ -86,7 +88,7 @@ def test_aesthetic(clip_folder, tmp_path, prefix):
     embeds = clip.visual_projection(clip.vision_model(pixel_values=pixels).pooler_output)
     expected = head(embeds / embeds.norm(dim=1, keepdim=True)).squeeze(1)
     reward = load_reward(f"aesthetic({tmp_path / 'head'}, {clip_folder})")
-    torch.testing.assert_close(reward(images, PROMPTS), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(reward(images, PROMPTS), expected, atol=1e-5, rtol=0, check_dtype=False)
 
 
 def test_aesthetic_that_does_not_fit(clip_folder, tmp_path):
@@ -156,7 +158,7 @@ def test_imagereward(tmp_path):
     expected = (head(states[:, 0]).squeeze(1) - 0.16717362830052426) / 1.0333394966054072
     reward = load_reward(f"imagereward({tmp_path / 'model'}, {tmp_path / 'tokenizer'})")
     scores = reward(images, PROMPTS)
-    torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0, check_dtype=False)
     assert (reward(images, PROMPTS[::-1])[0] - scores[0]).abs() > 1e-4  # the prompt counts
     del weights["blip.visual_encoder.pos_embed"]
     save_file(weights, tmp_path / "model" / "model.safetensors")
@@ -168,7 +170,7 @@ def test_temporal_consistency(clip_folder):
     reward = load_reward(f"temporal_consistency({clip_folder})")
     still = torch.rand(2, 1, 3, 32, 32).expand(-1, 4, -1, -1, -1)
     moving = torch.rand(2, 4, 3, 32, 32) * torch.linspace(0, 1, 4)[None, :, None, None, None]
-    torch.testing.assert_close(reward(still, ["a", "b"]), torch.ones(2), atol=1e-5, rtol=0)
+    torch.testing.assert_close(reward(still, ["a", "b"]), torch.ones(2), atol=1e-5, rtol=0, check_dtype=False)
     assert (reward(moving, ["a", "b"]) < 0.999).all()
     clip = CLIPModel.from_pretrained(clip_folder).eval()
     pictures = [Image.fromarray(f) for f in np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)]
@@ -177,7 +179,7 @@ def test_temporal_consistency(clip_folder):
         embeds = clip.visual_projection(clip.vision_model(pixel_values=pixels).pooler_output)
     expected = F.cosine_similarity(embeds[1:], embeds[:-1]).mean()
     frames = torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1) / 255 for p in pictures])[None]
-    torch.testing.assert_close(reward(frames, ["a"])[0], expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(reward(frames, ["a"])[0], expected, atol=1e-5, rtol=0, check_dtype=False)
 
 
 def test_consistency_of_one_frame_is_refused(clip_folder):

@@ -177,6 +177,7 @@ def test_csv_and_tsv(read):
         ("prompt,n,n\na cat,1,2\n", "two columns are named 'n'"),
         ("prompt,Prompt\na cat,a dog\n", "the prompt may be in any of 'prompt', 'Prompt'"),
         ("prompt,n\n", "holds no prompt"),
+        ('""\n', "holds no prompt"),
         ("prompt\ra cat\ra dog", "its first row cannot be read .new-line character"),
         ("prompt,n\na c\0at,1\n", "line 2: holds a zero byte"),
         ("prompt,n\n" + "a" * 200_000 + ",1\n", "line 2: field larger than field limit"),
