@@ -118,7 +118,7 @@ def test_a_long_history_takes_disk_and_no_memory(tmp_path, request):
         history.append(**rows)
         history.draw(64, torch.Generator().manual_seed(history.size))
     assert resident_bytes() - memory < 8 * 2**20
-    assert (tmp_path / "rows.bin").stat().st_size == count * (8 + 8 + 4 + 4 * 256 + 2 * 768 + 4)
+    assert (tmp_path / "rows.bin").stat().st_size == count * (8 + 8 + 8 + 4 * 256 + 2 * 768 + 4)
     state = history.state()
     History(tmp_path, (4, 8, 8), (3, 16, 16), num_parts=1, device=torch.device("cpu")).load_state(state, tmp_path)
     assert resident_bytes() - memory < 64 * 2**20
