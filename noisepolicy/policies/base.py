@@ -12,7 +12,7 @@ import torch
 from noisepolicy.ops import gaussian_kl
 from noisepolicy.policies.critic import RewardCritic
 from noisepolicy.policies.loading import MAX_CANDIDATES, checked, fill, read_config
-from noisepolicy.policies.precision import Float32Module, without_autocast
+from noisepolicy.policies.precision import Float32Module, float32_by_default, without_autocast
 from noisepolicy.storage import file_within, read_tensors, write_json, write_tensors
 
 Std = Literal["power", "one", "learned"]
@@ -174,7 +174,8 @@ class NoisePolicy(Float32Module):
                 f"has {shape}: it must be a model of as many latent channels"
             )
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        embeds = encode_prompts(pipeline, prompts, max_sequence_length=max_sequence_length).prompt_embeds
+        with float32_by_default():  # text encoders of transformers 4 fail under another default dtype
+            embeds = encode_prompts(pipeline, prompts, max_sequence_length=max_sequence_length).prompt_embeds
         if tuple(embeds.shape[1:]) != self.prompt_shape:
             raise ValueError(
                 f"the policy was trained on prompt embeddings of shape {self.prompt_shape}, but this pipeline's text "

@@ -33,7 +33,8 @@ def plain_arithmetic() -> Iterator[None]:
 
 
 @contextmanager
-def _float32_by_default() -> Iterator[None]:
+def float32_by_default() -> Iterator[None]:
+    """Makes tensors in float32 unless told otherwise, and outside inference mode."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -55,7 +56,7 @@ class Float32Module(torch.nn.Module):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "__init__" in vars(cls):
-            cls.__init__ = _float32_by_default()(cls.__init__)
+            cls.__init__ = float32_by_default()(cls.__init__)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "Float32Module":
         # What `.half()`, `.to()`, `.cuda()` and the others do to every tensor, tried on an empty one.
