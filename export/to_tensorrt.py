@@ -200,7 +200,7 @@ def _check_shapes(shapes: Mapping[str, tuple[Shape, Shape, Shape]], inputs: Mapp
 
 
 def _timings_name(version: str) -> str:
-    """Of the file of the current GPU's timings; those of another GPU or release would be refused, or wrong."""
+    """Name of the timing cache of the current GPU. Timings of another GPU or release would be refused, or wrong."""
     gpu = re.sub(r"\W+", "-", torch.cuda.get_device_name())
     return f"timings-{gpu}-{capability()}-tensorrt-{version}.cache"
 

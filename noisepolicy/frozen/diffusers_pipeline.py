@@ -258,7 +258,7 @@ class FrozenDiffusersPipeline(PipelineComponents):
         )
 
     def _try(self, num_inference_steps: int, make: Callable[[], Any]) -> Any:
-        """What `make` makes of one image, the first at this step count.
+        """Call `make` for one image, the first at this step count, and return its result.
 
         Raises:
             ValueError: if it fails; one line.
@@ -273,7 +273,7 @@ class FrozenDiffusersPipeline(PipelineComponents):
         return made
 
     def _unless_out_of_memory(self, make: Callable[[], Any]) -> Any:
-        """What `make` makes, or None where memory ran out; by then what the attempt held is free."""
+        """Return what `make()` returns, or None if memory ran out; the memory that the attempt held is free by then."""
         try:
             return make()
         except torch.OutOfMemoryError:

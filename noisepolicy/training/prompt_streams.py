@@ -36,7 +36,7 @@ class Lines:
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._position = file, 0
         self.number = 0
-        """Of the last line, counted from 1."""
+        """Number of the last line, counted from 1."""
         file.seek(0)
         self.begin_record()
 

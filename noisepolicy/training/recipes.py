@@ -20,4 +20,4 @@ RECIPES: dict[str, dict[str, Any]] = {
         "kl_budget": math.inf, "kl_training_budget": math.inf, "kl_coef": 0.0,
     },
 }  # fmt: skip
-"""What settings left at None become, by algorithm: each algorithm's own best."""
+"""Values of the settings left at None, by algorithm: each algorithm's own best."""
