@@ -15,7 +15,10 @@ from noisepolicy.cli.bench import main
 def test_what_the_training_command_refuses_is_one_line_each(tmp_path):
     """Of the real commands: the first line is noisepolicy-train's, the second says which run it was."""
     command = [sys.executable, "-m", "noisepolicy.cli.bench", "training", "--seeds", "3", "--output-dir", str(tmp_path)]
-    done = subprocess.run([*command, "--", "--batch-size", "0"], capture_output=True, text=True, check=False)
+    # Not in the repository's folder, where -m finds the sources in place of the installed package.
+    done = subprocess.run(
+        [*command, "--", "--batch-size", "0"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1] == (

@@ -21,7 +21,7 @@ def run_folder(tmp_path_factory):
         "--batch-size", "32", "--critic-warmup", "32", "--critic-updates", "2", "--eval-steps", "1",
         "--eval-num-prompts", "4", "--eval-group-size", "2", "--eval-rewards", "brightness", "--license", "mit",
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=folder.parent, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "brightness" in done.stdout
     return folder
