@@ -21,13 +21,17 @@ class CMakeBuild(build_ext):
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
         configure = [
-            "cmake", "-S", str(ROOT), "-B", str(build),
+            "cmake",
+            "-S",
+            str(ROOT),
+            "-B",
+            str(build),
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output.parent}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             "-DPYBIND11_FINDPYTHON=ON",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DNOISEPOLICY_CUDA={os.environ.get('NOISEPOLICY_CUDA', 'auto')}",
-        ]  # fmt: skip
+        ]
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build), "--parallel"], check=True)
 

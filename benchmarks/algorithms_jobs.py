@@ -62,9 +62,16 @@ class World:
 
     def measure(self, policy: NoisePolicy | None, frozen: FrozenModel, prompts: list[str], steps: int) -> Results:
         return measure(
-            policy, frozen, self.task.reward, prompts, self.embeds[: len(prompts)], num_inference_steps=steps,
-            group_size=self.scale.group_size, guidance_scale=GUIDANCE_SCALE, seed=stream_seed(0, "evaluation"),
-        )  # fmt: skip
+            policy,
+            frozen,
+            self.task.reward,
+            prompts,
+            self.embeds[: len(prompts)],
+            num_inference_steps=steps,
+            group_size=self.scale.group_size,
+            guidance_scale=GUIDANCE_SCALE,
+            seed=stream_seed(0, "evaluation"),
+        )
 
 
 def make_world(task: Task, scale: Scale, device: torch.device) -> World:
@@ -81,10 +88,14 @@ def describe_base(world: World) -> list[dict[str, Any]]:
     for steps, results in world.base.items():
         rewards = results.values("reward")
         best_of = {n: expected_best_of(rewards, n) for n in _BEST_OF if n <= rewards.shape[1]}
-        rows.append({
-            "num_inference_steps": steps, **results.summary(), "best_of": best_of,
-            "ms_per_image": _time(None, world, steps),
-        })  # fmt: skip
+        rows.append(
+            {
+                "num_inference_steps": steps,
+                **results.summary(),
+                "best_of": best_of,
+                "ms_per_image": _time(None, world, steps),
+            }
+        )
     return rows
 
 
@@ -98,10 +109,17 @@ def run_job(method: Method, seed: int, world: World, folder: Path, config: Train
     Raises:
         ValueError: if it was made with other settings, or started from a method that has not run.
     """
-    settings = json.loads(json.dumps({
-        "method": dataclasses.asdict(method), "scale": dataclasses.asdict(world.scale),
-        "denoiser": config.denoiser, "denoiser_dtype": config.denoiser_dtype, "device": world.device.type,
-    }))  # fmt: skip
+    settings = json.loads(
+        json.dumps(
+            {
+                "method": dataclasses.asdict(method),
+                "scale": dataclasses.asdict(world.scale),
+                "denoiser": config.denoiser,
+                "denoiser_dtype": config.denoiser_dtype,
+                "device": world.device.type,
+            }
+        )
+    )
     run_folder = folder / f"{method.name}-seed{seed}"
     path, settings_path = folder / f"{method.name}-seed{seed}.json", run_folder / "settings.json"
     if settings_path.exists() and json.loads(settings_path.read_text("utf-8")) != settings:
@@ -111,8 +129,12 @@ def run_job(method: Method, seed: int, world: World, folder: Path, config: Train
     run_folder.mkdir(parents=True, exist_ok=True)
     write_json(settings_path, settings)
     runners: dict[str, Callable[..., Iterator[_Point]]] = {
-        "policy": _train, "find": _train, "ddpo": _train_ddpo, "cross_entropy": _search, "random_search": _search,
-    }  # fmt: skip
+        "policy": _train,
+        "find": _train,
+        "ddpo": _train_ddpo,
+        "cross_entropy": _search,
+        "random_search": _search,
+    }
     curve_path = run_folder / "curve.json"
     curve = json.loads(curve_path.read_text("utf-8")) if curve_path.exists() else []
     measured = curve[-1]["images"] if curve else 0
@@ -125,20 +147,27 @@ def run_job(method: Method, seed: int, world: World, folder: Path, config: Train
         policy, frozen = point.make()
         results = world.measure(policy, frozen, prompts, NUM_INFERENCE_STEPS)
         row = {
-            "images": point.images, "seconds": point.seconds, "base_reward": base_reward, **results.summary(),
-        }  # fmt: skip
+            "images": point.images,
+            "seconds": point.seconds,
+            "base_reward": base_reward,
+            **results.summary(),
+        }
         curve.append(row)
         write_json(curve_path, curve)
         print(f"{method.name:16s} seed {seed}  {point.images:6d} images  reward {row['reward']:.3f}", flush=True)
     policy, frozen = last.make()
     is_gaussian = policy is not None and method.kind != "random_search"
     result = {
-        "method": method.name, "seed": seed, "images": last.images, "seconds": last.seconds, "curve": curve,
+        "method": method.name,
+        "seed": seed,
+        "images": last.images,
+        "seconds": last.seconds,
+        "curve": curve,
         "sweep": _sweep(policy, frozen, world, prompts),
         "kl_to_prior": _kl(policy, world.embeds[: len(prompts)]) if is_gaussian else None,
         # A tuned model is as fast as the base model on the same engine.
         "ms_per_image": _time(policy, world, NUM_INFERENCE_STEPS),
-    }  # fmt: skip
+    }
     write_json(path, result)
     return result
 
@@ -158,9 +187,14 @@ def _due(curve: tuple[int, ...], before: int, now: int, end: int) -> bool:
     return any(before < point <= now for point in curve) or (before < end <= now)
 
 
-def _train(method: Method, seed: int, world: World, folder: Path, config: TrainConfig,
+def _train(
+    method: Method,
+    seed: int,
+    world: World,
+    folder: Path,
+    config: TrainConfig,
     measured: int,
-) -> Iterator[_Point]:  # fmt: skip
+) -> Iterator[_Point]:
     settings = dict(method.settings, seed=seed)
     if method.kind == "find":
         settings |= {"algorithm": "find", "output_dir": folder}
@@ -189,9 +223,10 @@ def _train(method: Method, seed: int, world: World, folder: Path, config: TrainC
 
     def point() -> _Point:
         return _Point(
-            trainer.images_trained // per_prompt, trainer.train_seconds / per_prompt,
+            trainer.images_trained // per_prompt,
+            trainer.train_seconds / per_prompt,
             lambda: (trainer.kept_policy(), task.frozen),
-        )  # fmt: skip
+        )
 
     if _due(curve, before, point().images, end) or trainer.iteration == trainer.config.num_iterations:
         before = point().images
@@ -202,9 +237,14 @@ def _train(method: Method, seed: int, world: World, folder: Path, config: TrainC
             yield point()
 
 
-def _train_ddpo(method: Method, seed: int, world: World, folder: Path, config: TrainConfig,
+def _train_ddpo(
+    method: Method,
+    seed: int,
+    world: World,
+    folder: Path,
+    config: TrainConfig,
     measured: int,
-) -> Iterator[_Point]:  # fmt: skip
+) -> Iterator[_Point]:
     from noisepolicy.benchmarks.baselines.ddpo import Ddpo
 
     ddpo = Ddpo(load_pipeline(model_folder()).to(world.device), world.task.reward, world.task.train_prompts, seed=seed)
@@ -228,9 +268,14 @@ def _train_ddpo(method: Method, seed: int, world: World, folder: Path, config: T
         seconds += time.perf_counter() - start
 
 
-def _search(method: Method, seed: int, world: World, folder: Path, config: TrainConfig,
+def _search(
+    method: Method,
+    seed: int,
+    world: World,
+    folder: Path,
+    config: TrainConfig,
     measured: int,
-) -> Iterator[_Point]:  # fmt: skip
+) -> Iterator[_Point]:
     from noisepolicy.benchmarks.baselines import cross_entropy, random_search
 
     prompts, frozen = world.prompts(method), world.task.frozen
@@ -240,9 +285,14 @@ def _search(method: Method, seed: int, world: World, folder: Path, config: Train
     table.to(world.device)
     module = {"cross_entropy": cross_entropy, "random_search": random_search}[method.kind]
     states = module.search(
-        frozen, world.task.reward, prompts, num_images=max(round(method.images * world.scale.share), 40),
-        num_inference_steps=NUM_INFERENCE_STEPS, guidance_scale=GUIDANCE_SCALE, seed=seed,
-    )  # fmt: skip
+        frozen,
+        world.task.reward,
+        prompts,
+        num_images=max(round(method.images * world.scale.share), 40),
+        num_inference_steps=NUM_INFERENCE_STEPS,
+        guidance_scale=GUIDANCE_SCALE,
+        seed=seed,
+    )
     seconds, start = 0.0, time.perf_counter()
     for state in states:
         seconds += time.perf_counter() - start
@@ -258,13 +308,18 @@ def _sweep(policy: NoisePolicy | None, frozen: FrozenModel, world: World, prompt
         ours = world.measure(policy, frozen, prompts, steps)
         base = world.base[steps].values("reward")[: len(prompts)]
         gain = ours.values("reward") - base
-        rows.append({
-            "num_inference_steps": steps, **ours.summary(), "base_reward": base.mean().item(),
-            "gain": gain.mean().item(), "gain_ci95": list(bootstrap_mean_ci95(gain)),
-            "diversity_kept": sum(ours.diversity) / sum(world.base[steps].diversity[: len(prompts)]),
-            "best_of": {n: expected_best_of(base, n) for n in _BEST_OF if n <= base.shape[1]},
-            "reward_by_prompt": ours.values("reward").mean(1).tolist(),
-        })  # fmt: skip
+        rows.append(
+            {
+                "num_inference_steps": steps,
+                **ours.summary(),
+                "base_reward": base.mean().item(),
+                "gain": gain.mean().item(),
+                "gain_ci95": list(bootstrap_mean_ci95(gain)),
+                "diversity_kept": sum(ours.diversity) / sum(world.base[steps].diversity[: len(prompts)]),
+                "best_of": {n: expected_best_of(base, n) for n in _BEST_OF if n <= base.shape[1]},
+                "reward_by_prompt": ours.values("reward").mean(1).tolist(),
+            }
+        )
     return rows
 
 

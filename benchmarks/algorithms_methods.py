@@ -38,11 +38,15 @@ METHODS = (
     Method("cross_entropy", "cross-entropy method", "cross_entropy", 400),
     Method("random_search", "random search", "random_search", 400),
     Method(
-        "video_default", "video, with critic (the default)", "policy", 6_000,
-        {"critic_learning_rate": 1e-3, "kl_budget": 45.0, "kl_training_budget": 100.0}, model="moving_shapes",
+        "video_default",
+        "video, with critic (the default)",
+        "policy",
+        6_000,
+        {"critic_learning_rate": 1e-3, "kl_budget": 45.0, "kl_training_budget": 100.0},
+        model="moving_shapes",
     ),
     Method("video_find", "video, FIND", "find", 400, model="moving_shapes"),
-)  # fmt: skip
+)
 
 ABLATIONS = (
     Method("recipe", "the default recipe", "policy", 12_000),

@@ -15,9 +15,19 @@ from noisepolicy.evaluation.figures import PLOT_STYLE, figure_svg
 from noisepolicy.storage import write_bytes, write_text
 
 _COLORS = (
-    "#2563eb", "#0891b2", "#7c3aed", "#d97706", "#dc2626", "#16a34a", "#84cc16", "#0f766e", "#db2777", "#78716c",
-    "#111827", "#facc15",
-)  # fmt: skip
+    "#2563eb",
+    "#0891b2",
+    "#7c3aed",
+    "#d97706",
+    "#dc2626",
+    "#16a34a",
+    "#84cc16",
+    "#0f766e",
+    "#db2777",
+    "#78716c",
+    "#111827",
+    "#facc15",
+)
 _BASE = "#6b7280"
 
 Rows = Sequence[Mapping[str, Any]]
@@ -95,9 +105,14 @@ def _draw_curves(axes: Axes, methods: Rows, base: Rows | None, against: str) -> 
             if (value := _best_of(row, n)) is not None:
                 axes.axhline(value, color=_BASE, linewidth=1, linestyle="--" if n == "2" else ":")
                 axes.annotate(
-                    f"best of {n}", (0.99, value), xycoords=("axes fraction", "data"), ha="right", va="bottom",
-                    fontsize=8, color=_BASE,
-                )  # fmt: skip
+                    f"best of {n}",
+                    (0.99, value),
+                    xycoords=("axes fraction", "data"),
+                    ha="right",
+                    va="bottom",
+                    fontsize=8,
+                    color=_BASE,
+                )
     is_per_prompt = any(method["is_per_prompt"] for method in methods)
     unit = "images of a caption" if is_per_prompt else "images generated"
     axes.set(xscale="log", xlabel=unit if against == "images" else "seconds of training", ylabel="reward at 2 steps")
@@ -137,9 +152,12 @@ def _exchange_figure(methods: Rows) -> Figure:
     for method in methods:
         rows = [_at(run["sweep"], NUM_INFERENCE_STEPS) for run in method["runs"]]
         axes.scatter(
-            [100 * row["diversity_kept"] for row in rows], [row["gain"] for row in rows],
-            color=_color(method["name"]), label=method["title"], s=24,
-        )  # fmt: skip
+            [100 * row["diversity_kept"] for row in rows],
+            [row["gain"] for row in rows],
+            color=_color(method["name"]),
+            label=method["title"],
+            s=24,
+        )
     axes.set(xlabel="variety kept, % of the base model's", ylabel="gain in reward at 2 steps")
     axes.legend(fontsize=8)
     return figure

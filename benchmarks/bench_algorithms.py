@@ -31,9 +31,17 @@ GAIN = 0.10
 
 
 def run(
-    output: Path, *, seeds: Sequence[int], methods: Sequence[str] | None, is_quick: bool, denoiser: str,
-    denoiser_dtype: str | None, is_ablation: bool = False, device: torch.device | str = "cpu", workers: int = 1,
-) -> dict[str, Any]:  # fmt: skip
+    output: Path,
+    *,
+    seeds: Sequence[int],
+    methods: Sequence[str] | None,
+    is_quick: bool,
+    denoiser: str,
+    denoiser_dtype: str | None,
+    is_ablation: bool = False,
+    device: torch.device | str = "cpu",
+    workers: int = 1,
+) -> dict[str, Any]:
     """Runs every job that is not done, prints the table, returns the result.
 
     Args:
@@ -65,10 +73,14 @@ def run(
         _run_side_by_side(chosen, seeds, jobs, settings, workers)
     worlds = _make_worlds(*settings)
     result: dict[str, Any] = {
-        "quick": is_quick, "seeds": list(seeds), "denoiser": denoiser, "denoiser_dtype": denoiser_dtype,
-        "workers": workers, "base": {model: describe_base(world) for model, (_, world) in worlds.items()},
+        "quick": is_quick,
+        "seeds": list(seeds),
+        "denoiser": denoiser,
+        "denoiser_dtype": denoiser_dtype,
+        "workers": workers,
+        "base": {model: describe_base(world) for model, (_, world) in worlds.items()},
         "methods": [],
-    }  # fmt: skip
+    }
     for method in chosen:
         config, world = worlds[method.model]
         result["methods"].append(_summarise(method, [run_job(method, seed, world, jobs, config) for seed in seeds]))
@@ -157,11 +169,17 @@ def _summarise(method: Method, runs: Sequence[dict[str, Any]]) -> dict[str, Any]
         run["two"] = {**row, "percent_kept": 100 * row["diversity_kept"]}
         run["images_to_gain"] = images_to_gain(run["curve"])
     return {
-        "name": method.name, "title": method.title, "kind": method.kind, "model": method.model,
-        "is_per_prompt": method.is_per_prompt, "starts_from": method.starts_from, "runs": list(runs),
+        "name": method.name,
+        "title": method.title,
+        "kind": method.kind,
+        "model": method.model,
+        "is_per_prompt": method.is_per_prompt,
+        "starts_from": method.starts_from,
+        "runs": list(runs),
         "columns": columns,
-        "lowest": min(row["gain_ci95"][0] for row in trained), "highest": max(row["gain_ci95"][1] for row in trained),
-    }  # fmt: skip
+        "lowest": min(row["gain_ci95"][0] for row in trained),
+        "highest": max(row["gain_ci95"][1] for row in trained),
+    }
 
 
 def _print(result: dict[str, Any]) -> None:

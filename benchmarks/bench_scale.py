@@ -33,8 +33,9 @@ def run(process_counts: Sequence[int], num_iterations: int) -> dict[str, Any]:
         print(
             f"{count:9d} | {row['rollout_images_per_s']:17.1f}, {row['rollout_speedup']:10.2f}x "
             f"| {row['iteration_images_per_s']:19.1f}, {row['iteration_speedup']:10.2f}x "
-            f"| {row['bytes_per_iteration']:,.0f}", flush=True,
-        )  # fmt: skip
+            f"| {row['bytes_per_iteration']:,.0f}",
+            flush=True,
+        )
     print(
         f"a checkpoint takes {rows[0]['save_s']:.3f} s, {rows[0]['save_share']:.2%} of the ten iterations before it; "
         f"resuming takes {rows[0]['resume_s']:.2f} s beyond loading the model"
@@ -51,9 +52,17 @@ def _measure(num_processes: int, num_iterations: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes),
-            "-m", "noisepolicy.benchmarks.scale_worker", str(result), str(num_iterations),
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(num_processes),
+            "-m",
+            "noisepolicy.benchmarks.scale_worker",
+            str(result),
+            str(num_iterations),
+        ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
         if done.returncode:

@@ -23,9 +23,19 @@ from typing import Any
 from noisepolicy.cli.threads import own_groups
 
 _FLAGS = [
-    "--num-iterations", "2", "--batch-size", "32", "--critic-warmup", "32", "--critic-updates", "6",
-    "--eval-num-prompts", "0", "--device", "cpu",
-]  # fmt: skip
+    "--num-iterations",
+    "2",
+    "--batch-size",
+    "32",
+    "--critic-warmup",
+    "32",
+    "--critic-updates",
+    "6",
+    "--eval-num-prompts",
+    "0",
+    "--device",
+    "cpu",
+]
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 

@@ -105,24 +105,40 @@ def make_case(op: str, batch: int, dim: int, dtype: torch.dtype, device: torch.d
         basis = dct_basis(BANDS, height, device), dct_basis(BANDS, width, device)
         num_bytes = 4 * batch * dim + (4 + 2 * item) * inputs[0].numel()
         return Case(
-            op, batch, dim, dtype, (*inputs, *basis), eager_spectral_sample,
-            lambda backend: ops.spectral_sample(*inputs, **arguments, backend=backend), num_bytes,
-        )  # fmt: skip
+            op,
+            batch,
+            dim,
+            dtype,
+            (*inputs, *basis),
+            eager_spectral_sample,
+            lambda backend: ops.spectral_sample(*inputs, **arguments, backend=backend),
+            num_bytes,
+        )
     mean, log_std = policy(batch, dim)
     if op == "gaussian_sample":
         return Case(
-            op, batch, dim, dtype, (mean, log_std), eager_gaussian_sample,
+            op,
+            batch,
+            dim,
+            dtype,
+            (mean, log_std),
+            eager_gaussian_sample,
             lambda backend: ops.gaussian_sample(mean, log_std, seed=_SEED, backend=backend),
             (4 + 2 * item) * batch * dim,
-        )  # fmt: skip
+        )
     latents, old_log_prob = ops.gaussian_sample(mean, log_std, seed=_SEED)
     mean = (mean.float() + 0.01 * dim**-0.5 * draw(batch, dim).to(device)).to(dtype)
     if op == "gaussian_log_prob":
         return Case(
-            op, batch, dim, dtype, (latents, mean, log_std), eager_gaussian_log_prob,
+            op,
+            batch,
+            dim,
+            dtype,
+            (latents, mean, log_std),
+            eager_gaussian_log_prob,
             lambda backend: (ops.gaussian_log_prob(latents, mean, log_std, backend=backend),),
             (4 + 2 * item) * batch * dim,
-        )  # fmt: skip
+        )
     inputs = latents, mean.requires_grad_(), log_std.requires_grad_(), old_log_prob, draw(batch).to(device)
 
     def loss(backend: str) -> tuple[torch.Tensor, ...]:
@@ -176,9 +192,12 @@ def eager_gaussian_log_prob(latents: torch.Tensor, mean: torch.Tensor, log_std: 
 
 
 def eager_ppo_clip_loss(
-    latents: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor, old_log_prob: torch.Tensor,
+    latents: torch.Tensor,
+    mean: torch.Tensor,
+    log_std: torch.Tensor,
+    old_log_prob: torch.Tensor,
     advantages: torch.Tensor,
-) -> tuple[torch.Tensor]:  # fmt: skip
+) -> tuple[torch.Tensor]:
     (log_prob,) = eager_gaussian_log_prob(latents, mean, log_std)
     ratio = (log_prob - old_log_prob).exp()
     clipped = ratio.clamp(1 - CLIP_RANGE, 1 + CLIP_RANGE)

@@ -77,10 +77,17 @@ def thread_scaling(op_names: Sequence[str], dims: Sequence[int]) -> list[dict[st
                 timing = measure({op: lambda case=case: case.call("cpp")}, case.device, seconds=0.1)[op]
                 medians[num_threads].append(timing.median_us)
             one, two = (statistics.median(values) for values in medians.values())
-            rows.append({
-                "op": op, "backend": "cpp", "batch": _BATCH, "dim": dim, "one_thread_us": one, "two_threads_us": two,
-                "speedup": one / two,
-            })  # fmt: skip
+            rows.append(
+                {
+                    "op": op,
+                    "backend": "cpp",
+                    "batch": _BATCH,
+                    "dim": dim,
+                    "one_thread_us": one,
+                    "two_threads_us": two,
+                    "speedup": one / two,
+                }
+            )
     torch.set_num_threads(threads_before)
     return rows
 

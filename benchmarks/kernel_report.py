@@ -12,9 +12,14 @@ from noisepolicy.evaluation.figures import PLOT_STYLE, figure_svg
 from noisepolicy.storage import write_text
 
 _COLORS = {
-    "cpp": "#2563eb", "cuda": "#2563eb", "triton": "#16a34a", "torch": "#9ca3af", "eager": "#dc2626",
-    "compile": "#d97706", "randn": "#7c3aed",
-}  # fmt: skip
+    "cpp": "#2563eb",
+    "cuda": "#2563eb",
+    "triton": "#16a34a",
+    "torch": "#9ca3af",
+    "eager": "#dc2626",
+    "compile": "#d97706",
+    "randn": "#7c3aed",
+}
 _LABELS = {
     "torch": "torch (the reference)",
     "eager": "eager PyTorch",
@@ -53,10 +58,16 @@ def _cards(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         ours = [row for row in rows if row["op"] == op and row["backend"] == backend]
         speedups = [row["speedup"]["eager"] for row in ours]
         dims = [row["dim"] for row in ours]
-        cards.append({
-            "op": op, "backend": backend, "lowest": min(speedups), "highest": max(speedups), "first_dim": min(dims),
-            "last_dim": max(dims),
-        })  # fmt: skip
+        cards.append(
+            {
+                "op": op,
+                "backend": backend,
+                "lowest": min(speedups),
+                "highest": max(speedups),
+                "first_dim": min(dims),
+                "last_dim": max(dims),
+            }
+        )
     return cards
 
 
@@ -75,9 +86,13 @@ def time_plot(rows: Sequence[dict[str, Any]]) -> str:
             for name, points in _curves([row for row in rows if row["op"] == op]).items():
                 is_baseline = name in ("eager", "compile", "randn")
                 (handles[name],) = axes.plot(
-                    *zip(*sorted(points), strict=True), color=_COLORS[name], marker="o", markersize=4,
-                    linewidth=1.6 if is_baseline else 2.4, linestyle="--" if is_baseline else "-",
-                )  # fmt: skip
+                    *zip(*sorted(points), strict=True),
+                    color=_COLORS[name],
+                    marker="o",
+                    markersize=4,
+                    linewidth=1.6 if is_baseline else 2.4,
+                    linestyle="--" if is_baseline else "-",
+                )
             dims = sorted({row["dim"] for row in rows})
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")

@@ -35,9 +35,11 @@ root mean square."""
 _TF32_SLACK = 5
 """Times these tolerances for float32 on a GPU, where convolutions multiply in TensorFloat-32."""
 _PROMPTS = (
-    "a red circle on a white table", "a lighthouse above the sea at dusk", "an old bicycle against a brick wall",
+    "a red circle on a white table",
+    "a lighthouse above the sea at dusk",
+    "an old bicycle against a brick wall",
     "a bowl of oranges by a window",
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -108,9 +110,12 @@ class DiffusersBaseline:
                 conditions[name] = row.repeat(len(latents), *[1] * (row.ndim - 1))
         with quiet():
             output = self._pipeline(
-                **self._arguments, **conditions, latents=pack_latents(self._pipeline, latents),
-                num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
-            )  # fmt: skip
+                **self._arguments,
+                **conditions,
+                latents=pack_latents(self._pipeline, latents),
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+            )
         return (output.frames if self._is_video else output.images).float().clamp(0, 1)
 
     def denoiser_call(self, latents: torch.Tensor, embeds: PromptEmbeds) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -15,15 +15,25 @@ from noisepolicy.evaluation.figures import PLOT_STYLE, figure_svg
 from noisepolicy.storage import write_text
 
 _COLORS = {
-    "eager": "#6b7280", "compile": "#d97706", "onnx": "#2563eb", "openvino": "#16a34a", "tensorrt": "#7c3aed",
+    "eager": "#6b7280",
+    "compile": "#d97706",
+    "onnx": "#2563eb",
+    "openvino": "#16a34a",
+    "tensorrt": "#7c3aed",
     "tensorrt-rtx": "#db2777",
-}  # fmt: skip
+}
 _OTHER_COLOR, _BASELINE_COLOR = "#0891b2", "#dc2626"
 _DTYPE_STYLES = {"float32": "-", "float16": "--", "bfloat16": ":"}
 _PART_COLORS = {
-    "text_encoding": "#a78bfa", "policy": "#16a34a", "denoiser": "#2563eb", "scheduler": "#f59e0b", "vae": "#7dd3fc",
-    "reward": "#d1d5db", "frozen_model": "#2563eb", "other": "#f59e0b",
-}  # fmt: skip
+    "text_encoding": "#a78bfa",
+    "policy": "#16a34a",
+    "denoiser": "#2563eb",
+    "scheduler": "#f59e0b",
+    "vae": "#7dd3fc",
+    "reward": "#d1d5db",
+    "frozen_model": "#2563eb",
+    "other": "#f59e0b",
+}
 _HEADLINE_STEPS = 2
 _BAR = 0.8
 
@@ -53,27 +63,33 @@ def headline_cards(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     cards = []
     for batch in _outer(row["batch"] for row in result["denoiser"]):
         best = _fastest([row for row in result["denoiser"] if row["batch"] == batch])
-        cards.append({
-            "speedup": best["speedup_over_eager"],
-            "text": f"the denoiser at batch {batch} on {engine_name(best)}, against diffusers' eager one",
-        })  # fmt: skip
+        cards.append(
+            {
+                "speedup": best["speedup_over_eager"],
+                "text": f"the denoiser at batch {batch} on {engine_name(best)}, against diffusers' eager one",
+            }
+        )
     if result["rollout"]:
         steps = _headline_steps(result["rollout"])
         for batch in _outer(row["batch"] for row in result["rollout"]):
             rows = [row for row in result["rollout"] if (row["batch"], row["num_inference_steps"]) == (batch, steps)]
             best = _fastest(rows)
-            cards.append({
-                "speedup": best["speedup_over_diffusers"],
-                "text": f"{_count(batch, 'image')} at {_count(steps, 'step')} on {engine_name(best)}, embeddings to "
-                "images, against diffusers' own call",
-            })  # fmt: skip
+            cards.append(
+                {
+                    "speedup": best["speedup_over_diffusers"],
+                    "text": f"{_count(batch, 'image')} at {_count(steps, 'step')} on {engine_name(best)}, "
+                    "embeddings to images, against diffusers' own call",
+                }
+            )
     trained = [row for row in result["training"] if row["speedup_over_eager"] is not None]
     if trained:
         best = min(trained, key=lambda row: row["iteration_ms"])
-        cards.append({
-            "speedup": best["speedup_over_eager"],
-            "text": f"an iteration of training on {engine_name(best)}, against the eager path",
-        })  # fmt: skip
+        cards.append(
+            {
+                "speedup": best["speedup_over_eager"],
+                "text": f"an iteration of training on {engine_name(best)}, against the eager path",
+            }
+        )
     return cards
 
 
@@ -135,18 +151,26 @@ def _draw_rollouts(axes: Any, rows: Rows) -> None:
         for part in SPLIT:
             height = row["split_ms"][part] or 0.0
             axes.bar(
-                left, height, 0.9 * width, bottom=bottom, color=_PART_COLORS[part], label=part.replace("_", " "),
+                left,
+                height,
+                0.9 * width,
+                bottom=bottom,
+                color=_PART_COLORS[part],
+                label=part.replace("_", " "),
                 linewidth=0,
-            )  # fmt: skip
+            )
             bottom += height
     for place, count in enumerate(steps):
         row = next(row for row in rows if row["num_inference_steps"] == count)
         around = sum(row["split_ms"][part] or 0.0 for part in ("text_encoding", "policy", "reward"))
         level = row["diffusers_ms"] + around
         axes.plot(
-            [place - _BAR / 2, place + _BAR / 2], [level, level], color=_BASELINE_COLOR, linestyle="-.",
+            [place - _BAR / 2, place + _BAR / 2],
+            [level, level],
+            color=_BASELINE_COLOR,
+            linestyle="-.",
             label="with diffusers' own call",
-        )  # fmt: skip
+        )
     axes.set_xticks(list(ticks), list(ticks.values()), rotation=90, fontsize=8)
     axes.tick_params(axis="x", length=0)
     axes.grid(axis="x", visible=False)

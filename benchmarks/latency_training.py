@@ -51,11 +51,16 @@ def time_training(engines: Sequence[Engine], spec: ModelSpec) -> list[dict[str, 
         split = {
             name: 1e3 * statistics.median(after[name] - before[name] for before, after in pairs) for name in pairs[0][0]
         }
-        rows.append({
-            "backend": engine.backend, "dtype": engine.dtype, "images": config.batch_size,
-            "num_inference_steps": config.num_inference_steps[0], "iteration_ms": sum(split.values()),
-            "split_ms": split,
-        })  # fmt: skip
+        rows.append(
+            {
+                "backend": engine.backend,
+                "dtype": engine.dtype,
+                "images": config.batch_size,
+                "num_inference_steps": config.num_inference_steps[0],
+                "iteration_ms": sum(split.values()),
+                "split_ms": split,
+            }
+        )
     eager_ms = next((row["iteration_ms"] for row in rows if row["backend"] == "eager"), None)
     for row in rows:
         row["images_per_s"] = 1e3 * row["images"] / row["iteration_ms"]

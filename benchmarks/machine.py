@@ -14,9 +14,21 @@ import torch
 from noisepolicy.ops import available_backends
 
 _PACKAGES = (
-    "torch", "diffusers", "transformers", "triton", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt",
-    "tensorrt-cu12", "tensorrt-cu13", "tensorrt-rtx", "tensorrt-rtx-cu12", "tensorrt-rtx-cu13",
-)  # fmt: skip
+    "torch",
+    "diffusers",
+    "transformers",
+    "triton",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "openvino",
+    "tensorrt",
+    "tensorrt-cu12",
+    "tensorrt-cu13",
+    "tensorrt-rtx",
+    "tensorrt-rtx-cu12",
+    "tensorrt-rtx-cu13",
+)
 SAME_MACHINE = ("processor", "instruction_set", "cores", "threads", "gpu")
 """The keys that two runs must share for their times to be comparable."""
 

@@ -52,16 +52,20 @@ def main(result: Path, num_iterations: int) -> None:
     overlap = _overlap(config, task, result.parent, accelerator) if accelerator.num_processes == 1 else None
     if accelerator.is_main_process:
         images = trainer.config.batch_size
-        write_json(result, {
-            "images": images,
-            "rollout_images_per_s": images / statistics.median(rollout_s),
-            "iteration_images_per_s": images / statistics.median(iteration_s),
-            "bytes_per_iteration": gathered / num_iterations,
-            "save_s": statistics.median(save_s),
-            "save_share": statistics.median(save_s) / (TrainConfig.checkpoint_every * statistics.median(iteration_s)),
-            "resume_s": resume_s,
-            "overlap": overlap,
-        })  # fmt: skip
+        write_json(
+            result,
+            {
+                "images": images,
+                "rollout_images_per_s": images / statistics.median(rollout_s),
+                "iteration_images_per_s": images / statistics.median(iteration_s),
+                "bytes_per_iteration": gathered / num_iterations,
+                "save_s": statistics.median(save_s),
+                "save_share": statistics.median(save_s)
+                / (TrainConfig.checkpoint_every * statistics.median(iteration_s)),
+                "resume_s": resume_s,
+                "overlap": overlap,
+            },
+        )
     if dist.is_initialized():
         dist.destroy_process_group()
 

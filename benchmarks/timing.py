@@ -29,9 +29,14 @@ class Timing(NamedTuple):
 
 
 def measure(
-    callables: Mapping[str, Callable[[], Any]], device: torch.device, *, seconds: float = 0.2,
-    calls_per_sample: int = 1, use_graphs: bool = True, known_costs: Mapping[str, float] | None = None,
-) -> dict[str, Timing]:  # fmt: skip
+    callables: Mapping[str, Callable[[], Any]],
+    device: torch.device,
+    *,
+    seconds: float = 0.2,
+    calls_per_sample: int = 1,
+    use_graphs: bool = True,
+    known_costs: Mapping[str, float] | None = None,
+) -> dict[str, Timing]:
     """Times each of `callables`, which run on `device`.
 
     Args:

@@ -51,9 +51,7 @@ class Exported:
         ):
             scaled = sample * np.float32(scale)
             rows = np.concatenate([scaled, scaled]) if is_guided else scaled
-            prediction = self._run(
-                "denoiser", sample=rows, timestep=np.array(timestep), encoder_hidden_states=embeds
-            )  # fmt: skip
+            prediction = self._run("denoiser", sample=rows, timestep=np.array(timestep), encoder_hidden_states=embeds)
             if is_guided:
                 away, toward = np.split(prediction, 2)
                 prediction = away + np.float32(guidance) * (toward - away)

@@ -144,12 +144,16 @@ def exported_onnx(part: Part, sha256: str, dtype: torch.dtype, *, renew: bool = 
 
 def _made_of(part: Part, sha256: str, dtype: torch.dtype) -> dict[str, Any]:
     return {
-        "part": part.name, "weights": sha256, "function": function_sha256(part.module), "dtype": str(dtype),
-        "opset": [OPSET, OPSET_BFLOAT16], "axes": part.axes,
+        "part": part.name,
+        "weights": sha256,
+        "function": function_sha256(part.module),
+        "dtype": str(dtype),
+        "opset": [OPSET, OPSET_BFLOAT16],
+        "axes": part.axes,
         "inputs": {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in part.inputs.items()},
         "config": {name: repr(value) for name, value in part.config.items() if not name.startswith("_")},
         "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
-    }  # fmt: skip
+    }
 
 
 def _missing(modules: tuple[str, ...], extra: str) -> str | None:
@@ -262,17 +266,24 @@ def _tensorrt_engine(
     """The part's engine for a GPU of this machine, built if it is not in the cache."""
     profile = part.profile((1, max_rows, max_rows))
     made_of = {
-        "onnx": onnx.folder.name, "flavor": flavor, "version": load_tensorrt(flavor).__version__,
-        "gpu": torch.cuda.get_device_name(device), "profile": profile,
-    }  # fmt: skip
+        "onnx": onnx.folder.name,
+        "flavor": flavor,
+        "version": load_tensorrt(flavor).__version__,
+        "gpu": torch.cuda.get_device_name(device),
+        "profile": profile,
+    }
 
     def build(folder: Path) -> None:
         from noisepolicy.export.to_tensorrt import build_engine  # needs the package onnx
 
         build_engine(
-            onnx.folder / "model.onnx", folder / "model.engine", flavor=flavor, shapes=profile, device=device,
+            onnx.folder / "model.onnx",
+            folder / "model.engine",
+            flavor=flavor,
+            shapes=profile,
+            device=device,
             timings_folder=cache_folder(),
-        )  # fmt: skip
+        )
 
     entry = cached(f"{part.name}-{flavor}", made_of, build, renew=renew)
     return Entry(entry.folder, is_new=entry.is_new and onnx.is_new)

@@ -24,20 +24,24 @@ from noisepolicy.policies import NoisePolicy
 Axes = tuple[str | None, ...]
 Shape = tuple[int, ...]
 
-_UNET: Mapping[str, Axes] = MappingProxyType({
-    "sample": ("batch", None, "height", "width"),
-    "timestep": (),
-    "encoder_hidden_states": ("batch", None, None),
-    "text_embeds": ("batch", None),
-    "time_ids": ("batch", None),
-})  # fmt: skip
-_IMAGE_TRANSFORMER: Mapping[str, Axes] = MappingProxyType({
-    "hidden_states": ("batch", None, "height", "width"),
-    "timestep": ("batch",),
-    "encoder_hidden_states": ("batch", None, None),
-    "encoder_attention_mask": ("batch", None),
-    "pooled_projections": ("batch", None),
-})  # fmt: skip
+_UNET: Mapping[str, Axes] = MappingProxyType(
+    {
+        "sample": ("batch", None, "height", "width"),
+        "timestep": (),
+        "encoder_hidden_states": ("batch", None, None),
+        "text_embeds": ("batch", None),
+        "time_ids": ("batch", None),
+    }
+)
+_IMAGE_TRANSFORMER: Mapping[str, Axes] = MappingProxyType(
+    {
+        "hidden_states": ("batch", None, "height", "width"),
+        "timestep": ("batch",),
+        "encoder_hidden_states": ("batch", None, None),
+        "encoder_attention_mask": ("batch", None),
+        "pooled_projections": ("batch", None),
+    }
+)
 
 DENOISERS: dict[str, Mapping[str, Axes]] = {
     "UNet2DConditionModel": _UNET,

@@ -52,9 +52,15 @@ def export_onnx(part: Part, path: Path, *, dtype: torch.dtype | None = None) -> 
         try:
             with torch.no_grad(), prepared_for_export(module):
                 program = torch.onnx.export(
-                    module, tuple(inputs.values()), dynamo=True, opset_version=opset, verbose=False,
-                    input_names=list(inputs), output_names=[part.output_name], dynamic_shapes=(shapes,),
-                )  # fmt: skip
+                    module,
+                    tuple(inputs.values()),
+                    dynamo=True,
+                    opset_version=opset,
+                    verbose=False,
+                    input_names=list(inputs),
+                    output_names=[part.output_name],
+                    dynamic_shapes=(shapes,),
+                )
         except Exception as error:  # the exporter's errors share no narrower base
             reason = first_line(error.__cause__ or error)
             raise RuntimeError(f"PyTorch cannot export {part.name} to ONNX: {reason}") from error

@@ -63,9 +63,16 @@ class CrossEntropyConfig:
 
 
 def search(
-    frozen: FrozenModel, reward: Reward, prompts: Sequence[str], *, num_images: int, num_inference_steps: int,
-    guidance_scale: float, seed: int, config: CrossEntropyConfig | None = None,
-) -> Iterator[SearchState]:  # fmt: skip
+    frozen: FrozenModel,
+    reward: Reward,
+    prompts: Sequence[str],
+    *,
+    num_images: int,
+    num_inference_steps: int,
+    guidance_scale: float,
+    seed: int,
+    config: CrossEntropyConfig | None = None,
+) -> Iterator[SearchState]:
     """Yields after each generation. Other prompts, a larger budget or other batches change nothing of a prompt's noise.
 
     Args:
@@ -83,9 +90,14 @@ def search(
     for done in range(0, num_images - config.population_size + 1, config.population_size):
         latents = draw_population(mean, std.log(), config.population_size, seed=seed, first_image=done)
         rewards = score_population(
-            frozen, reward, prompts, embeds, latents,
-            num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
-        )  # fmt: skip
+            frozen,
+            reward,
+            prompts,
+            embeds,
+            latents,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+        )
         order = rewards.argsort(dim=1, descending=True, stable=True)[:, : config.num_elites]
         elite = latents[torch.arange(len(prompts), device=order.device)[:, None], order]
         mean = torch.lerp(mean, elite.mean(1), config.smoothing)
@@ -118,18 +130,26 @@ def draw_population(
     return torch.stack(
         [
             gaussian_sample(
-                mean[prompt].expand(size), log_std[prompt].expand(size), seed=key,
+                mean[prompt].expand(size),
+                log_std[prompt].expand(size),
+                seed=key,
                 offset=(prompt * MAX_IMAGES + first_image) * num_counters(latent_shape),
             )[0]
             for prompt in range(len(mean))
         ]
-    )  # fmt: skip
+    )
 
 
 def score_population(
-    frozen: FrozenModel, reward: Reward, prompts: Sequence[str], embeds: PromptEmbeds, latents: torch.Tensor, *,
-    num_inference_steps: int, guidance_scale: float,
-) -> torch.Tensor:  # fmt: skip
+    frozen: FrozenModel,
+    reward: Reward,
+    prompts: Sequence[str],
+    embeds: PromptEmbeds,
+    latents: torch.Tensor,
+    *,
+    num_inference_steps: int,
+    guidance_scale: float,
+) -> torch.Tensor:
     """Rewards of the images that start from `latents`, float32 `(prompts, population)`.
 
     Args:

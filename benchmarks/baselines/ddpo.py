@@ -108,9 +108,14 @@ class Ddpo:
     """
 
     def __init__(
-        self, model: StableDiffusionPipeline | str | Path, reward: Reward, train_prompts: Sequence[str], *, seed: int,
+        self,
+        model: StableDiffusionPipeline | str | Path,
+        reward: Reward,
+        train_prompts: Sequence[str],
+        *,
+        seed: int,
         config: DdpoConfig | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         pipeline = load_pipeline(model) if isinstance(model, str | Path) else model
         for part, kind in ((pipeline, StableDiffusionPipeline), (pipeline.scheduler, DDIMScheduler)):
             if type(part) is not kind:
@@ -235,9 +240,13 @@ class Ddpo:
                 for index in steps:
                     mean = self.step_mean(trajectories.latents[index, rows], index, trajectories.prompt_row[rows])
                     loss, stats = ppo_clip_loss(
-                        trajectories.latents[index + 1, rows], mean, self._log_std(index),
-                        trajectories.old_log_prob[index, rows], advantages[rows], clip_range=config.clip_range,
-                    )  # fmt: skip
+                        trajectories.latents[index + 1, rows],
+                        mean,
+                        self._log_std(index),
+                        trajectories.old_log_prob[index, rows],
+                        advantages[rows],
+                        clip_range=config.clip_range,
+                    )
                     (loss / len(steps)).backward()
                     totals += torch.stack([stats.clip_fraction, stats.approx_kl])
                 torch.nn.utils.clip_grad_norm_(weights, config.max_grad_norm)
@@ -247,9 +256,13 @@ class Ddpo:
 
     def _step(self, prediction: torch.Tensor, latents: torch.Tensor, index: int, *, noise: float) -> torch.Tensor:
         return self._scheduler.step(
-            prediction, self._scheduler.timesteps[index], latents, eta=self.config.eta,
-            variance_noise=torch.full_like(latents, noise), return_dict=False,
-        )[0]  # fmt: skip
+            prediction,
+            self._scheduler.timesteps[index],
+            latents,
+            eta=self.config.eta,
+            variance_noise=torch.full_like(latents, noise),
+            return_dict=False,
+        )[0]
 
     def _log_std(self, index: int) -> torch.Tensor:
         return torch.tensor(self.stds[index], device=self._device).log()

@@ -19,9 +19,16 @@ from noisepolicy.rewards import Reward
 
 
 def search(
-    frozen: FrozenModel, reward: Reward, prompts: Sequence[str], *, num_images: int, num_inference_steps: int,
-    guidance_scale: float, seed: int, images_per_state: int = 40,
-) -> Iterator[SearchState]:  # fmt: skip
+    frozen: FrozenModel,
+    reward: Reward,
+    prompts: Sequence[str],
+    *,
+    num_images: int,
+    num_inference_steps: int,
+    guidance_scale: float,
+    seed: int,
+    images_per_state: int = 40,
+) -> Iterator[SearchState]:
     """Yields after every `images_per_state` images of each prompt: `mean` the best latents so far, `log_std` -inf.
 
     Raises:
@@ -35,9 +42,14 @@ def search(
     for done in range(0, num_images - images_per_state + 1, images_per_state):
         latents = draw_population(prior, prior, images_per_state, seed=seed, first_image=done)
         rewards = score_population(
-            frozen, reward, prompts, embeds, latents,
-            num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
-        )  # fmt: skip
+            frozen,
+            reward,
+            prompts,
+            embeds,
+            latents,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+        )
         reward_here, index = rewards.max(dim=1)
         is_better = (reward_here > best_reward).reshape(-1, *[1] * (prior.ndim - 1))
         best_latents = torch.where(

@@ -105,10 +105,8 @@ def _run_latency(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
         raise ValueError(f"--compare {arguments.compare} has no row that was measured here")
     for warning in comparison.warnings:
         print(f"noisepolicy-bench: warning: {warning}", file=sys.stderr)
-    print("\n".join([
-        *comparison.regressions,
-        f"{len(comparison.regressions)} of {comparison.num_compared} figures are slower than in {arguments.compare}",
-    ]))  # fmt: skip
+    count = f"{len(comparison.regressions)} of {comparison.num_compared}"
+    print(*comparison.regressions, f"{count} figures are slower than in {arguments.compare}", sep="\n")
     result["regressions"] = comparison.regressions
     return result, 1 if comparison.regressions else 0
 
@@ -122,11 +120,16 @@ def _run_algorithms(arguments: argparse.Namespace) -> dict[str, Any]:
 
     device = make_accelerator(arguments.device).device
     result = bench_algorithms.run(
-        arguments.output, seeds=arguments.seeds[:1] if arguments.quick else arguments.seeds,
-        methods=arguments.methods, is_quick=arguments.quick, denoiser=arguments.denoiser,
-        denoiser_dtype=arguments.denoiser_dtype, is_ablation=arguments.ablations, device=device,
+        arguments.output,
+        seeds=arguments.seeds[:1] if arguments.quick else arguments.seeds,
+        methods=arguments.methods,
+        is_quick=arguments.quick,
+        denoiser=arguments.denoiser,
+        denoiser_dtype=arguments.denoiser_dtype,
+        is_ablation=arguments.ablations,
+        device=device,
         workers=arguments.workers,
-    )  # fmt: skip
+    )
     result = {"machine": describe_machine(device), **result}
     numbers = arguments.output / ("ablations.json" if arguments.ablations else "algorithms.json")
     write_json(numbers, result)

@@ -19,9 +19,10 @@ class _Parser(argparse.ArgumentParser):
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """`command` is None where only the backends are asked for. Exits with 2 on what it cannot read."""
     parser = _Parser(
-        prog="noisepolicy-bench", description="Measures, prints a table, and ends with one line of JSON.",
+        prog="noisepolicy-bench",
+        description="Measures, prints a table, and ends with one line of JSON.",
         epilog="Without a command it is latency, whose flags noisepolicy-bench latency --help lists.",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--list-backends", action="store_true", help="which op backends and denoiser engines run here, and why not"
     )
@@ -43,9 +44,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     sharing.add_argument("--situations", nargs="+", choices=SITUATIONS, default=list(SITUATIONS), help="default: all")
     sharing.add_argument(
-        "--spin-counts", type=int, nargs="+", default=[], metavar="N",
+        "--spin-counts",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="N",
         help="values of GOMP_SPINCOUNT to measure beside the command's own; OpenMP's default is 300000",
-    )  # fmt: skip
+    )
     sharing.add_argument("--repetitions", type=int, default=3, help="runs of each, whose median is printed; default: 3")
     _add_algorithms(commands)
     return parser.parse_args(_with_command(argv))
@@ -111,9 +116,14 @@ def _add_algorithms(commands: Any) -> None:
         "algorithms", help="the methods side by side on the embedded models: policies, FIND, DDPO, searches"
     )
     add = algorithms.add_argument
-    add("--output", type=Path, default=Path("runs/algorithms"), metavar="DIR",
+    add(
+        "--output",
+        type=Path,
+        default=Path("runs/algorithms"),
+        metavar="DIR",
         help="for algorithms.json and .html (or ablations) and the jobs; those that are done are not made again; "
-        "default: runs/algorithms")  # fmt: skip
+        "default: runs/algorithms",
+    )
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training; default: 0 1 2")
     add("--methods", nargs="+", metavar="NAME", help="some; default: all")
     add("--ablations", action="store_true", help="the default recipe with one thing changed at a time, in their place")
@@ -121,6 +131,11 @@ def _add_algorithms(commands: Any) -> None:
     add("--denoiser", default="eager", help="engine of the image model; default: eager")
     add("--denoiser-dtype", choices=_DTYPES, help="what the engine computes in; default: float32")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--workers", type=int, default=1, metavar="N",
-        help="jobs side by side, whose seconds are then of a shared machine; default: 1")  # fmt: skip
+    add(
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="jobs side by side, whose seconds are then of a shared machine; default: 1",
+    )
     add("--json", type=Path, default=argparse.SUPPRESS, help="also write the result to this file")

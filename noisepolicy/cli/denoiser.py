@@ -14,8 +14,11 @@ _DTYPES = ("float32", "float16", "bfloat16")
 
 
 def add_denoiser_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--denoiser", metavar="NAME", help="auto, eager, compile, onnx, openvino, tensorrt or "
-                        "tensorrt-rtx (default: the run's)")  # fmt: skip
+    parser.add_argument(
+        "--denoiser",
+        metavar="NAME",
+        help="auto, eager, compile, onnx, openvino, tensorrt or tensorrt-rtx (default: the run's)",
+    )
     parser.add_argument("--denoiser-dtype", choices=_DTYPES, help="what an exported denoiser computes in")
 
 

@@ -75,10 +75,15 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         raise ValueError("there are no held-out prompts to evaluate on; give --prompts and --num-prompts")
     embeds = task.frozen.encode([str(prompt) for prompt in prompts])
     sweep = run_sweep(
-        policy.to(device), task, prompts, embeds, step_counts=task.eval_steps,
-        group_size=config.eval_group_size, guidance_scale=config.guidance_scale,
+        policy.to(device),
+        task,
+        prompts,
+        embeds,
+        step_counts=task.eval_steps,
+        group_size=config.eval_group_size,
+        guidance_scale=config.guidance_scale,
         processes=Processes(accelerator, config.timeout),
-    )  # fmt: skip
+    )
     if not accelerator.is_main_process:
         return
     sha256 = task.frozen.weights_sha256()

@@ -17,9 +17,13 @@ if TYPE_CHECKING:
     from noisepolicy.policies import NoisePolicy
 
 _NO_MATTER = {
-    "denoiser": "eager", "denoiser_dtype": None, "cuda_graph": False, "vae_slicing": False, "vae_tiling": False,
+    "denoiser": "eager",
+    "denoiser_dtype": None,
+    "cuda_graph": False,
+    "vae_slicing": False,
+    "vae_tiling": False,
     "cpu_offload": False,
-}  # fmt: skip
+}
 """Settings that say how a run was carried out on its machine. The model and the policy are the same under others."""
 
 _DESCRIPTION = """Export a frozen model: denoiser.onnx, vae_decoder.onnx, with a run policy.onnx, and loop.json, which
@@ -36,8 +40,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8], help="step counts of loop.json")
     parser.add_argument("--guidance-scale", type=float, help="of loop.json (default: the run's, or 1)")
     parser.add_argument("--engine", choices=("tensorrt", "tensorrt-rtx"), help="also build engines")
-    parser.add_argument("--target", nargs="+", default=[], metavar="sm_NN",
-                        help="GPUs to build for, e.g. sm_89 sm_120 (TensorRT-RTX; default: this machine)")  # fmt: skip
+    parser.add_argument(
+        "--target",
+        nargs="+",
+        default=[],
+        metavar="sm_NN",
+        help="GPUs to build for, e.g. sm_89 sm_120 (TensorRT-RTX; default: this machine)",
+    )
     parser.add_argument("--max-batch", type=int, default=32, help="images an engine takes at a time (default: 32)")
     parser.add_argument("--refit", action="store_true", help="engines whose weights can be changed")
     parser.add_argument("--no-verify", action="store_true", help="do not compare with PyTorch in ONNX Runtime")
@@ -119,10 +128,15 @@ def _export_part(part: "Part", name: str, dtype: "torch.dtype", rows: int, argum
     engine_path, start = path.with_suffix(".engine"), time.perf_counter()
     scale = (0.5, 1.0, 2.0) if arguments.dynamic_size else (1.0, 1.0, 1.0)
     build_engine(
-        path, engine_path, flavor=arguments.engine, shapes=part.profile((1, rows, rows), scale),
-        targets=arguments.target, refit=arguments.refit,
-        device=device if device.type == "cuda" else None, timings_folder=arguments.output_dir,
-    )  # fmt: skip
+        path,
+        engine_path,
+        flavor=arguments.engine,
+        shapes=part.profile((1, rows, rows), scale),
+        targets=arguments.target,
+        refit=arguments.refit,
+        device=device if device.type == "cuda" else None,
+        timings_folder=arguments.output_dir,
+    )
     size, seconds = _size(engine_path.stat().st_size), time.perf_counter() - start
     gpus = f", for {', '.join(arguments.target)}" if arguments.target else ""
     print(f"{engine_path}  {size}, {seconds:.0f} s{gpus}", flush=True)
@@ -147,20 +161,25 @@ def _write_loop(
         return
     steps = {
         str(steps): {
-            "timesteps": loop.schedule.timesteps.tolist(), "input_scales": loop.schedule.input_scales,
-            "first": loop.schedule.first, "weights": loop.schedule.weights,
+            "timesteps": loop.schedule.timesteps.tolist(),
+            "input_scales": loop.schedule.input_scales,
+            "first": loop.schedule.first,
+            "weights": loop.schedule.weights,
         }
         for steps, loop in loops.items()
-    }  # fmt: skip
+    }
     write_tensors(
         arguments.output_dir / "constants.safetensors",
         {**frozen.negative_embeds, **next(iter(loops.values())).constants},
     )
     config = frozen.vae.config
     settings = {
-        "latent_shape": frozen.latent_shape, "guidance_scale": guidance_scale, "scaling_factor": config.scaling_factor,
-        "action_shape": policy.action_shape if policy is not None else None, "steps": steps,
-    }  # fmt: skip
+        "latent_shape": frozen.latent_shape,
+        "guidance_scale": guidance_scale,
+        "scaling_factor": config.scaling_factor,
+        "action_shape": policy.action_shape if policy is not None else None,
+        "steps": steps,
+    }
     write_json(arguments.output_dir / "loop.json", settings)
     print(arguments.output_dir / "loop.json")
 

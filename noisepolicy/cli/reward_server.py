@@ -51,9 +51,18 @@ def _serve(arguments: argparse.Namespace) -> None:
     reward = load_reward(arguments.reward, device=arguments.device)
     app = make_app(reward, token=token, max_body_bytes=arguments.max_body_mb * 1024 * 1024)
     uvicorn.run(
-        app, host=arguments.host, port=arguments.port, http=ImpatientProtocol, ws="none", lifespan="off",
-        limit_concurrency=_MAX_WAITING, proxy_headers=False, server_header=False, access_log=False, log_level="info",
-    )  # fmt: skip
+        app,
+        host=arguments.host,
+        port=arguments.port,
+        http=ImpatientProtocol,
+        ws="none",
+        lifespan="off",
+        limit_concurrency=_MAX_WAITING,
+        proxy_headers=False,
+        server_header=False,
+        access_log=False,
+        log_level="info",
+    )
 
 
 def _is_loopback(host: str) -> bool:

@@ -15,21 +15,44 @@ from noisepolicy.training.task import Task
 
 
 def run_sweep(
-    policy: NoisePolicy, task: Task, prompts: Sequence[str], embeds: PromptEmbeds, *, step_counts: Sequence[int],
-    group_size: int, guidance_scale: float, processes: Processes,
-) -> Sweep:  # fmt: skip
+    policy: NoisePolicy,
+    task: Task,
+    prompts: Sequence[str],
+    embeds: PromptEmbeds,
+    *,
+    step_counts: Sequence[int],
+    group_size: int,
+    guidance_scale: float,
+    processes: Processes,
+) -> Sweep:
     """`evaluate_sweep` on the task, from the noise that every evaluation starts from, shared among `processes`."""
     from tqdm import tqdm
 
     num_images = 2 * len(step_counts) * len(prompts) * group_size // processes.count
-    with tqdm(total=num_images, desc="evaluating", unit="image", dynamic_ncols=True, disable=not processes.is_main,
-              mininterval=0.5 if sys.stderr.isatty() else 15.0) as progress:  # fmt: skip
+    with tqdm(
+        total=num_images,
+        desc="evaluating",
+        unit="image",
+        dynamic_ncols=True,
+        disable=not processes.is_main,
+        mininterval=0.5 if sys.stderr.isatty() else 15.0,
+    ) as progress:
         return evaluate_sweep(
-            policy, task.frozen, task.reward, prompts, step_counts=step_counts, group_size=group_size,
-            guidance_scale=guidance_scale, seed=stream_seed(0, "evaluation"), eval_rewards=task.eval_rewards,
-            embeds=embeds, on_progress=progress.update, rank=processes.index, num_ranks=processes.count,
+            policy,
+            task.frozen,
+            task.reward,
+            prompts,
+            step_counts=step_counts,
+            group_size=group_size,
+            guidance_scale=guidance_scale,
+            seed=stream_seed(0, "evaluation"),
+            eval_rewards=task.eval_rewards,
+            embeds=embeds,
+            on_progress=progress.update,
+            rank=processes.index,
+            num_ranks=processes.count,
             collect=partial(processes.collect, "'evaluate'"),
-        )  # fmt: skip
+        )
 
 
 def print_table(rows: Sequence[dict[str, Any]], measured_on: str) -> None:

@@ -116,19 +116,27 @@ class _Session:
         count = f" by {processes} processes" if (processes := num_ranks()) > 1 else ""
         print(
             f"training a {self.trainer.policy.kind} policy on {self.accelerator.device}{count}; "
-            f"run folder {self.run.path}", flush=True,
-        )  # fmt: skip
+            f"run folder {self.run.path}",
+            flush=True,
+        )
         progress = tqdm(
-            total=config.num_iterations, initial=trainer.iteration, unit="it", disable=not self._is_main,
-            dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 15.0,
-        )  # fmt: skip
+            total=config.num_iterations,
+            initial=trainer.iteration,
+            unit="it",
+            disable=not self._is_main,
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 15.0,
+        )
         is_stopped = False
         with progress, signals.put_off():
             for metrics in trainer.train():
                 progress.set_postfix(
-                    images=metrics["images"], reward=f"{metrics['reward']:.3f}", KL=f"{metrics['kl_to_prior']:.1f}",
-                    images_per_s=f"{trainer.images_trained / trainer.train_seconds:.0f}", refresh=False,
-                )  # fmt: skip
+                    images=metrics["images"],
+                    reward=f"{metrics['reward']:.3f}",
+                    KL=f"{metrics['kl_to_prior']:.1f}",
+                    images_per_s=f"{trainer.images_trained / trainer.train_seconds:.0f}",
+                    refresh=False,
+                )
                 progress.update()
                 if board:
                     for name, value in metrics.items():
@@ -163,12 +171,16 @@ class _Session:
         prompts, embeds = self._sample_prompts, self._sample_embeds
         num_inference_steps = self.config.num_inference_steps[0]
         latents = self.trainer.kept_policy().choose(
-            embeds.prompt_embeds, seed=stream_seed(self.config.seed, "samples"),
+            embeds.prompt_embeds,
+            seed=stream_seed(self.config.seed, "samples"),
             num_inference_steps=num_inference_steps,
-        )  # fmt: skip
+        )
         images = self.task.frozen.generate(
-            latents, embeds, num_inference_steps=num_inference_steps, guidance_scale=self.config.guidance_scale,
-        )  # fmt: skip
+            latents,
+            embeds,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=self.config.guidance_scale,
+        )
         write_bytes(self.run.samples / f"iteration_{iteration:06d}.png", image_grid(list(images), len(prompts)))
 
     def finish(self) -> None:
@@ -185,10 +197,15 @@ class _Session:
         if self._eval_prompts:
             try:
                 sweep = run_sweep(
-                    self.trainer.kept_policy(), self.task, self._eval_prompts, self._eval_embeds,
-                    step_counts=config.eval_steps, group_size=config.eval_group_size,
-                    guidance_scale=config.guidance_scale, processes=self.trainer.processes,
-                )  # fmt: skip
+                    self.trainer.kept_policy(),
+                    self.task,
+                    self._eval_prompts,
+                    self._eval_embeds,
+                    step_counts=config.eval_steps,
+                    group_size=config.eval_group_size,
+                    guidance_scale=config.guidance_scale,
+                    processes=self.trainer.processes,
+                )
             except Exception as error:  # a scheduler or a reward may raise anything, hours after the start
                 raise RuntimeError(
                     f"the run is trained, but its final evaluation failed ({type(error).__name__}: {error}); resumed, "

@@ -16,9 +16,13 @@ from noisepolicy.storage import write_text
 
 
 def write_report(
-    path: Path, *, config: dict[str, Any], summary: dict[str, Any], metrics: Sequence[dict[str, Any]],
+    path: Path,
+    *,
+    config: dict[str, Any],
+    summary: dict[str, Any],
+    metrics: Sequence[dict[str, Any]],
     pairs: Sequence[Pair],
-) -> None:  # fmt: skip
+) -> None:
     """Writes the report atomically.
 
     Args:

@@ -37,12 +37,23 @@ class Pair:
 
 
 def evaluate_sweep(
-    policy: NoisePolicy, frozen: FrozenModel, reward: Reward, prompts: Sequence[str], *,
-    step_counts: Sequence[int], group_size: int, guidance_scale: float, seed: int,
-    eval_rewards: Sequence[Reward] = (), embeds: PromptEmbeds | None = None, num_shown: int = 10,
+    policy: NoisePolicy,
+    frozen: FrozenModel,
+    reward: Reward,
+    prompts: Sequence[str],
+    *,
+    step_counts: Sequence[int],
+    group_size: int,
+    guidance_scale: float,
+    seed: int,
+    eval_rewards: Sequence[Reward] = (),
+    embeds: PromptEmbeds | None = None,
+    num_shown: int = 10,
     on_progress: Callable[[int], None] = lambda num_images: None,
-    rank: int = 0, num_ranks: int = 1, collect: Callable[[Any], list[Any] | None] = lambda value: [value],
-) -> Sweep:  # fmt: skip
+    rank: int = 0,
+    num_ranks: int = 1,
+    collect: Callable[[Any], list[Any] | None] = lambda value: [value],
+) -> Sweep:
     """Generates `len(prompts) * group_size` images with and without the policy at each step count.
 
     Args:
@@ -59,17 +70,29 @@ def evaluate_sweep(
     step_counts = list(dict.fromkeys(step_counts))
     parts = [
         _Part(steps, start is policy, begin)
-        for steps in step_counts for start in (None, policy) for begin in range(0, len(prompts), _PROMPTS_AT_A_TIME)
-    ]  # fmt: skip
+        for steps in step_counts
+        for start in (None, policy)
+        for begin in range(0, len(prompts), _PROMPTS_AT_A_TIME)
+    ]
     mine = sorted(parts, key=lambda part: part.num_inference_steps, reverse=True)[rank::num_ranks]
     made = {
         part: _measure_part(
-            policy if part.has_policy else None, frozen, reward, prompts, embeds, begin=part.begin,
-            num_inference_steps=part.num_inference_steps, group_size=group_size, guidance_scale=guidance_scale,
-            seed=seed, eval_rewards=eval_rewards, on_progress=on_progress, num_shown=num_shown,
+            policy if part.has_policy else None,
+            frozen,
+            reward,
+            prompts,
+            embeds,
+            begin=part.begin,
+            num_inference_steps=part.num_inference_steps,
+            group_size=group_size,
+            guidance_scale=guidance_scale,
+            seed=seed,
+            eval_rewards=eval_rewards,
+            on_progress=on_progress,
+            num_shown=num_shown,
         )
         for part in mine
-    }  # fmt: skip
+    }
     shares = collect(made)
     if shares is None:
         return Sweep([], [])
@@ -99,26 +122,54 @@ class _Part(NamedTuple):
 
 
 def measure(
-    policy: NoisePolicy | None, frozen: FrozenModel, reward: Reward, prompts: Sequence[str], embeds: PromptEmbeds, *,
-    num_inference_steps: int, group_size: int, guidance_scale: float, seed: int,
-) -> "Results":  # fmt: skip
+    policy: NoisePolicy | None,
+    frozen: FrozenModel,
+    reward: Reward,
+    prompts: Sequence[str],
+    embeds: PromptEmbeds,
+    *,
+    num_inference_steps: int,
+    group_size: int,
+    guidance_scale: float,
+    seed: int,
+) -> "Results":
     """`group_size` images of each prompt, from the policy's starts or, where there is none, from the prior's."""
-    return Results.join([
-        _measure_part(
-            policy, frozen, reward, prompts, embeds, begin=begin, num_inference_steps=num_inference_steps,
-            group_size=group_size, guidance_scale=guidance_scale, seed=seed,
-        )
-        for begin in range(0, len(prompts), _PROMPTS_AT_A_TIME)
-    ])  # fmt: skip
+    return Results.join(
+        [
+            _measure_part(
+                policy,
+                frozen,
+                reward,
+                prompts,
+                embeds,
+                begin=begin,
+                num_inference_steps=num_inference_steps,
+                group_size=group_size,
+                guidance_scale=guidance_scale,
+                seed=seed,
+            )
+            for begin in range(0, len(prompts), _PROMPTS_AT_A_TIME)
+        ]
+    )
 
 
 @torch.no_grad()
 def _measure_part(
-    policy: NoisePolicy | None, frozen: FrozenModel, reward: Reward, prompts: Sequence[str], embeds: PromptEmbeds, *,
-    begin: int, num_inference_steps: int, group_size: int, guidance_scale: float, seed: int,
-    eval_rewards: Sequence[Reward] = (), on_progress: Callable[[int], None] = lambda num_images: None,
+    policy: NoisePolicy | None,
+    frozen: FrozenModel,
+    reward: Reward,
+    prompts: Sequence[str],
+    embeds: PromptEmbeds,
+    *,
+    begin: int,
+    num_inference_steps: int,
+    group_size: int,
+    guidance_scale: float,
+    seed: int,
+    eval_rewards: Sequence[Reward] = (),
+    on_progress: Callable[[int], None] = lambda num_images: None,
     num_shown: int = 0,
-) -> "Results":  # fmt: skip
+) -> "Results":
     chunk = slice(begin, min(begin + _PROMPTS_AT_A_TIME, len(prompts)))
     chunk_embeds = _repeat(embeds[chunk], group_size)
     offset = begin * group_size * num_counters(frozen.latent_shape)

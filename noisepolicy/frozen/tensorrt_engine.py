@@ -152,10 +152,12 @@ class TensorRTEngine:
                     stacklevel=3,
                 )
             pieces = [
-                {name: tensor[start : start + profile.max_batch] if name in self._batched else tensor
-                 for name, tensor in inputs.items()}
+                {
+                    name: tensor[start : start + profile.max_batch] if name in self._batched else tensor
+                    for name, tensor in inputs.items()
+                }
                 for start in range(0, batch, profile.max_batch)
-            ]  # fmt: skip
+            ]
             outputs = [self._run_piece(profile, piece) for piece in pieces]
             return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 

@@ -22,9 +22,15 @@ Shape = tuple[int, ...]
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 """By flavor, which is also the name of the extra that brings it."""
 DTYPES = {
-    "FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16, "INT8": torch.int8, "INT32": torch.int32,
-    "INT64": torch.int64, "UINT8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+    "FLOAT": torch.float32,
+    "HALF": torch.float16,
+    "BF16": torch.bfloat16,
+    "INT8": torch.int8,
+    "INT32": torch.int32,
+    "INT64": torch.int64,
+    "UINT8": torch.uint8,
+    "BOOL": torch.bool,
+}
 """By the name of TensorRT's own."""
 
 

@@ -46,7 +46,11 @@ def render(scenes: Sequence[MovingScene], generator: torch.Generator) -> torch.T
         return values.repeat_interleave(NUM_FRAMES, 0)
 
     frames = paint(
-        each_frame(background), places.flatten(0, 1), each_frame(radius[:, 0, :, 0]),
-        each_frame(colors), each_frame(shapes), size=FRAME_SIZE,
-    )  # fmt: skip
+        each_frame(background),
+        places.flatten(0, 1),
+        each_frame(radius[:, 0, :, 0]),
+        each_frame(colors),
+        each_frame(shapes),
+        size=FRAME_SIZE,
+    )
     return frames.unflatten(0, (batch, NUM_FRAMES))

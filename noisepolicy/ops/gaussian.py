@@ -83,9 +83,14 @@ def spectral_sample(
     mean, log_std = policy_rows(mean, log_std)
     if torch.compiler.is_compiling():
         latents, coefficients, log_prob = library.spectral_sample(
-            mean.detach(), log_std.detach(), list(spectrum.extent), list(spectrum.bands),
-            library.to_int64(seed), library.to_int64(offset), backend,
-        )  # fmt: skip
+            mean.detach(),
+            log_std.detach(),
+            list(spectrum.extent),
+            list(spectrum.bands),
+            library.to_int64(seed),
+            library.to_int64(offset),
+            backend,
+        )
     else:
         latents, coefficients, log_prob = resolve(backend, mean).spectral_sample(mean, log_std, spectrum, seed, offset)
     return latents.reshape(-1, *latent_shape), coefficients, log_prob

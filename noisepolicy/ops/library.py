@@ -64,9 +64,15 @@ def _(latents, mean, log_std, backend):
 
 @torch.library.custom_op("noisepolicy::ppo_clip_loss", mutates_args=())
 def ppo_clip_loss(
-    latents: Tensor, mean: Tensor, log_std: Tensor, old_log_prob: Tensor, advantages: Tensor, clip_range: float,
-    kl_coef: float, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    latents: Tensor,
+    mean: Tensor,
+    log_std: Tensor,
+    old_log_prob: Tensor,
+    advantages: Tensor,
+    clip_range: float,
+    kl_coef: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_rows(mean, log_std)
     latents = check_fp32("latents", latents, tuple(mean.shape), mean.device)
     old_log_prob = check_fp32("old_log_prob", old_log_prob, tuple(mean.shape[:1]), mean.device)
@@ -82,9 +88,14 @@ def _(latents, mean, log_std, old_log_prob, advantages, clip_range, kl_coef, bac
 
 @torch.library.custom_op("noisepolicy::gaussian_backward", mutates_args=())
 def gaussian_backward(
-    latents: Tensor, mean: Tensor, log_std: Tensor, grad_log_prob: Tensor, grad_kl: Tensor, needs_latents: bool,
+    latents: Tensor,
+    mean: Tensor,
+    log_std: Tensor,
+    grad_log_prob: Tensor,
+    grad_kl: Tensor,
+    needs_latents: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     check_rows(mean, log_std)
     latents = check_fp32("latents", latents, tuple(mean.shape), mean.device)
     grad_log_prob = check_fp32("grad_log_prob", grad_log_prob, tuple(mean.shape[:1]), mean.device)

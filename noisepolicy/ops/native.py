@@ -48,9 +48,18 @@ def spectral_sample(mean, log_std, spectrum: Spectrum, seed, offset):
     log_prob = _empty(mean.shape[0])
     basis = [dct_basis(b, n, mean.device) for b, n in zip(spectrum.bands, spectrum.extent, strict=True)]
     _C.spectral_sample(
-        *_policy(mean, log_std), spectrum.channels, spectrum.extent, spectrum.bands, [b.data_ptr() for b in basis],
-        seed, offset, torch.get_num_threads(), latents.data_ptr(), coefficients.data_ptr(), log_prob.data_ptr(),
-    )  # fmt: skip
+        *_policy(mean, log_std),
+        spectrum.channels,
+        spectrum.extent,
+        spectrum.bands,
+        [b.data_ptr() for b in basis],
+        seed,
+        offset,
+        torch.get_num_threads(),
+        latents.data_ptr(),
+        coefficients.data_ptr(),
+        log_prob.data_ptr(),
+    )
     return latents, coefficients, log_prob
 
 
@@ -77,10 +86,16 @@ def _ppo_clip_loss(
     batch = mean.shape[0]
     out = PpoForward(_empty(3), _empty(batch), _empty(batch), _empty(batch), _empty(batch))
     _C.ppo_clip_loss(
-        *_policy(mean, log_std), torch.get_num_threads(), latents.data_ptr(), old_log_prob.data_ptr(),
-        advantages.data_ptr(), clip_range, kl_coef, *(tensor.data_ptr() for tensor in out),
+        *_policy(mean, log_std),
+        torch.get_num_threads(),
+        latents.data_ptr(),
+        old_log_prob.data_ptr(),
+        advantages.data_ptr(),
+        clip_range,
+        kl_coef,
+        *(tensor.data_ptr() for tensor in out),
         *(0 if tensor is None else tensor.data_ptr() for tensor in (grad_mean, grad_log_std)),
-    )  # fmt: skip
+    )
     return out
 
 
@@ -93,8 +108,13 @@ def gaussian_backward(latents, mean, log_std, grad_log_prob, grad_kl, needs_late
     grad_mean, grad_log_std = torch.empty_like(mean), torch.empty_like(log_std)
     grad_latents = torch.empty_like(latents) if needs_latents else None
     _C.gaussian_backward(
-        *_policy(mean, log_std), torch.get_num_threads(), latents.data_ptr(), grad_log_prob.data_ptr(),
-        grad_kl.data_ptr(), grad_mean.data_ptr(), grad_log_std.data_ptr(),
+        *_policy(mean, log_std),
+        torch.get_num_threads(),
+        latents.data_ptr(),
+        grad_log_prob.data_ptr(),
+        grad_kl.data_ptr(),
+        grad_mean.data_ptr(),
+        grad_log_std.data_ptr(),
         0 if grad_latents is None else grad_latents.data_ptr(),
-    )  # fmt: skip
+    )
     return grad_mean, grad_log_std, grad_latents

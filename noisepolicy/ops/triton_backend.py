@@ -40,9 +40,20 @@ def gaussian_sample(mean, log_std, seed, offset):
     latents = _empty(mean, *mean.shape)
     partials = _empty(mean, batch, num_blocks)
     _launch(
-        "gaussian_sample_kernel", batch * num_blocks, mean, log_std, latents, partials, size, run, num_blocks,
-        *_words(seed), *_words(offset), PER_ROW=run == size, BLOCK=block,
-    )  # fmt: skip
+        "gaussian_sample_kernel",
+        batch * num_blocks,
+        mean,
+        log_std,
+        latents,
+        partials,
+        size,
+        run,
+        num_blocks,
+        *_words(seed),
+        *_words(offset),
+        PER_ROW=run == size,
+        BLOCK=block,
+    )
     return latents, _sum_rows(partials, _empty(mean, batch))
 
 
@@ -58,9 +69,12 @@ def spectral_sample(mean, log_std, spectrum: Spectrum, seed, offset):
     line_blocks = -(-num_lines // lines)
     geometry = (size, width, num_lines, channels, line_blocks, *_words(seed), *_words(offset))
     constants = {
-        "COLUMN_BANDS": column_bands, "LINE_BANDS": line_bands, "TILE": min(_power_of_2(line_bands), 16),
-        "LINES": lines, "QUADS": quads,
-    }  # fmt: skip
+        "COLUMN_BANDS": column_bands,
+        "LINE_BANDS": line_bands,
+        "TILE": min(_power_of_2(line_bands), 16),
+        "LINES": lines,
+        "QUADS": quads,
+    }
     num_programs = batch * channels * line_blocks
     noise_partials = _empty(mean, num_programs, line_bands * column_bands)
     _launch("project_kernel", num_programs, column_basis, line_basis, noise_partials, *geometry, **constants)
@@ -70,10 +84,22 @@ def spectral_sample(mean, log_std, spectrum: Spectrum, seed, offset):
     shift = _empty(mean, *mean.shape)
     partials = _empty(mean, batch, num_blocks)
     _launch(
-        "action_kernel", batch * num_blocks, noise_partials, mean, log_std, coefficients, shift, partials,
-        action_size, run, line_bands * column_bands, num_blocks,
-        NUM_PARTIALS=line_blocks, PER_ROW=run == action_size, BLOCK=block,
-    )  # fmt: skip
+        "action_kernel",
+        batch * num_blocks,
+        noise_partials,
+        mean,
+        log_std,
+        coefficients,
+        shift,
+        partials,
+        action_size,
+        run,
+        line_bands * column_bands,
+        num_blocks,
+        NUM_PARTIALS=line_blocks,
+        PER_ROW=run == action_size,
+        BLOCK=block,
+    )
     latents = _empty(mean, batch, channels, *spectrum.extent)
     _launch("replace_band_kernel", num_programs, column_basis, line_basis, shift, latents, *geometry, **constants)
     return latents, coefficients, _sum_rows(partials, _empty(mean, batch))
@@ -91,9 +117,21 @@ def ppo_clip_loss(latents, mean, log_std, old_log_prob, advantages, clip_range, 
     ratio, grad_log_prob, totals = _empty(mean, batch), _empty(mean, batch), _empty(mean, 3)
     block, num_blocks = _blocks(batch)
     _launch(
-        "ppo_kernel", 1, log_prob, kl_to_prior, old_log_prob, advantages, ratio, grad_log_prob, totals,
-        batch, clip_range, kl_coef, BLOCK=block, NUM_BLOCKS=num_blocks,
-    )  # fmt: skip
+        "ppo_kernel",
+        1,
+        log_prob,
+        kl_to_prior,
+        old_log_prob,
+        advantages,
+        ratio,
+        grad_log_prob,
+        totals,
+        batch,
+        clip_range,
+        kl_coef,
+        BLOCK=block,
+        NUM_BLOCKS=num_blocks,
+    )
     return PpoForward(totals, log_prob, ratio, kl_to_prior, grad_log_prob)
 
 
@@ -105,10 +143,23 @@ def gaussian_backward(latents, mean, log_std, grad_log_prob, grad_kl, needs_late
     of_log_std = grad_log_std if per_element else _empty(mean, num_segments, num_blocks)
     grad_latents = _empty(mean, *mean.shape) if needs_latents else None
     _launch(
-        "backward_kernel", num_segments * num_blocks, latents, mean, log_std, grad_log_prob, grad_kl,
-        grad_mean, of_log_std, grad_latents, segment_size, segments_per_row, num_blocks,
-        PER_ELEMENT=per_element, NEEDS_LATENTS=needs_latents, BLOCK=block,
-    )  # fmt: skip
+        "backward_kernel",
+        num_segments * num_blocks,
+        latents,
+        mean,
+        log_std,
+        grad_log_prob,
+        grad_kl,
+        grad_mean,
+        of_log_std,
+        grad_latents,
+        segment_size,
+        segments_per_row,
+        num_blocks,
+        PER_ELEMENT=per_element,
+        NEEDS_LATENTS=needs_latents,
+        BLOCK=block,
+    )
     if not per_element:
         _sum_rows(of_log_std, grad_log_std)
     return grad_mean, grad_log_std, grad_latents
@@ -121,9 +172,17 @@ def _density(latents, mean, log_std):
     block, num_blocks = _blocks(segment_size)
     partials = _empty(mean, 2, mean.shape[0], segments_per_row * num_blocks)
     _launch(
-        "density_kernel", mean.shape[0] * segments_per_row * num_blocks, latents, mean, log_std, *partials,
-        segment_size, num_blocks, PER_ELEMENT=per_element, BLOCK=block,
-    )  # fmt: skip
+        "density_kernel",
+        mean.shape[0] * segments_per_row * num_blocks,
+        latents,
+        mean,
+        log_std,
+        *partials,
+        segment_size,
+        num_blocks,
+        PER_ELEMENT=per_element,
+        BLOCK=block,
+    )
     return partials
 
 

@@ -97,9 +97,20 @@ def load_log_std(log_std, row, index, mask, size, run, PER_ROW: tl.constexpr):
 
 @triton.jit(do_not_specialize=COUNTER_WORDS)
 def gaussian_sample_kernel(
-    mean, log_std, latents, partials, size, run, num_blocks, seed_low, seed_high, offset_low, offset_high,
-    PER_ROW: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    mean,
+    log_std,
+    latents,
+    partials,
+    size,
+    run,
+    num_blocks,
+    seed_low,
+    seed_high,
+    offset_low,
+    offset_high,
+    PER_ROW: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Latents and each block's part of log_prob; `partials` is `(batch, num_blocks)`."""
     program = tl.program_id(0)
     row = program // num_blocks
@@ -118,9 +129,16 @@ def gaussian_sample_kernel(
 
 @triton.jit
 def density_kernel(
-    latents, mean, log_std, log_prob_partials, kl_partials, size, num_blocks,
-    PER_ELEMENT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    latents,
+    mean,
+    log_std,
+    log_prob_partials,
+    kl_partials,
+    size,
+    num_blocks,
+    PER_ELEMENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Each block's part of log_prob and of the KL to the prior.
 
     A segment of `size` elements is a row, or, where `log_std` is constant over runs, one run of a row.
@@ -156,9 +174,19 @@ def sum_kernel(partials, sums, num_partials, BLOCK: tl.constexpr, NUM_BLOCKS: tl
 
 @triton.jit
 def ppo_kernel(
-    log_prob, kl_to_prior, old_log_prob, advantages, ratios, grad_log_prob, totals, batch, clip_range, kl_coef,
-    BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr,
-):  # fmt: skip
+    log_prob,
+    kl_to_prior,
+    old_log_prob,
+    advantages,
+    ratios,
+    grad_log_prob,
+    totals,
+    batch,
+    clip_range,
+    kl_coef,
+    BLOCK: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+):
     """The clipped objective of every row and the batch's means, by one program: what it reads is 16 bytes a row."""
     loss = tl.zeros([BLOCK], tl.float64)
     approx_kl = tl.zeros([BLOCK], tl.float64)
@@ -191,9 +219,21 @@ def ppo_kernel(
 
 @triton.jit
 def backward_kernel(
-    latents, mean, log_std, grad_log_prob, grad_kl, grad_mean, grad_log_std, grad_latents, size, segments_per_row,
-    num_blocks, PER_ELEMENT: tl.constexpr, NEEDS_LATENTS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    latents,
+    mean,
+    log_std,
+    grad_log_prob,
+    grad_kl,
+    grad_mean,
+    grad_log_std,
+    grad_latents,
+    size,
+    segments_per_row,
+    num_blocks,
+    PER_ELEMENT: tl.constexpr,
+    NEEDS_LATENTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Gradients of `sum(grad_log_prob * log_prob + grad_kl * kl_to_prior)`; segments as in `density_kernel`.
 
     Where a segment shares its log_std, `grad_log_std` holds each block's part of that gradient: `sum_kernel`'s input.

@@ -13,9 +13,19 @@ from noisepolicy.ops.triton_kernels import COUNTER_WORDS, join_words, load_log_s
 
 @triton.jit
 def line_noise(
-    plane, line, size, width, num_lines, channels, seed_low, seed_high, offset_low, offset_high,
-    LINES: tl.constexpr, QUADS: tl.constexpr,
-):  # fmt: skip
+    plane,
+    line,
+    size,
+    width,
+    num_lines,
+    channels,
+    seed_low,
+    seed_high,
+    offset_low,
+    offset_high,
+    LINES: tl.constexpr,
+    QUADS: tl.constexpr,
+):
     """Noise of `line` `(LINES,)` of a plane (row and channel), drawn in whole quads that may begin before the line.
 
     Returns:
@@ -36,17 +46,41 @@ def line_noise(
 
 @triton.jit(do_not_specialize=COUNTER_WORDS)
 def project_kernel(
-    column_basis, line_basis, partials, size, width, num_lines, channels, num_blocks,
-    seed_low, seed_high, offset_low, offset_high,
-    COLUMN_BANDS: tl.constexpr, LINE_BANDS: tl.constexpr, TILE: tl.constexpr, LINES: tl.constexpr, QUADS: tl.constexpr,
-):  # fmt: skip
+    column_basis,
+    line_basis,
+    partials,
+    size,
+    width,
+    num_lines,
+    channels,
+    num_blocks,
+    seed_low,
+    seed_high,
+    offset_low,
+    offset_high,
+    COLUMN_BANDS: tl.constexpr,
+    LINE_BANDS: tl.constexpr,
+    TILE: tl.constexpr,
+    LINES: tl.constexpr,
+    QUADS: tl.constexpr,
+):
     """Each block of lines' part of the low band: `partials` is `(planes, num_blocks, line_bands, column_bands)`."""
     program = tl.program_id(0)
     line = program % num_blocks * LINES + tl.arange(0, LINES)
     noise, _, column, mask = line_noise(
-        program // num_blocks, line, size, width, num_lines, channels,
-        seed_low, seed_high, offset_low, offset_high, LINES, QUADS,
-    )  # fmt: skip
+        program // num_blocks,
+        line,
+        size,
+        width,
+        num_lines,
+        channels,
+        seed_low,
+        seed_high,
+        offset_low,
+        offset_high,
+        LINES,
+        QUADS,
+    )
     part = partials + program.to(tl.int64) * (LINE_BANDS * COLUMN_BANDS)
     for column_band in range(COLUMN_BANDS):
         wave = tl.load(column_basis + column_band * width + column, mask=mask, other=0.0)
@@ -61,9 +95,20 @@ def project_kernel(
 
 @triton.jit
 def action_kernel(
-    noise_partials, mean, log_std, coefficients, shift, partials, size, run, band_size, num_blocks,
-    NUM_PARTIALS: tl.constexpr, PER_ROW: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    noise_partials,
+    mean,
+    log_std,
+    coefficients,
+    shift,
+    partials,
+    size,
+    run,
+    band_size,
+    num_blocks,
+    NUM_PARTIALS: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Coefficients of the noise from `project_kernel`'s parts, the action, and action - noise: exactly 0 untrained.
 
     `size` elements to a row, `band_size` to a channel; `partials` `(batch, num_blocks)` are log_prob's.
@@ -88,18 +133,43 @@ def action_kernel(
 
 @triton.jit(do_not_specialize=COUNTER_WORDS)
 def replace_band_kernel(
-    column_basis, line_basis, shift, latents, size, width, num_lines, channels, num_blocks,
-    seed_low, seed_high, offset_low, offset_high,
-    COLUMN_BANDS: tl.constexpr, LINE_BANDS: tl.constexpr, TILE: tl.constexpr, LINES: tl.constexpr, QUADS: tl.constexpr,
-):  # fmt: skip
+    column_basis,
+    line_basis,
+    shift,
+    latents,
+    size,
+    width,
+    num_lines,
+    channels,
+    num_blocks,
+    seed_low,
+    seed_high,
+    offset_low,
+    offset_high,
+    COLUMN_BANDS: tl.constexpr,
+    LINE_BANDS: tl.constexpr,
+    TILE: tl.constexpr,
+    LINES: tl.constexpr,
+    QUADS: tl.constexpr,
+):
     """Latents: the same noise, drawn again, plus the shift of its low band."""
     program = tl.program_id(0)
     plane = program // num_blocks
     line = program % num_blocks * LINES + tl.arange(0, LINES)
     noise, index, column, mask = line_noise(
-        plane, line, size, width, num_lines, channels,
-        seed_low, seed_high, offset_low, offset_high, LINES, QUADS,
-    )  # fmt: skip
+        plane,
+        line,
+        size,
+        width,
+        num_lines,
+        channels,
+        seed_low,
+        seed_high,
+        offset_low,
+        offset_high,
+        LINES,
+        QUADS,
+    )
     plane_shift = shift + plane.to(tl.int64) * (LINE_BANDS * COLUMN_BANDS)
     change = tl.zeros([LINES, 4 * QUADS], tl.float32)
     for column_band in range(COLUMN_BANDS):

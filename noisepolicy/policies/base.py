@@ -107,9 +107,14 @@ class NoisePolicy(Float32Module):
     @torch.no_grad()
     @without_autocast
     def choose(
-        self, prompt_embeds: torch.Tensor, *, seed: int, offset: int = 0, num_inference_steps: int = 1,
+        self,
+        prompt_embeds: torch.Tensor,
+        *,
+        seed: int,
+        offset: int = 0,
+        num_inference_steps: int = 1,
         latent_shape: tuple[int, ...] | None = None,
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         """Latents to start from, float32 `(batch, *latent_shape)`: a sample, or the best of several by the critic.
 
         The first candidate is `sample`'s own draw; the others lie far beyond it on the same seed's counter.
@@ -120,19 +125,22 @@ class NoisePolicy(Float32Module):
         if self.critic is None:
             return self.sample(prompt_embeds, seed=seed, offset=offset, latent_shape=latent_shape).latents
         step_index = torch.full(
-            (len(prompt_embeds),), self.critic.shape.nearest_step_index(num_inference_steps),
+            (len(prompt_embeds),),
+            self.critic.shape.nearest_step_index(num_inference_steps),
             device=prompt_embeds.device,
-        )  # fmt: skip
+        )
         latents = best = None
         # The critic reads several candidates at once, where a batch is too small to be worth a call.
         for numbers in torch.arange(self.num_candidates).split(max(1, _CRITIC_ROWS // max(1, len(prompt_embeds)))):
             samples = [
                 self.sample(
-                    prompt_embeds, seed=seed, offset=(offset + number * _CANDIDATE_STRIDE) % 2**64,
+                    prompt_embeds,
+                    seed=seed,
+                    offset=(offset + number * _CANDIDATE_STRIDE) % 2**64,
                     latent_shape=latent_shape,
                 )
                 for number in numbers.tolist()
-            ]  # fmt: skip
+            ]
             values, _ = self.critic.lower_bound(
                 prompt_embeds.float().repeat(len(samples), 1, 1),
                 torch.cat([sample.action for sample in samples]),
@@ -148,10 +156,18 @@ class NoisePolicy(Float32Module):
 
     @without_autocast
     def sample_latents(
-        self, pipeline: Any, prompt: str | list[str], *, generator: torch.Generator | None = None,
-        num_images_per_prompt: int = 1, num_inference_steps: int = 1, height: int | None = None,
-        width: int | None = None, num_frames: int | None = None, max_sequence_length: int | None = None,
-    ) -> torch.Tensor:  # fmt: skip
+        self,
+        pipeline: Any,
+        prompt: str | list[str],
+        *,
+        generator: torch.Generator | None = None,
+        num_images_per_prompt: int = 1,
+        num_inference_steps: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        max_sequence_length: int | None = None,
+    ) -> torch.Tensor:
         """What a diffusers pipeline takes as `latents=`, for any family in `frozen/families.py`.
 
         The same under `torch.autocast`, which neither the policy nor the pipeline's text encoder is run in here.
@@ -186,9 +202,11 @@ class NoisePolicy(Float32Module):
         with torch.inference_mode(False):  # or the weights could not be trained any more once they have moved
             self.to(embeds.device)
         latents = self.choose(
-            embeds.repeat_interleave(num_images_per_prompt, 0), seed=seed, num_inference_steps=num_inference_steps,
+            embeds.repeat_interleave(num_images_per_prompt, 0),
+            seed=seed,
+            num_inference_steps=num_inference_steps,
             latent_shape=shape,
-        )  # fmt: skip
+        )
         return pack_latents(pipeline, latents)
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -59,8 +59,11 @@ class RewardCritic(Float32Module):
         super().__init__()
         self.shape = shape
         self.config: dict[str, Any] = {
-            "shape": asdict(shape), "size": size, "channels": channels, "hidden_width": hidden_width,
-        }  # fmt: skip
+            "shape": asdict(shape),
+            "size": size,
+            "channels": channels,
+            "hidden_width": hidden_width,
+        }
         self.sketch = _Sketch(shape, channels, hidden_width)
         self.readers = nn.ModuleList(_Reader(shape, hidden_width) for _ in range(size))
         self.register_buffer("reward_center", torch.zeros((), dtype=torch.float64))
@@ -109,9 +112,13 @@ class RewardCritic(Float32Module):
         return values.mean(0) - values.std(0), sketch
 
     def loss(
-        self, prompt_embeds: torch.Tensor, action: torch.Tensor, step_index: torch.Tensor, picture: torch.Tensor,
+        self,
+        prompt_embeds: torch.Tensor,
+        action: torch.Tensor,
+        step_index: torch.Tensor,
+        picture: torch.Tensor,
         reward: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The training loss, and the mean squared error of the reward predicted from the action.
 
         The readers see real pictures in the first half of the batch and sketches in the second; their errors do not

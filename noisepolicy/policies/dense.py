@@ -41,9 +41,12 @@ class DensePolicy(NoisePolicy):
         hidden_width: int = 256,
     ) -> None:
         super().__init__(
-            latent_shape=latent_shape, prompt_shape=prompt_shape, std=std, token_width=token_width,
+            latent_shape=latent_shape,
+            prompt_shape=prompt_shape,
+            std=std,
+            token_width=token_width,
             hidden_width=hidden_width,
-        )  # fmt: skip
+        )
         if len(self.latent_shape) != 3:
             raise ValueError(f"the dense policy is for images, latents (channels, height, width); got {latent_shape}")
         self.action_shape = self.latent_shape

@@ -39,9 +39,13 @@ class SpectralPolicy(NoisePolicy):
         hidden_width: int = 256,
     ) -> None:
         super().__init__(
-            latent_shape=latent_shape, prompt_shape=prompt_shape, bands=bands, std=std,
-            token_width=token_width, hidden_width=hidden_width,
-        )  # fmt: skip
+            latent_shape=latent_shape,
+            prompt_shape=prompt_shape,
+            bands=bands,
+            std=std,
+            token_width=token_width,
+            hidden_width=hidden_width,
+        )
         channels, *extent = self.latent_shape
         self.action_shape = (channels, *(min(bands, size) for size in extent))
         self.reader = PromptReader(self.prompt_shape, token_width=token_width, hidden_width=hidden_width)

@@ -31,9 +31,14 @@ class TablePolicy(NoisePolicy):
     kind = "table"
 
     def __init__(
-        self, *, latent_shape: tuple[int, ...], prompt_shape: tuple[int, int], prompts: Sequence[str],
-        bands: int | None = None, std: Std = "learned",
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        latent_shape: tuple[int, ...],
+        prompt_shape: tuple[int, int],
+        prompts: Sequence[str],
+        bands: int | None = None,
+        std: Std = "learned",
+    ) -> None:
         super().__init__(
             latent_shape=latent_shape, prompt_shape=prompt_shape, prompts=list(prompts), bands=bands, std=std
         )

@@ -36,9 +36,14 @@ def render(scenes: Sequence[Scene], generator: torch.Generator) -> torch.Tensor:
 
 
 def paint(
-    background: torch.Tensor, centers: torch.Tensor, radius: torch.Tensor, colors: torch.Tensor, shapes: torch.Tensor,
-    *, size: int,
-) -> torch.Tensor:  # fmt: skip
+    background: torch.Tensor,
+    centers: torch.Tensor,
+    radius: torch.Tensor,
+    colors: torch.Tensor,
+    shapes: torch.Tensor,
+    *,
+    size: int,
+) -> torch.Tensor:
     """Anti-aliased objects on a plain background, the later ones over the earlier.
 
     Args:

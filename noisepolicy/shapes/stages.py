@@ -75,9 +75,15 @@ class Stages:
         return data
 
     def unet(
-        self, unet: torch.nn.Module, data: dict[str, torch.Tensor], encoder: CLIPTextModel, tokenizer: CLIPTokenizer, *,
-        num_steps: int, batch_size: int = 64,
-    ) -> None:  # fmt: skip
+        self,
+        unet: torch.nn.Module,
+        data: dict[str, torch.Tensor],
+        encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        *,
+        num_steps: int,
+        batch_size: int = 64,
+    ) -> None:
         with torch.no_grad():
             captions = [scene.caption for scene in self.world.scenes]
             text = encoder(_tokens(tokenizer, captions)).last_hidden_state
@@ -153,9 +159,14 @@ class Stages:
         return {"latents": torch.cat(latents), "scene_index": torch.tensor(scene_index)}
 
     def _train_unet(
-        self, unet: torch.nn.Module, data: dict[str, torch.Tensor], text: torch.Tensor, null_text: torch.Tensor,
-        num_steps: int, batch_size: int,
-    ) -> None:  # fmt: skip
+        self,
+        unet: torch.nn.Module,
+        data: dict[str, torch.Tensor],
+        text: torch.Tensor,
+        null_text: torch.Tensor,
+        num_steps: int,
+        batch_size: int,
+    ) -> None:
         """Leaves the moving average of the weights in `unet`."""
         checkpoint = self.folder / "unet_checkpoint.safetensors"
         scheduler = build_scheduler()

@@ -256,11 +256,30 @@ class TrainConfig:
             if isinstance(value, float) and (math.isnan(value) or (math.isinf(value) and name not in _MAY_BE_INFINITE)):
                 raise ValueError(f"{_flag(name)} must be a finite number, got {value}")
         positive = (
-            "num_iterations", "batch_size", "group_size", "rollout_batch_size", "bands", "learning_rate",
-            "num_updates", "clip_range", "target_kl", "kl_budget", "kl_training_budget", "max_grad_norm",
-            "critic_updates", "critic_batch_size", "critic_learning_rate", "num_candidates", "replay", "max_log_ratio",
-            "eval_group_size", "checkpoint_every", "sample_every", "timeout", "gradient_accumulation_steps",
-        )  # fmt: skip
+            "num_iterations",
+            "batch_size",
+            "group_size",
+            "rollout_batch_size",
+            "bands",
+            "learning_rate",
+            "num_updates",
+            "clip_range",
+            "target_kl",
+            "kl_budget",
+            "kl_training_budget",
+            "max_grad_norm",
+            "critic_updates",
+            "critic_batch_size",
+            "critic_learning_rate",
+            "num_candidates",
+            "replay",
+            "max_log_ratio",
+            "eval_group_size",
+            "checkpoint_every",
+            "sample_every",
+            "timeout",
+            "gradient_accumulation_steps",
+        )
         for name in positive:
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"{_flag(name)} must be positive, got {value}")

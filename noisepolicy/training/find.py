@@ -109,9 +109,12 @@ class FindTrainer(TrainingLoop):
             start = self._load_start(config.init_policy).to(embeds.device)
             bands, std, self._critic = start.config.get("bands"), start.config["std"], start.critic
         policy = TablePolicy(
-            latent_shape=self.task.frozen.latent_shape, prompt_shape=self.prompt_shape,
-            prompts=self.task.train_prompts, bands=bands, std=std,
-        ).to(embeds.device)  # fmt: skip
+            latent_shape=self.task.frozen.latent_shape,
+            prompt_shape=self.prompt_shape,
+            prompts=self.task.train_prompts,
+            bands=bands,
+            std=std,
+        ).to(embeds.device)
         policy.learn_keys(embeds)
         row = policy.row_of(embeds)
         if (same := (row != torch.arange(len(row), device=row.device)).nonzero()).numel():
@@ -250,9 +253,10 @@ class FindTrainer(TrainingLoop):
             return self._calibrator(embeds, mean, log_std).gather(1, samples["step_index"])
         count = samples["step_index"].shape[1]
         values = self._critic(
-            embeds.repeat_interleave(count, 0), samples["action"].flatten(0, 1),
+            embeds.repeat_interleave(count, 0),
+            samples["action"].flatten(0, 1),
             self._critic_steps(samples["step_index"].flatten()),
-        )  # fmt: skip
+        )
         return self._restandardised(values.mean(0)).unflatten(0, (-1, count))
 
     def _restandardised(self, predicted: torch.Tensor) -> torch.Tensor:

@@ -24,14 +24,24 @@ class History:
     """
 
     def __init__(
-        self, folder: Path | None, action_shape: tuple[int, ...], picture_shape: tuple[int, ...], num_parts: int,
+        self,
+        folder: Path | None,
+        action_shape: tuple[int, ...],
+        picture_shape: tuple[int, ...],
+        num_parts: int,
         device: torch.device,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._device = device
-        self._rows = RowFile(folder, [
-            ("prompt_row", "<i8", ()), ("step_index", "<i8", ()), ("parts", "<f8", (num_parts,)),
-            ("action", "<f4", action_shape), ("picture", "<f2", picture_shape),
-        ])  # fmt: skip
+        self._rows = RowFile(
+            folder,
+            [
+                ("prompt_row", "<i8", ()),
+                ("step_index", "<i8", ()),
+                ("parts", "<f8", (num_parts,)),
+                ("action", "<f4", action_shape),
+                ("picture", "<f2", picture_shape),
+            ],
+        )
 
     @property
     def size(self) -> int:

@@ -241,13 +241,23 @@ class TrainingLoop:
         with self._clock.phase("frozen_model"):
             rows = self.prompts.add(prompt_index)
         return roll_out(
-            self.policy, self.task.frozen, self.task.reward, prompts, self.prompts,
-            prompt_row=rows.repeat_interleave(config.group_size), step_index=self._step_index(number),
-            step_counts=config.num_inference_steps, guidance_scale=config.guidance_scale,
-            seed=stream_seed(config.seed, "noise"), number=number, max_rows=config.rollout_batch_size,
-            processes=self.processes, clock=self._clock, critic_shape=self.critic_shape,
+            self.policy,
+            self.task.frozen,
+            self.task.reward,
+            prompts,
+            self.prompts,
+            prompt_row=rows.repeat_interleave(config.group_size),
+            step_index=self._step_index(number),
+            step_counts=config.num_inference_steps,
+            guidance_scale=config.guidance_scale,
+            seed=stream_seed(config.seed, "noise"),
+            number=number,
+            max_rows=config.rollout_batch_size,
+            processes=self.processes,
+            clock=self._clock,
+            critic_shape=self.critic_shape,
             is_overlapped=config.overlap,
-        )  # fmt: skip
+        )
 
     def _batch_metrics(self, rollout: Rollout) -> dict[str, Any]:
         """Metrics of a batch as it was made, in the reward's own units."""
@@ -273,8 +283,9 @@ class TrainingLoop:
             batch_size, count = self.config.batch_size, self.processes.count
             remedy = (
                 f"--rollout-batch-size {batch_size // count} gives each a share"
-                if batch_size >= count else f"there are only {batch_size} images"
-            )  # fmt: skip
+                if batch_size >= count
+                else f"there are only {batch_size} images"
+            )
             warnings.warn(
                 f"a batch has {num_chunks} chunks for {count} processes, so some have nothing to do; {remedy}",
                 stacklevel=3,

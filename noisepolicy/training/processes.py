@@ -141,9 +141,10 @@ class Processes:
         self._store.set_timeout(timedelta(seconds=10))
         try:
             missing = [
-                rank for rank in range(self.count)
+                rank
+                for rank in range(self.count)
                 if not self._store.check([str(rank)]) or int(self._store.get(str(rank))) < self._num_meetings
-            ]  # fmt: skip
+            ]
         except RuntimeError:
             return f"rank 0, which holds the others together, did not answer in {phase}"
         if not missing:

@@ -25,10 +25,41 @@ _JSON = (".json", *_JSON_LINES)
 _DELIMITER = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
 _PARQUET = (".parquet", ".pq")
 _OTHERS = (
-    ".yaml", ".yml", ".toml", ".ini", ".md", ".html", ".xml", ".log", ".rtf", ".pdf", ".doc", ".docx", ".odt", ".xls",
-    ".xlsx", ".ods", ".zip", ".tar", ".gz", ".bz2", ".xz", ".zst", ".7z", ".pkl", ".pickle", ".npy", ".npz", ".pt",
-    ".pth", ".safetensors", ".arrow", ".feather", ".db", ".sqlite",
-)  # fmt: skip
+    ".yaml",
+    ".yml",
+    ".toml",
+    ".ini",
+    ".md",
+    ".html",
+    ".xml",
+    ".log",
+    ".rtf",
+    ".pdf",
+    ".doc",
+    ".docx",
+    ".odt",
+    ".xls",
+    ".xlsx",
+    ".ods",
+    ".zip",
+    ".tar",
+    ".gz",
+    ".bz2",
+    ".xz",
+    ".zst",
+    ".7z",
+    ".pkl",
+    ".pickle",
+    ".npy",
+    ".npz",
+    ".pt",
+    ".pth",
+    ".safetensors",
+    ".arrow",
+    ".feather",
+    ".db",
+    ".sqlite",
+)
 FILE_SUFFIXES = (*_TEXT[1:], *_JSON, *_DELIMITER, *_PARQUET, *_OTHERS)
 """Endings by which a single word is taken for the name of a file, whether there is one or not."""
 

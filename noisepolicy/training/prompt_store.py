@@ -53,10 +53,12 @@ class PromptStore:
     def __getitem__(self, rows: torch.Tensor) -> PromptEmbeds:
         """`(len(rows), ...)` embeddings on the store's device."""
         table = self._rows.read(rows.tolist())
-        return PromptEmbeds(**{
-            name: torch.from_numpy(table[name].copy()).view(like.dtype).view(len(rows), *like.shape[1:])
-            for name, like in self._no_rows.tensors().items()
-        }).to(self._device)  # fmt: skip
+        return PromptEmbeds(
+            **{
+                name: torch.from_numpy(table[name].copy()).view(like.dtype).view(len(rows), *like.shape[1:])
+                for name, like in self._no_rows.tensors().items()
+            }
+        ).to(self._device)
 
     def keep(self, folder: Path) -> None:
         """From here on the rows lie in `folder`, RUN/prompts; in the main process only."""

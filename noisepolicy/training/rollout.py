@@ -37,11 +37,24 @@ class Rollout:
 
 @torch.no_grad()
 def roll_out(
-    policy: NoisePolicy, frozen: FrozenModel, reward: Reward, prompts: Sequence[str], embeds: PromptStore, *,
-    prompt_row: torch.Tensor, step_index: torch.Tensor, step_counts: Sequence[int], guidance_scale: float,
-    seed: int, number: int, max_rows: int, processes: Processes, clock: PhaseClock,
-    critic_shape: CriticShape | None, is_overlapped: bool,
-) -> Rollout:  # fmt: skip
+    policy: NoisePolicy,
+    frozen: FrozenModel,
+    reward: Reward,
+    prompts: Sequence[str],
+    embeds: PromptStore,
+    *,
+    prompt_row: torch.Tensor,
+    step_index: torch.Tensor,
+    step_counts: Sequence[int],
+    guidance_scale: float,
+    seed: int,
+    number: int,
+    max_rows: int,
+    processes: Processes,
+    clock: PhaseClock,
+    critic_shape: CriticShape | None,
+    is_overlapped: bool,
+) -> Rollout:
     """Samples, generates and scores, chunk by chunk.
 
     The noise of a row is addressed by its number in the whole run, and everything of a chunk (policy, frozen model,
@@ -73,9 +86,11 @@ def roll_out(
                 sample = policy.sample(chunk_embeds.prompt_embeds, seed=seed, offset=offset)
             with clock.phase("frozen_model"):
                 images = frozen.generate(
-                    sample.latents, chunk_embeds,
-                    num_inference_steps=step_counts[chunk.step_index], guidance_scale=guidance_scale,
-                )  # fmt: skip
+                    sample.latents,
+                    chunk_embeds,
+                    num_inference_steps=step_counts[chunk.step_index],
+                    guidance_scale=guidance_scale,
+                )
             actions.append(sample.action)
             log_probs.append(sample.log_prob)
             if critic_shape is not None:
@@ -94,6 +109,11 @@ def roll_out(
         counts=[sum(chunk.stop - chunk.start for chunk in share) for share in shares],
     )
     return Rollout(
-        prompt_row, step_index.to(device), action, log_prob, parts, weigh(parts, reward.weights),
+        prompt_row,
+        step_index.to(device),
+        action,
+        log_prob,
+        parts,
+        weigh(parts, reward.weights),
         picture[0] if picture else None,
-    )  # fmt: skip
+    )

@@ -137,14 +137,23 @@ def load_frozen(config: TrainConfig, device: torch.device) -> FrozenDiffusersPip
     num_frames = moving_shapes.NUM_FRAMES if world is moving_shapes and not config.num_frames else config.num_frames
     try:
         frozen = FrozenDiffusersPipeline.from_pretrained(
-            config.model if world is None else world.model_folder(), device=device,
-            dtype=getattr(torch, config.dtype or "float32"), rollout_batch_size=config.rollout_batch_size,
-            height=config.height, width=config.width, num_frames=num_frames, negative_prompt=config.negative_prompt,
-            max_sequence_length=config.max_sequence_length, variant=config.variant, scheduler=config.scheduler,
+            config.model if world is None else world.model_folder(),
+            device=device,
+            dtype=getattr(torch, config.dtype or "float32"),
+            rollout_batch_size=config.rollout_batch_size,
+            height=config.height,
+            width=config.width,
+            num_frames=num_frames,
+            negative_prompt=config.negative_prompt,
+            max_sequence_length=config.max_sequence_length,
+            variant=config.variant,
+            scheduler=config.scheduler,
             timestep_spacing=config.timestep_spacing,
-            vae_slicing=config.vae_slicing, vae_tiling=config.vae_tiling, cpu_offload=config.cpu_offload,
+            vae_slicing=config.vae_slicing,
+            vae_tiling=config.vae_tiling,
+            cpu_offload=config.cpu_offload,
             cuda_graph=config.cuda_graph,
-        )  # fmt: skip
+        )
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load --model {config.model}: {' '.join(str(error).split())}") from error
     if config.denoiser == "eager" and config.denoiser_dtype is None:
@@ -155,9 +164,11 @@ def load_frozen(config: TrainConfig, device: torch.device) -> FrozenDiffusersPip
         use_denoiser(frozen, config.denoiser, dtype=config.denoiser_dtype)
         return frozen
     choice = choose_denoiser(
-        frozen, frozen.encode([""]), num_inference_steps=config.num_inference_steps[0],
+        frozen,
+        frozen.encode([""]),
+        num_inference_steps=config.num_inference_steps[0],
         guidance_scale=config.guidance_scale,
-    )  # fmt: skip
+    )
     print(choice, flush=True)
     return frozen
 

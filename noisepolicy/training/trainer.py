@@ -88,10 +88,17 @@ class Trainer(TrainingLoop):
                 metrics |= self._learn_reward(rollout, number)
             if self._critic is None or (number + 1) * config.batch_size >= config.critic_warmup:
                 metrics |= update_policy(
-                    self.policy, self._policy_optimizer, self._critic, rollout, self.prompts, self._scale, config,
-                    kl_coef=self._kl_coef, diversity_coef=self._diversity_coef,
+                    self.policy,
+                    self._policy_optimizer,
+                    self._critic,
+                    rollout,
+                    self.prompts,
+                    self._scale,
+                    config,
+                    kl_coef=self._kl_coef,
+                    diversity_coef=self._diversity_coef,
                     generator=stream_generator(config.seed, "policy update", number),
-                )  # fmt: skip
+                )
                 self._adapt_kl_coef(metrics["kl_to_prior"])
                 if self._critic is not None:
                     self._adapt_diversity_coef(metrics["diversity_kept"])
@@ -114,16 +121,24 @@ class Trainer(TrainingLoop):
             embeds = self.prompts[rollout.prompt_row].prompt_embeds.float()
             foreseen = self._critic(embeds, rollout.action, rollout.step_index).mean(0)
         self._history.append(
-            prompt_row=rollout.prompt_row, step_index=rollout.step_index, parts=rollout.parts,
-            action=rollout.action, picture=rollout.picture,
-        )  # fmt: skip
+            prompt_row=rollout.prompt_row,
+            step_index=rollout.step_index,
+            parts=rollout.parts,
+            action=rollout.action,
+            picture=rollout.picture,
+        )
         self._critic.requires_grad_(True)
         loss = update_critic(
-            self._critic, self._critic_optimizer, self._history, self.prompts, self._scale,
-            num_updates=self.config.critic_updates, batch_size=self.config.critic_batch_size,
+            self._critic,
+            self._critic_optimizer,
+            self._history,
+            self.prompts,
+            self._scale,
+            num_updates=self.config.critic_updates,
+            batch_size=self.config.critic_batch_size,
             max_grad_norm=self.config.max_grad_norm,
             generator=stream_generator(self.config.seed, "critic", number),
-        )  # fmt: skip
+        )
         self._critic.requires_grad_(False)
         variance = reward.var().item()
         unexplained = ((foreseen - reward) ** 2).mean().item() / variance if variance else 1.0

@@ -24,9 +24,17 @@ _MAX_ATTEMPTS = 10
 
 
 def update_critic(
-    critic: RewardCritic, optimizer: torch.optim.Optimizer, history: History, prompts: PromptStore,
-    scale: RewardScale, *, num_updates: int, batch_size: int, max_grad_norm: float, generator: torch.Generator,
-) -> float:  # fmt: skip
+    critic: RewardCritic,
+    optimizer: torch.optim.Optimizer,
+    history: History,
+    prompts: PromptStore,
+    scale: RewardScale,
+    *,
+    num_updates: int,
+    batch_size: int,
+    max_grad_norm: float,
+    generator: torch.Generator,
+) -> float:
     """Regresses pictures and standardised rewards on the history.
 
     Returns:
@@ -52,10 +60,18 @@ def update_critic(
 
 
 def update_policy(
-    policy: NoisePolicy, optimizer: torch.optim.Optimizer, critic: RewardCritic | None, rollout: Rollout,
-    prompts: PromptStore, scale: RewardScale, config: TrainConfig, *, kl_coef: float, diversity_coef: float,
+    policy: NoisePolicy,
+    optimizer: torch.optim.Optimizer,
+    critic: RewardCritic | None,
+    rollout: Rollout,
+    prompts: PromptStore,
+    scale: RewardScale,
+    config: TrainConfig,
+    *,
+    kl_coef: float,
+    diversity_coef: float,
     generator: torch.Generator,
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float]:
     """Clipped PPO on the batch and, with a critic, its gradient on fresh samples of the policy.
 
         loss = ppo_clip_loss(advantages)
@@ -106,9 +122,14 @@ def update_policy(
                 before = old_mean[rows], old_log_std[rows] if old_log_std.ndim else old_log_std
                 step_kl.append(gaussian_kl(*before, mean, log_std))
             ppo_loss, stats = ppo_clip_loss(
-                rollout.action[rows], mean, log_std, old_log_prob[rows], advantages[rows],
-                clip_range=config.clip_range, kl_coef=ppo_kl_coef,
-            )  # fmt: skip
+                rollout.action[rows],
+                mean,
+                log_std,
+                old_log_prob[rows],
+                advantages[rows],
+                clip_range=config.clip_range,
+                kl_coef=ppo_kl_coef,
+            )
             share = (rows.stop - rows.start) / batch
             clip_fraction = clip_fraction + share * stats.clip_fraction
             (share * ppo_loss).backward()
@@ -131,9 +152,13 @@ def update_policy(
 
 
 def _draw_back(
-    policy: NoisePolicy, start: list[torch.Tensor], embeds: torch.Tensor, old_mean: torch.Tensor,
-    old_log_std: torch.Tensor, target_kl: float,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    policy: NoisePolicy,
+    start: list[torch.Tensor],
+    embeds: torch.Tensor,
+    old_mean: torch.Tensor,
+    old_log_std: torch.Tensor,
+    target_kl: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Shortens the way of the weights from `start` until KL(old, new) is at most twice its target; what it then gives.
 
     KL is nearly quadratic in the way, so one attempt or two will do.
@@ -149,9 +174,13 @@ def _draw_back(
 
 
 def _diversity_kept(
-    mean: torch.Tensor, log_std: torch.Tensor, critic: RewardCritic, embeds: torch.Tensor, rollout: Rollout,
+    mean: torch.Tensor,
+    log_std: torch.Tensor,
+    critic: RewardCritic,
+    embeds: torch.Tensor,
+    rollout: Rollout,
     generator: torch.Generator,
-) -> float:  # fmt: skip
+) -> float:
     """How far apart two pictures of a prompt are, by their sketches, as a share of the prior's."""
     noise = [torch.randn(mean.shape, generator=generator).to(mean.device) for _ in range(2)]
     pairs = ([mean + log_std.exp() * draw for draw in noise], noise)
@@ -168,9 +197,15 @@ def _distance(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
 
 def _critic_loss(
-    policy: NoisePolicy, critic: RewardCritic, prompts: PromptStore, scale: RewardScale, config: TrainConfig,
-    kl_coef: float, diversity_coef: float, generator: torch.Generator,
-) -> torch.Tensor:  # fmt: skip
+    policy: NoisePolicy,
+    critic: RewardCritic,
+    prompts: PromptStore,
+    scale: RewardScale,
+    config: TrainConfig,
+    kl_coef: float,
+    diversity_coef: float,
+    generator: torch.Generator,
+) -> torch.Tensor:
     # Two samples of each prompt, to see how far apart their pictures are.
     count = config.critic_batch_size // 2
     rows = torch.randint(len(prompts), (count,), generator=generator).repeat(2)

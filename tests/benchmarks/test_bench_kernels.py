@@ -29,9 +29,19 @@ def test_the_table_the_json_and_the_report(tmp_path, capsys):
     ]
     for row in result["results"]:
         assert {
-            "op", "backend", "dtype", "batch", "dim", "threads", "median_us", "p20_us", "p80_us", "gb_per_s",
-            "limit_fraction", "speedup",
-        } <= set(row)  # fmt: skip
+            "op",
+            "backend",
+            "dtype",
+            "batch",
+            "dim",
+            "threads",
+            "median_us",
+            "p20_us",
+            "p80_us",
+            "gb_per_s",
+            "limit_fraction",
+            "speedup",
+        } <= set(row)
         assert 0 < row["p20_us"] <= row["median_us"] <= row["p80_us"]
         assert row["threads"] == 1 and row["gb_per_s"] > 0 and row["limit_fraction"] > 0
         assert set(row["speedup"]) == {"eager", "compile"} | ({"randn"} if "sample" in row["op"] else set())

@@ -56,9 +56,18 @@ def test_the_numbers(result):
     assert [(row["backend"], row["batch"]) for row in result["denoiser"]] == [(e, n) for n in (1, 2) for e in ENGINES]
     for row in result["denoiser"]:
         assert set(row) == {
-            "backend", "dtype", "batch", "median_ms", "p20_ms", "p95_ms", "images_per_s", "peak_memory_mb",
-            "difference", "eager_ms", "speedup_over_eager",
-        }  # fmt: skip
+            "backend",
+            "dtype",
+            "batch",
+            "median_ms",
+            "p20_ms",
+            "p95_ms",
+            "images_per_s",
+            "peak_memory_mb",
+            "difference",
+            "eager_ms",
+            "speedup_over_eager",
+        }
         assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p95_ms"] and row["dtype"] == "float32"
         assert row["difference"] < 1e-3
         assert row["images_per_s"] == pytest.approx(1e3 * row["batch"] / row["median_ms"])
@@ -102,11 +111,19 @@ def test_the_report_opens(folder, tmp_path, browser):
     picture = tmp_path / "latency.png"
     subprocess.run(
         [
-            browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1100,2400",
-            f"--screenshot={picture}", f"file://{folder / 'latency.html'}",
+            browser,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--hide-scrollbars",
+            "--window-size=1100,2400",
+            f"--screenshot={picture}",
+            f"file://{folder / 'latency.html'}",
         ],
-        check=True, capture_output=True, timeout=120,
-    )  # fmt: skip
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
     assert picture.stat().st_size > 50_000
 
 
@@ -288,11 +305,15 @@ def test_tolerances(dtype):
 def test_the_next_gain_is_the_largest_part_of_the_fastest():
     rows = [
         {
-            "backend": backend, "dtype": dtype, "batch": 64, "num_inference_steps": 2, "median_ms": sum(parts),
+            "backend": backend,
+            "dtype": dtype,
+            "batch": 64,
+            "num_inference_steps": 2,
+            "median_ms": sum(parts),
             "split_ms": {**dict(zip(("denoiser", "vae"), parts, strict=True)), "reward": None},
         }
         for backend, dtype, parts in (("eager", "float32", (80.0, 10.0)), ("openvino", "bfloat16", (10.0, 40.0)))
-    ]  # fmt: skip
+    ]
     assert next_gain(rows, []) == (
         "a rollout of 64 images at 2 steps on openvino bfloat16: vae has 80%, and halving it would make the whole "
         "1.67x faster"

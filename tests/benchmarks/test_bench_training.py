@@ -36,13 +36,21 @@ def test_exit_codes_are_those_of_the_run(tmp_path, capsys, monkeypatch, ended_wi
     assert error.strip().count("\n") == 0
 
 
-@pytest.mark.parametrize("summary", [
-    {},
-    {"images_trained": 1, "train_seconds": 1.0, "seconds": {}, "peak_rss_bytes": 1, "sweep": []},
-    {"images_trained": 1, "train_seconds": 1.0, "seconds": {"frozen_model": 1, "reward": 1}, "peak_rss_bytes": 1,
-     "sweep": [{"num_inference_steps": 1, "base": {"strict": None}, "best_of_n": [], "policy": {}}]},
-    [],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "summary",
+    [
+        {},
+        {"images_trained": 1, "train_seconds": 1.0, "seconds": {}, "peak_rss_bytes": 1, "sweep": []},
+        {
+            "images_trained": 1,
+            "train_seconds": 1.0,
+            "seconds": {"frozen_model": 1, "reward": 1},
+            "peak_rss_bytes": 1,
+            "sweep": [{"num_inference_steps": 1, "base": {"strict": None}, "best_of_n": [], "policy": {}}],
+        },
+        [],
+    ],
+)
 def test_runs_of_another_kind_are_told(tmp_path, capsys, summary):
     (tmp_path / "seed0").mkdir()
     (tmp_path / "seed0" / "summary.json").write_text(json.dumps(summary))

@@ -17,10 +17,30 @@ pytestmark = pytest.mark.slow
 def run_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("eval") / "run"
     command = [
-        sys.executable, "-m", "noisepolicy.cli.train", "--output-dir", str(folder), "--num-iterations", "3",
-        "--batch-size", "32", "--critic-warmup", "32", "--critic-updates", "2", "--eval-steps", "1",
-        "--eval-num-prompts", "4", "--eval-group-size", "2", "--eval-rewards", "brightness", "--license", "mit",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "noisepolicy.cli.train",
+        "--output-dir",
+        str(folder),
+        "--num-iterations",
+        "3",
+        "--batch-size",
+        "32",
+        "--critic-warmup",
+        "32",
+        "--critic-updates",
+        "2",
+        "--eval-steps",
+        "1",
+        "--eval-num-prompts",
+        "4",
+        "--eval-group-size",
+        "2",
+        "--eval-rewards",
+        "brightness",
+        "--license",
+        "mit",
+    ]
     done = subprocess.run(command, cwd=folder.parent, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "brightness" in done.stdout
@@ -46,8 +66,21 @@ def test_generate_on_another_engine_makes_the_same_pictures(run_folder, tmp_path
 
 
 def test_eval_measures_further_rewards_and_writes_a_report(run_folder, tmp_path):
-    done = run("eval", run_folder, "--steps", "1,2", "--rewards", "red", "0.5*blue + sharpness", "--group-size", "2",
-               "--num-prompts", "4", "--output-dir", tmp_path)  # fmt: skip
+    done = run(
+        "eval",
+        run_folder,
+        "--steps",
+        "1,2",
+        "--rewards",
+        "red",
+        "0.5*blue + sharpness",
+        "--group-size",
+        "2",
+        "--num-prompts",
+        "4",
+        "--output-dir",
+        tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "summary.json").read_text())["sweep"]
     assert [row["num_inference_steps"] for row in rows] == [1, 2] and rows[0]["num_pairs"] == 8
@@ -61,8 +94,14 @@ def test_generate_writes_pictures_beside_the_base_models(run_folder, tmp_path):
     done = run("generate", run_folder, PROMPT, "--num-images", "3", "--compare", "--output-dir", tmp_path)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "0000.png", "0000_base.png", "0001.png", "0001_base.png", "0002.png", "0002_base.png", "grid.png",
-    ]  # fmt: skip
+        "0000.png",
+        "0000_base.png",
+        "0001.png",
+        "0001_base.png",
+        "0002.png",
+        "0002_base.png",
+        "grid.png",
+    ]
     assert Image.open(tmp_path / "grid.png").size == (3 * 64, 2 * 64)
     again = tmp_path / "again"
     assert run("generate", run_folder, PROMPT, "--num-images", "3", "--output-dir", again).returncode == 0

@@ -10,9 +10,21 @@ from noisepolicy.policies import NoisePolicy
 
 CAPTION = "a red circle, a blue square and a green triangle from left to right"
 SHORT = [
-    "--algorithm", "find", "--prompts", CAPTION, "--group-size", "6", "--checkpoint-every", "1", "--sample-every", "2",
-    "--eval-group-size", "2", "--eval-steps", "1,2",
-]  # fmt: skip
+    "--algorithm",
+    "find",
+    "--prompts",
+    CAPTION,
+    "--group-size",
+    "6",
+    "--checkpoint-every",
+    "1",
+    "--sample-every",
+    "2",
+    "--eval-group-size",
+    "2",
+    "--eval-steps",
+    "1,2",
+]
 
 
 @pytest.fixture

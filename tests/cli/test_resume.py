@@ -16,11 +16,39 @@ pytestmark = pytest.mark.slow
 
 CAPTION = "a red circle, a blue square and a green triangle from left to right"
 SHORT = [
-    "--model", "models/x", "--prompts", "prompts.txt", "--eval-prompts", "held_out.txt", "--num-iterations", "2",
-    "--batch-size", "8", "--critic-warmup", "8", "--critic-batch-size", "8", "--critic-updates", "1", "--num-updates",
-    "1", "--checkpoint-every", "1", "--eval-num-prompts", "2", "--eval-group-size", "2", "--eval-steps", "1",
-    "--num-inference-steps", "1", "--output-dir", "run", "--device", "cpu",
-]  # fmt: skip
+    "--model",
+    "models/x",
+    "--prompts",
+    "prompts.txt",
+    "--eval-prompts",
+    "held_out.txt",
+    "--num-iterations",
+    "2",
+    "--batch-size",
+    "8",
+    "--critic-warmup",
+    "8",
+    "--critic-batch-size",
+    "8",
+    "--critic-updates",
+    "1",
+    "--num-updates",
+    "1",
+    "--checkpoint-every",
+    "1",
+    "--eval-num-prompts",
+    "2",
+    "--eval-group-size",
+    "2",
+    "--eval-steps",
+    "1",
+    "--num-inference-steps",
+    "1",
+    "--output-dir",
+    "run",
+    "--device",
+    "cpu",
+]
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +128,24 @@ def test_commands_say_that_the_model_is_another(project, command, capsys, summar
 def test_evaluation_settings_may_change(project, command, capsys):
     policy = (project / "run" / "policy" / "policy.safetensors").read_bytes()
     code, _, errors = command(
-        capsys, project, "train", "--resume", "run", "--eval-steps", "1,2", "--eval-num-prompts", "1",
-        "--eval-group-size", "3", "--eval-rewards", "red", "--eval-prompts", f"{CAPTION}!", "--license", "mit",
-    )  # fmt: skip
+        capsys,
+        project,
+        "train",
+        "--resume",
+        "run",
+        "--eval-steps",
+        "1,2",
+        "--eval-num-prompts",
+        "1",
+        "--eval-group-size",
+        "3",
+        "--eval-rewards",
+        "red",
+        "--eval-prompts",
+        f"{CAPTION}!",
+        "--license",
+        "mit",
+    )
     assert code == 0, errors
     summary = json.loads((project / "run" / "summary.json").read_text())
     assert [row["num_inference_steps"] for row in summary["sweep"]] == [1, 2]

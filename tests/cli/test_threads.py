@@ -40,12 +40,26 @@ def make_proc(folder, groups, files, *, root="/"):
 @pytest.mark.parametrize(
     ("text", "quota"),
     [
-        (b"100000 100000\n", 1), (b"50000 100000\n", 1), (b"150000 100000\n", 2), (b"200001 100000\n", 3),
-        (b"1600000 100000\n", 16), (b"max 100000\n", None), (b"max\n", None), (b"", None), (b"\n", None),
-        (b"100000\n", None), (b"-1 100000\n", None), (b"0 100000\n", None), (b"100000 0\n", None),
-        (b"100000 -5\n", None), (b"1 2 3\n", None), (b"1.5 1\n", None), (b"no number\n", None), (b"\xff\xfe\0", None),
+        (b"100000 100000\n", 1),
+        (b"50000 100000\n", 1),
+        (b"150000 100000\n", 2),
+        (b"200001 100000\n", 3),
+        (b"1600000 100000\n", 16),
+        (b"max 100000\n", None),
+        (b"max\n", None),
+        (b"", None),
+        (b"\n", None),
+        (b"100000\n", None),
+        (b"-1 100000\n", None),
+        (b"0 100000\n", None),
+        (b"100000 0\n", None),
+        (b"100000 -5\n", None),
+        (b"1 2 3\n", None),
+        (b"1.5 1\n", None),
+        (b"no number\n", None),
+        (b"\xff\xfe\0", None),
     ],
-)  # fmt: skip
+)
 def test_limit_of_one_group(tmp_path, text, quota):
     assert threads.cpu_quota(make_proc(tmp_path, ["0::/job"], {"v2/job/cpu.max": text})) == quota
 
@@ -53,10 +67,15 @@ def test_limit_of_one_group(tmp_path, text, quota):
 @pytest.mark.parametrize(
     ("quota_us", "period_us", "quota"),
     [
-        (b"250000\n", b"100000\n", 3), (b"-1\n", b"100000\n", None), (b"20000\n", b"10000\n", 2), (b"", b"", None),
-        (b"100000\n", b"", None), (b"100000\n", None, None), (b"max\n", b"100000\n", None),
+        (b"250000\n", b"100000\n", 3),
+        (b"-1\n", b"100000\n", None),
+        (b"20000\n", b"10000\n", 2),
+        (b"", b"", None),
+        (b"100000\n", b"", None),
+        (b"100000\n", None, None),
+        (b"max\n", b"100000\n", None),
     ],
-)  # fmt: skip
+)
 def test_limit_of_one_group_of_version_1(tmp_path, quota_us, period_us, quota):
     files = {"v1/job/cpu.cfs_quota_us": quota_us, "v1/job/cpu.cfs_period_us": period_us}
     proc = make_proc(

@@ -17,10 +17,25 @@ from noisepolicy.shapes import train_scenes
 from noisepolicy.storage import read_tensors
 
 SHORT = [
-    "--num-iterations", "4", "--batch-size", "8", "--critic-warmup", "8", "--critic-batch-size", "16",
-    "--checkpoint-every", "1", "--sample-every", "2", "--eval-num-prompts", "2", "--eval-group-size", "2",
-    "--eval-steps", "1,2",
-]  # fmt: skip
+    "--num-iterations",
+    "4",
+    "--batch-size",
+    "8",
+    "--critic-warmup",
+    "8",
+    "--critic-batch-size",
+    "16",
+    "--checkpoint-every",
+    "1",
+    "--sample-every",
+    "2",
+    "--eval-num-prompts",
+    "2",
+    "--eval-group-size",
+    "2",
+    "--eval-steps",
+    "1,2",
+]
 
 
 @pytest.mark.slow
@@ -36,12 +51,22 @@ def test_a_run_from_start_to_report(run_train, tmp_path):
     assert set(summary["seconds"]) == {"frozen_model", "reward", "policy", "other"}
     assert [row["num_inference_steps"] for row in summary["sweep"]] == [1, 2]
     assert set(summary["sweep"][0]) == {
-        "num_inference_steps", "num_pairs", "base", "policy", "gain", "gain_ci95", "parts", "eval_rewards", "best_of_n",
-    }  # fmt: skip
+        "num_inference_steps",
+        "num_pairs",
+        "base",
+        "policy",
+        "gain",
+        "gain_ci95",
+        "parts",
+        "eval_rewards",
+        "best_of_n",
+    }
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 4
     assert {path.name for path in (run / "samples").iterdir()} == {
-        "iteration_000002.png", "iteration_000004.png", "before_after.png",
-    }  # fmt: skip
+        "iteration_000002.png",
+        "iteration_000004.png",
+        "before_after.png",
+    }
     assert len(list((run / "checkpoints").iterdir())) == 2
     assert list((run / "tensorboard").iterdir())
     assert NoisePolicy.from_pretrained(run / "policy").action_shape == (8, 8, 8)
@@ -218,8 +243,11 @@ def test_a_full_disk_is_one_line_and_exit_code_1(tmp_path):
     )
     result = subprocess.run(
         [sys.executable, "-c", script, *SHORT, "--output-dir", "run"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert result.returncode == 1, result.stderr
     assert "File too large" in result.stderr and "Traceback" not in result.stderr
     assert not list((tmp_path / "run" / "checkpoints").iterdir()), "no torn file is left"

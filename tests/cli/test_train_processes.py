@@ -15,17 +15,43 @@ from noisepolicy.storage import read_tensors
 from noisepolicy.training.checkpoint import whole_checkpoints
 
 SETTINGS = [
-    "--num-iterations", "6", "--batch-size", "8", "--critic-warmup", "8", "--critic-batch-size", "8",
-    "--critic-updates", "2", "--checkpoint-every", "2", "--timeout", "120",
-    "--eval-num-prompts", "2", "--eval-group-size", "2", "--eval-steps", "1,2",
-]  # fmt: skip
+    "--num-iterations",
+    "6",
+    "--batch-size",
+    "8",
+    "--critic-warmup",
+    "8",
+    "--critic-batch-size",
+    "8",
+    "--critic-updates",
+    "2",
+    "--checkpoint-every",
+    "2",
+    "--timeout",
+    "120",
+    "--eval-num-prompts",
+    "2",
+    "--eval-group-size",
+    "2",
+    "--eval-steps",
+    "1,2",
+]
 
 
 def start(*arguments, cwd, num_processes=2, max_restarts=0, module="train"):
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes),
-        "--max-restarts", str(max_restarts), "-m", f"noisepolicy.cli.{module}", *arguments,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(num_processes),
+        "--max-restarts",
+        str(max_restarts),
+        "-m",
+        f"noisepolicy.cli.{module}",
+        *arguments,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(cwd)}
     return subprocess.Popen(
         command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -123,9 +149,22 @@ def test_a_reward_that_fails_on_one_rank_names_it(tmp_path):
 def test_the_mixed_precision_of_accelerate_is_the_frozen_models(frozen, tmp_path):
     def launch(*arguments):
         command = [
-            sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--mixed_precision", "bf16",
-            "-m", "noisepolicy.cli.train", *SETTINGS, "--num-iterations", "1", "--device", "cpu", *arguments,
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--num_processes",
+            "1",
+            "--mixed_precision",
+            "bf16",
+            "-m",
+            "noisepolicy.cli.train",
+            *SETTINGS,
+            "--num-iterations",
+            "1",
+            "--device",
+            "cpu",
+            *arguments,
+        ]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
 
     done = launch("--output-dir", "run")

@@ -17,9 +17,18 @@ HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent.parent / "csrc"
 UNITS = ("device.cu", "gaussian.cu", "ppo.cu", "spectral.cu")
 FLAGS = [
-    "-std=c++17", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
-    f"-I{HERE}", f"-I{CSRC}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}",
-]  # fmt: skip
+    "-std=c++17",
+    "-fPIC",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-unknown-pragmas",
+    f"-I{HERE}",
+    f"-I{CSRC}",
+    f"-I{pybind11.get_include()}",
+    f"-I{sysconfig.get_paths()['include']}",
+]
 SANITIZERS = {
     "plain": ["-O1"],
     "address": ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],

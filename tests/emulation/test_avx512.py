@@ -21,9 +21,18 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 
 FLAGS = [
-    "g++", "-std=c++17", "-O1", "-w", "-ffp-contract=off", "-fPIC", "-pthread", f"-I{HERE / 'avx512'}", f"-I{CSRC}",
-    "-DNOISEPOLICY_ISA=avx512", '-DNOISEPOLICY_SIMD="simd_avx512.h"',
-]  # fmt: skip
+    "g++",
+    "-std=c++17",
+    "-O1",
+    "-w",
+    "-ffp-contract=off",
+    "-fPIC",
+    "-pthread",
+    f"-I{HERE / 'avx512'}",
+    f"-I{CSRC}",
+    "-DNOISEPOLICY_ISA=avx512",
+    '-DNOISEPOLICY_SIMD="simd_avx512.h"',
+]
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +106,17 @@ def test_spectral_sampling(ops, height, width, rows, columns):
     spectrum = Spectrum(3, (1, height, width), (1, rows, columns))
     out = [torch.empty(2, 3, 1, height, width), torch.empty(mean.shape), torch.empty(2)]
     call(
-        ops.spectral_sample, mean, log_std, *sizes, (3, height, width, rows, columns),
-        dct_basis(rows, height, device), dct_basis(columns, width, device), SEED, OFFSET, *out,
-    )  # fmt: skip
+        ops.spectral_sample,
+        mean,
+        log_std,
+        *sizes,
+        (3, height, width, rows, columns),
+        dct_basis(rows, height, device),
+        dct_basis(columns, width, device),
+        SEED,
+        OFFSET,
+        *out,
+    )
     shape = (2, 3, 1, rows, columns)
     expected = reference.spectral_sample(mean.reshape(shape), log_std.reshape(shape), spectrum, SEED, OFFSET)
     for ours, value in zip(out, expected, strict=True):

@@ -204,8 +204,12 @@ def test_neither_order_nor_grid_changes_a_bit(emulated, monkeypatch):
 # file, its text, what it becomes, and the unit to compile: see Bug in conftest.py
 PLANTED = {
     "swapped Box-Muller outputs": (
-        ("philox.h", "box_muller(words.z, words.w, normals.z, normals.w)",
-            "box_muller(words.z, words.w, normals.w, normals.z)", "gaussian.cu"),
+        (
+            "philox.h",
+            "box_muller(words.z, words.w, normals.z, normals.w)",
+            "box_muller(words.z, words.w, normals.w, normals.z)",
+            "gaussian.cu",
+        ),
         lambda cuda: check_sample(cuda, (3, 8), (3, 8)),
     ),
     "counters overlap between rows": (
@@ -213,13 +217,21 @@ PLANTED = {
         check_rows_differ,
     ),
     "counter cut to 32 bits": (
-        ("cuda/gaussian.cu", "offset + static_cast<uint64_t>(row * quads + quad)",
-            "static_cast<uint32_t>(offset + row * quads + quad)", "gaussian.cu"),
+        (
+            "cuda/gaussian.cu",
+            "offset + static_cast<uint64_t>(row * quads + quad)",
+            "static_cast<uint32_t>(offset + row * quads + quad)",
+            "gaussian.cu",
+        ),
         lambda cuda: check_sample(cuda, (3, 8), (3, 8)),
     ),
     "wrong tail of a row": (
-        ("cuda/device.h", "if (i < count) quad.v[i] = to_float(from[i]);",
-            "if (i + 1 < count) quad.v[i] = to_float(from[i]);", "gaussian.cu"),
+        (
+            "cuda/device.h",
+            "if (i < count) quad.v[i] = to_float(from[i]);",
+            "if (i + 1 < count) quad.v[i] = to_float(from[i]);",
+            "gaussian.cu",
+        ),
         lambda cuda: check_log_prob(cuda, (3, 5), (3, 5)),
     ),
     "run of a log_std one too long": (
@@ -243,16 +255,24 @@ PLANTED = {
         lambda cuda: check_ppo(cuda, (64, 5), (64, 5)),
     ),
     "noise drawn twice from different counters": (
-        ("cuda/spectral.cu", "Quad value = draw4(seed, counter +", "Quad value = draw4(seed, 1 + counter +",
-            "spectral.cu"),
+        (
+            "cuda/spectral.cu",
+            "Quad value = draw4(seed, counter +",
+            "Quad value = draw4(seed, 1 + counter +",
+            "spectral.cu",
+        ),
         lambda cuda: check_spectral(cuda, *SPECTRA[0]),
     ),
     "the shift rounded through the action": (
-        ("cuda/spectral.cu", "shift[row * size + k] = action - low;",
-            "shift[row * size + k] = action - low + 1e-7f;", "spectral.cu"),
+        (
+            "cuda/spectral.cu",
+            "shift[row * size + k] = action - low;",
+            "shift[row * size + k] = action - low + 1e-7f;",
+            "spectral.cu",
+        ),
         lambda cuda: check_prior(cuda, *SPECTRA[0]),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", PLANTED)

@@ -26,8 +26,11 @@ def test_a_sanitizer_finds_nothing(cuda_build, run_program, sanitizer):
 
 LOSS_BARRIER = ("cuda/ppo.cu", "  __syncthreads();\n", "", "ppo.cu")
 PROJECTION_BARRIER = (
-    "cuda/spectral.cu", "      __syncthreads();\n      for (int out", "      for (int out", "spectral.cu"
-)  # fmt: skip
+    "cuda/spectral.cu",
+    "      __syncthreads();\n      for (int out",
+    "      for (int out",
+    "spectral.cu",
+)
 WRITE_BARRIER = ("cuda/spectral.cu", "    __syncthreads();  // before the next slab's weights\n", "", "spectral.cu")
 
 
@@ -45,16 +48,24 @@ def test_a_missing_barrier_is_a_race(cuda_build, run_program, bug):
 @pytest.mark.parametrize(
     ("bug", "message"),
     [
-        (("cuda/device.h", "i < count) from_float(quad.v[i], to[i])", "i <= count) from_float(quad.v[i], to[i])",
-            "gaussian.cu"), "heap-buffer-overflow"),
-        (("cuda/device.h", "if (count == 4 && is_packed(from))", "if (is_packed(from))", "gaussian.cu"),
-            "heap-buffer-overflow"),
+        (
+            (
+                "cuda/device.h",
+                "i < count) from_float(quad.v[i], to[i])",
+                "i <= count) from_float(quad.v[i], to[i])",
+                "gaussian.cu",
+            ),
+            "heap-buffer-overflow",
+        ),
+        (
+            ("cuda/device.h", "if (count == 4 && is_packed(from))", "if (is_packed(from))", "gaussian.cu"),
+            "heap-buffer-overflow",
+        ),
         (("cuda/device.h", "if (count == 4 && is_packed(from))", "if (count == 4)", "gaussian.cu"), "misaligned"),
-        (("cuda/spectral.cu", "element < 0 || first + k >= end", "element < 0", "spectral.cu"),
-            "heap-buffer-overflow"),
+        (("cuda/spectral.cu", "element < 0 || first + k >= end", "element < 0", "spectral.cu"), "heap-buffer-overflow"),
     ],
     ids=["store bound off by one", "wide load past the tail", "wide load of a misaligned row", "slab bound left out"],
-)  # fmt: skip
+)
 def test_an_access_out_of_bounds_is_reported(cuda_build, run_program, bug, message):
     run = run_program(cuda_build.program("address", bug), 0, 1)
     assert run.returncode != 0 and message in run.stderr

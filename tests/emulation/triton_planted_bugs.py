@@ -57,14 +57,23 @@ def many_bands():
 # Module, line, what becomes of it, the check that must fail.
 PLANTED_BUGS = {
     "swapped Box-Muller outputs": (
-        BASE, "return radius * cosine, radius * sine", "return radius * sine, radius * cosine", check_sample
+        BASE,
+        "return radius * cosine, radius * sine",
+        "return radius * sine, radius * cosine",
+        check_sample,
     ),
     "quads interleaved wrongly": (
-        BASE, "tl.join(tl.join(n0, n2), tl.join(n1, n3))", "tl.join(tl.join(n0, n1), tl.join(n2, n3))", check_sample
+        BASE,
+        "tl.join(tl.join(n0, n2), tl.join(n1, n3))",
+        "tl.join(tl.join(n0, n1), tl.join(n2, n3))",
+        check_sample,
     ),
     "rows share a counter": (BASE, "(size + 3) // 4", "size // 4", check_sample),
     "high word of the counter lost": (
-        BASE, "high = (counter >> 32).to(tl.uint32)", "high = tl.zeros_like(low)", carried_counter
+        BASE,
+        "high = (counter >> 32).to(tl.uint32)",
+        "high = tl.zeros_like(low)",
+        carried_counter,
     ),
     "high word of the seed lost": (BASE, "return high_part | ", "return ", check_sample),
     "tail mask one too long": (BASE, "mask = index < size", "mask = index < size + 1", check_guards),
@@ -75,16 +84,24 @@ PLANTED_BUGS = {
     "tail counted in the KL": (BASE, "tl.where(mask, kl, 0.0)", "kl + 1.0", check_ppo),
     "log_std of another channel": (BASE, "index // run", "index % run", channels),
     "weights of another row": (
-        BASE, "grad_kl + segment // segments_per_row", "grad_kl + segment % segments_per_row", channels_backward
+        BASE,
+        "grad_kl + segment // segments_per_row",
+        "grad_kl + segment % segments_per_row",
+        channels_backward,
     ),
     "sign of latents' gradient": (BASE, "-of_value, mask", "of_value, mask", check_backward),
     "sign in log_std's gradient": (BASE, "noise * noise - 1.0", "noise * noise + 1.0", check_backward),
     "sign of the KL's gradient": (BASE, "of_value + of_kl * m", "of_value - of_kl * m", check_backward),
     "gradient of clipped rows": (
-        BASE, "tl.where(is_free, -unclipped / divisor, 0.0)", "-unclipped / divisor", many_rows
+        BASE,
+        "tl.where(is_free, -unclipped / divisor, 0.0)",
+        "-unclipped / divisor",
+        many_rows,
     ),
     "NaN clipped away": (
-        BASE, "ratio < 1.0 - clip_range, 1.0 - clip_range, ratio", "ratio > 1.0 - clip_range, ratio, 1.0 - clip_range",
+        BASE,
+        "ratio < 1.0 - clip_range, 1.0 - clip_range, ratio",
+        "ratio > 1.0 - clip_range, ratio, 1.0 - clip_range",
         check_nan_is_reported,
     ),
     "elements before a line": (SPECTRAL, "(column >= 0) & (column < width)", "(column < width)", check_spectral),
@@ -93,7 +110,7 @@ PLANTED_BUGS = {
     "tiles of bands not added": (SPECTRAL, "line_change += ", "line_change = ", many_bands),
     "columns not added": (SPECTRAL, "change += line_change[:, None]", "change = line_change[:, None]", check_spectral),
     "noise left in the shift": (SPECTRAL, "action - noise, mask", "action, mask", check_prior),
-}  # fmt: skip
+}
 
 
 def load_patched(name: str, text: str, folder: Path):

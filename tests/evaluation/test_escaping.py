@@ -23,15 +23,25 @@ HOSTILE = (
 MARKDOWN = "x`\n\n---\nlicense: mit\n---\n\n# owned\n\n[link](javascript:alert(1)) " + HOSTILE
 SIDE = {"reward": 0.5, "strict": 0.5, "diversity": 0.1}
 ROW = {
-    "num_inference_steps": 2, "num_pairs": 4, "base": SIDE, "policy": SIDE, "gain": 0.0, "gain_ci95": [0.0, 0.0],
+    "num_inference_steps": 2,
+    "num_pairs": 4,
+    "base": SIDE,
+    "policy": SIDE,
+    "gain": 0.0,
+    "gain_ci95": [0.0, 0.0],
     "best_of_n": [{"n": 2, "reward": 0.6}],
-    **{kind: [{"name": MARKDOWN, "base": 0.1, "policy": 0.2, "gain": 0.1, "gain_ci95": [0.0, 0.2]}]
-       for kind in ("parts", "eval_rewards")},
-}  # fmt: skip
+    **{
+        kind: [{"name": MARKDOWN, "base": 0.1, "policy": 0.2, "gain": 0.1, "gain_ci95": [0.0, 0.2]}]
+        for kind in ("parts", "eval_rewards")
+    },
+}
 SUMMARY = {
-    "images_trained": 96, "train_seconds": 1.0, "seconds": {HOSTILE: 1.0}, "frozen_sha256_after": HOSTILE,
+    "images_trained": 96,
+    "train_seconds": 1.0,
+    "seconds": {HOSTILE: 1.0},
+    "frozen_sha256_after": HOSTILE,
     "sweep": [ROW],
-}  # fmt: skip
+}
 
 
 def config(text: str) -> dict:
@@ -71,10 +81,18 @@ REPORTS = {
 def dom(browser: str, page: Path, folder: Path) -> str:
     """What the page is once its scripts, if it has any, have run."""
     flags = [
-        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-        "--disable-background-networking", "--disable-component-update", f"--user-data-dir={folder / 'profile'}",
-        "--virtual-time-budget=2000", "--dump-dom",
-    ]  # fmt: skip
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-sync",
+        "--disable-background-networking",
+        "--disable-component-update",
+        f"--user-data-dir={folder / 'profile'}",
+        "--virtual-time-budget=2000",
+        "--dump-dom",
+    ]
     done = subprocess.run([browser, *flags, page.as_uri()], check=True, capture_output=True, text=True, timeout=300)
     return done.stdout
 
@@ -111,9 +129,10 @@ def card(tmp_path: Path, **changes: str) -> tuple[dict, str]:
 def test_a_cards_front_matter_holds_nothing_else(tmp_path):
     front, _ = card(tmp_path)
     assert front == {
-        "library_name": "noisepolicy", "license": MARKDOWN,
+        "library_name": "noisepolicy",
+        "license": MARKDOWN,
         "tags": ["noisepolicy", "diffusion", "reinforcement-learning"],
-    }  # fmt: skip
+    }
     assert card(tmp_path, model="stabilityai/sdxl-turbo")[0]["base_model"] == "stabilityai/sdxl-turbo"
     for model in ("../secret", "a/b\nlicense: mit", "a/b: c", "-/x", "a/b/c", "/etc/passwd"):
         assert "base_model" not in card(tmp_path, model=model)[0]

@@ -89,9 +89,13 @@ def report(frozen, policy, tmp_path):
     result = sweep(frozen, policy)
     pairs = [dataclasses.replace(pair, prompt="<script>document.title='owned'</script>") for pair in result.pairs]
     summary = {
-        "images_trained": 960, "train_seconds": 12.5, "seconds": {"frozen_model": 10.0, "policy": 2.5},
-        "frozen_sha256_before": "ab" * 32, "frozen_sha256_after": "ab" * 32, "sweep": result.rows,
-    }  # fmt: skip
+        "images_trained": 960,
+        "train_seconds": 12.5,
+        "seconds": {"frozen_model": 10.0, "policy": 2.5},
+        "frozen_sha256_before": "ab" * 32,
+        "frozen_sha256_after": "ab" * 32,
+        "sweep": result.rows,
+    }
     metrics = [{"images": 96 * i, "reward": 0.5 + 0.01 * i, "kl_to_prior": 0.5 * i} for i in range(1, 11)]
     config = dataclasses.asdict(TrainConfig(output_dir=None, num_inference_steps=(2,)))
     path = tmp_path / "report.html"
@@ -130,14 +134,24 @@ def test_report_opens_in_a_browser(report, tmp_path, browser):
     path, _ = report
     screenshot = tmp_path / "report.png"
     flags = [
-        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync",
-        f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1100,2200",
-    ]  # fmt: skip
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--hide-scrollbars",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--window-size=1100,2200",
+    ]
     subprocess.run(
         [browser, *flags, f"--screenshot={screenshot}", path.as_uri()],
-        check=True, capture_output=True, timeout=120,
-    )  # fmt: skip
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
     pixels = torch.frombuffer(bytearray(Image.open(screenshot).convert("RGB").tobytes()), dtype=torch.uint8)
     pixels = pixels.reshape(-1, 3).int()
     # The policy's blue curves and the pictures are drawn: a blank or broken page has neither.

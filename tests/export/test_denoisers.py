@@ -25,9 +25,19 @@ from noisepolicy.storage import read_tensors
 CPU = torch.device("cpu")
 SETTINGS = {"num_inference_steps": 2, "guidance_scale": 1.5}
 SHORT = [
-    "--num-iterations", "3", "--batch-size", "8", "--critic-warmup", "8", "--critic-batch-size", "8",
-    "--checkpoint-every", "1", "--eval-num-prompts", "0",
-]  # fmt: skip
+    "--num-iterations",
+    "3",
+    "--batch-size",
+    "8",
+    "--critic-warmup",
+    "8",
+    "--critic-batch-size",
+    "8",
+    "--checkpoint-every",
+    "1",
+    "--eval-num-prompts",
+    "0",
+]
 
 
 def strict_scores(images, prompts):
@@ -102,8 +112,9 @@ def test_openvino_keeps_one_copy_of_the_weights(tmp_path, monkeypatch):
         for batch in batches:
             inputs = {
                 "sample": torch.randn(batch, 8, 8, 8, generator=torch.Generator().manual_seed(batch)),
-                "timestep": torch.tensor(500.0), "encoder_hidden_states": torch.ones(batch, 20, 128),
-            }  # fmt: skip
+                "timestep": torch.tensor(500.0),
+                "encoder_hidden_states": torch.ones(batch, 20, 128),
+            }
             output = engine.run(inputs)
             expected = FrozenDiffusersPipeline.from_pretrained(model_folder()).denoiser(*inputs.values()).sample
             torch.testing.assert_close(output, expected, rtol=0, atol=1e-3)
@@ -174,13 +185,16 @@ def test_training_sees_the_same_rewards_and_resumes_to_the_same_bits(run_train, 
     assert all(torch.equal(whole[key], killed[key]) for key in whole)
 
 
-@pytest.mark.parametrize(("name", "dtype", "error", "message"), [
-    ("quick", None, ValueError, "unknown denoiser 'quick'; choose from auto, eager, compile, onnx"),
-    ("tensorrt", None, RuntimeError, "--denoiser tensorrt does not run here: it needs an NVIDIA GPU"),
-    ("tensorrt-rtx", None, RuntimeError, "--denoiser tensorrt-rtx does not run here: it needs an NVIDIA GPU"),
-    ("eager", "bfloat16", ValueError, "--denoiser eager computes in the model's own dtype, not in bfloat16"),
-    ("onnx", "float16", ValueError, "--denoiser onnx computes in float32 on a CPU, which --denoiser-dtype float32"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "dtype", "error", "message"),
+    [
+        ("quick", None, ValueError, "unknown denoiser 'quick'; choose from auto, eager, compile, onnx"),
+        ("tensorrt", None, RuntimeError, "--denoiser tensorrt does not run here: it needs an NVIDIA GPU"),
+        ("tensorrt-rtx", None, RuntimeError, "--denoiser tensorrt-rtx does not run here: it needs an NVIDIA GPU"),
+        ("eager", "bfloat16", ValueError, "--denoiser eager computes in the model's own dtype, not in bfloat16"),
+        ("onnx", "float16", ValueError, "--denoiser onnx computes in float32 on a CPU, which --denoiser-dtype float32"),
+    ],
+)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_what_cannot_be_is_said_and_nothing_moves(frozen, name, dtype, error, message):
     before = frozen.denoiser
@@ -249,16 +263,22 @@ def test_compiled_modules_say_what_pipelines_ask(frozen):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("command", "arguments", "code", "message"), [
-    ("train", ["--denoiser", "tensorrt"], 1, "--denoiser tensorrt does not run here: it needs an NVIDIA GPU"),
-    ("train", ["--denoiser", "quick"], 2, "denoiser"),
-    ("train", ["--denoiser-dtype", "bfloat16"], 2, "--denoiser eager computes in the model's own dtype"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("command", "arguments", "code", "message"),
+    [
+        ("train", ["--denoiser", "tensorrt"], 1, "--denoiser tensorrt does not run here: it needs an NVIDIA GPU"),
+        ("train", ["--denoiser", "quick"], 2, "denoiser"),
+        ("train", ["--denoiser-dtype", "bfloat16"], 2, "--denoiser eager computes in the model's own dtype"),
+    ],
+)
 def test_the_command_line_is_told_in_one_line(tmp_path, command, arguments, code, message):
     result = subprocess.run(
         [sys.executable, "-m", f"noisepolicy.cli.{command}", *arguments, "--device", "cpu", "--output-dir", "run"],
-        capture_output=True, text=True, cwd=tmp_path, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
     assert result.returncode == code
     assert message in result.stderr and "Traceback" not in result.stderr
     assert not Path(tmp_path / "run").exists()

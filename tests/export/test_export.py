@@ -27,9 +27,12 @@ from noisepolicy.policies import SpectralPolicy
 from ..frozen.tiny_pipelines import SIZE
 
 FAMILIES = [
-    "StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline",
+    "StableDiffusionPipeline",
+    "StableDiffusionXLPipeline",
+    "StableDiffusion3Pipeline",
+    "FluxPipeline",
     "PixArtSigmaPipeline",
-]  # fmt: skip
+]
 CPU = torch.device("cpu")
 
 
@@ -73,8 +76,10 @@ def test_half_precision_files_of_sdxl_hold_together(tiny, tmp_path, dtype):
 @pytest.mark.slow
 def test_height_and_width_change_when_asked(tiny, tmp_path):
     frozen = tiny("StableDiffusionPipeline", height=32, width=32)
-    for part, name in ((denoiser_part(frozen, dynamic_size=True), "sample"),
-                       (vae_decoder_part(frozen, dynamic_size=True), "latents")):  # fmt: skip
+    for part, name in (
+        (denoiser_part(frozen, dynamic_size=True), "sample"),
+        (vae_decoder_part(frozen, dynamic_size=True), "latents"),
+    ):
         export_onnx(part, tmp_path / "part.onnx")
         engine = OnnxRuntimeEngine(tmp_path / "part.onnx", device=CPU)
         inputs = part.sample_inputs(2) | {name: torch.randn(2, 4, 8, 24)}
@@ -129,12 +134,15 @@ def test_what_onnx_runtime_says_while_it_runs_is_one_line(decoder):
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("text", "kind"), [
-    ("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION :\n Failed to allocate memory for buffer", torch.OutOfMemoryError),
-    ("CUDA failure 2: out of memory ; GPU=0", torch.OutOfMemoryError),
-    ("std::bad_alloc", torch.OutOfMemoryError),
-    ("[ONNXRuntimeError] : 1 : FAIL :\n no kernel", RuntimeError),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION :\n Failed to allocate memory for buffer", torch.OutOfMemoryError),
+        ("CUDA failure 2: out of memory ; GPU=0", torch.OutOfMemoryError),
+        ("std::bad_alloc", torch.OutOfMemoryError),
+        ("[ONNXRuntimeError] : 1 : FAIL :\n no kernel", RuntimeError),
+    ],
+)
 def test_an_engine_that_runs_out_of_memory_is_known_for_it(decoder, text, kind):
     """Rollouts halve their batch for it."""
     engine = OnnxRuntimeEngine(decoder[1], device=CPU)
@@ -217,12 +225,15 @@ class TestCache:
         assert cached("unet", {"weights": "b"}, self.make).folder != first.folder and self.made == 2
         assert cached("unet", {"weights": "a"}, self.make, renew=True) == first and self.made == 3
 
-    @pytest.mark.parametrize(("damage", "reason"), [
-        (lambda file: file.write_bytes(file.read_bytes()[:50]), "model.onnx has 50 bytes of 700"),
-        (lambda file: file.write_bytes(b"Weights" + file.read_bytes()[7:]), "model.onnx has been altered"),
-        (lambda file: file.unlink(), "No such file"),
-        (lambda file: (file.parent / "entry.json").write_text("{"), "Expecting property name"),
-    ])  # fmt: skip
+    @pytest.mark.parametrize(
+        ("damage", "reason"),
+        [
+            (lambda file: file.write_bytes(file.read_bytes()[:50]), "model.onnx has 50 bytes of 700"),
+            (lambda file: file.write_bytes(b"Weights" + file.read_bytes()[7:]), "model.onnx has been altered"),
+            (lambda file: file.unlink(), "No such file"),
+            (lambda file: (file.parent / "entry.json").write_text("{"), "Expecting property name"),
+        ],
+    )
     def test_damage_is_noticed_and_mended(self, damage, reason):
         folder = cached("unet", {}, self.make).folder
         damage(folder / "model.onnx")
@@ -315,11 +326,14 @@ def test_the_command_and_what_runs_without_torch(run_train, tmp_path, frozen, pr
     assert model.start(embeds.prompt_embeds.numpy()).shape == latents.shape
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--target", "sm_89"], "--target needs --engine tensorrt-rtx"),
-    (["--steps", "0"], "--max-batch and --steps must be positive"),
-    (["--device", "tpu"], "unknown --device 'tpu'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--target", "sm_89"], "--target needs --engine tensorrt-rtx"),
+        (["--steps", "0"], "--max-batch and --steps must be positive"),
+        (["--device", "tpu"], "unknown --device 'tpu'"),
+    ],
+)
 def test_bad_command_lines_are_one_line(tmp_path, capsys, arguments, message):
     assert export_command.main(["shapes", "--output-dir", str(tmp_path), *arguments]) == 2
     error = capsys.readouterr().err

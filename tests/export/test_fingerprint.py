@@ -51,7 +51,7 @@ CHANGES = {
     "another function of torch": lambda unet: setattr(unet, "nonlinearity", torch.cos),
     "an unsaved buffer": lambda unet: unet.register_buffer("shift", torch.ones(3), persistent=False),
     "a tensor outside of the weights": lambda unet: setattr(unet, "shift", [torch.ones(3)]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CHANGES)

@@ -68,11 +68,14 @@ class Engine:
         return None
 
 
-@pytest.mark.parametrize(("was_cached", "is_right_then", "loads"), [
-    (False, None, [False]),
-    (True, False, [False, True]),
-    (True, True, [False, True]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("was_cached", "is_right_then", "loads"),
+    [
+        (False, None, [False]),
+        (True, False, [False, True]),
+        (True, True, [False, True]),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:the cached export")
 def test_an_export_is_made_again_once(monkeypatch, was_cached, is_right_then, loads):
     loaded = []

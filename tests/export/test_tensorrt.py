@@ -38,10 +38,17 @@ class Denoiser(nn.Module):
 
 def export(unet: nn.Module, inputs: dict[str, torch.Tensor], path: Path, dtype: torch.dtype) -> Path:
     torch.onnx.export(
-        Denoiser(unet, dtype).eval(), tuple(inputs.values()), path, dynamo=True, verbose=False, opset_version=20,
-        input_names=list(inputs), output_names=["out_sample"], external_data=True,
+        Denoiser(unet, dtype).eval(),
+        tuple(inputs.values()),
+        path,
+        dynamo=True,
+        verbose=False,
+        opset_version=20,
+        input_names=list(inputs),
+        output_names=["out_sample"],
+        external_data=True,
         dynamic_shapes={name: {0: BATCH} if tensor.ndim else {} for name, tensor in inputs.items()},
-    )  # fmt: skip
+    )
     return path
 
 
@@ -57,9 +64,10 @@ def embedded(tmp_path_factory) -> tuple[Path, dict]:
     """The embedded UNet in ONNX with external data, and its profile."""
     unet = diffusers.UNet2DConditionModel.from_pretrained(model_folder() / "unet")
     inputs = {
-        "sample": torch.randn(2, 8, 8, 8), "timestep": torch.tensor(500.0),
+        "sample": torch.randn(2, 8, 8, 8),
+        "timestep": torch.tensor(500.0),
         "encoder_hidden_states": torch.randn(2, 20, 128),
-    }  # fmt: skip
+    }
     path = tmp_path_factory.mktemp("embedded") / "unet.onnx"
     return export(unet, inputs, path, torch.float32), profile(inputs, 64)
 
@@ -104,17 +112,27 @@ def test_embedded_unet(embedded, tmp_path):
 def test_sdxl_unet_in_half_precision(tmp_path):
     torch.manual_seed(0)
     unet = diffusers.UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=2, cross_attention_dim=32,
-        attention_head_dim=2, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), addition_embed_type="text_time",
-        addition_time_embed_dim=8, projection_class_embeddings_input_dim=64, use_linear_projection=True,
-    )  # fmt: skip
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=2,
+        cross_attention_dim=32,
+        attention_head_dim=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=64,
+        use_linear_projection=True,
+    )
     half = torch.float16
     inputs = {
-        "sample": torch.randn(2, 4, 8, 12, dtype=half), "timestep": torch.tensor(500.0),
+        "sample": torch.randn(2, 4, 8, 12, dtype=half),
+        "timestep": torch.tensor(500.0),
         "encoder_hidden_states": torch.randn(2, 20, 32, dtype=half),
-        "text_embeds": torch.randn(2, 16, dtype=half), "time_ids": torch.rand(2, 6, dtype=half),
-    }  # fmt: skip
+        "text_embeds": torch.randn(2, 16, dtype=half),
+        "time_ids": torch.rand(2, 6, dtype=half),
+    }
     # Concatenated with half precision: the exporter writes no cast, the parser wants one.
     unet.add_time_proj.register_forward_hook(lambda module, args, output: output.to(half))
     path = export(unet, inputs, tmp_path / "unet.onnx", half)

@@ -119,12 +119,15 @@ def test_nan_is_told_in_one_line_whoever_makes_it():
             verify(broken, run)
 
 
-@pytest.mark.parametrize(("changes", "mean", "std"), [
-    ({}, 0.0, 1 / 0.18215),
-    ({"scaling_factor": 0.13025}, 0.0, 7.68),
-    ({"scaling_factor": 1.5305, "shift_factor": 20.0}, 20.0, 0.653),
-    ({"scaling_factor": 0.5, "latents_mean": [10.0] * 4, "latents_std": [3.0] * 4}, 10.0, 6.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "mean", "std"),
+    [
+        ({}, 0.0, 1 / 0.18215),
+        ({"scaling_factor": 0.13025}, 0.0, 7.68),
+        ({"scaling_factor": 1.5305, "shift_factor": 20.0}, 20.0, 0.653),
+        ({"scaling_factor": 0.5, "latents_mean": [10.0] * 4, "latents_std": [3.0] * 4}, 10.0, 6.0),
+    ],
+)
 def test_the_decoder_is_compared_on_latents_of_the_models_own_spread(tiny, changes, mean, std):
     frozen = tiny("StableDiffusionPipeline")
     frozen.vae.register_to_config(**changes)

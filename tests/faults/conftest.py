@@ -17,12 +17,42 @@ sys.path.insert(0, str(Path(__file__).parent))  # for stub_world
 
 REWARD = ["--reward", "stub_world:left_or_right"]
 SETTINGS = [
-    "--model", "stub", "--prompts", "prompts.txt", *REWARD, "--device", "cpu",
-    "--num-iterations", "8", "--batch-size", "8", "--group-size", "4", "--critic-warmup", "8",
-    "--critic-batch-size", "8", "--critic-updates", "1", "--num-updates", "2", "--bands", "4",
-    "--checkpoint-every", "2", "--sample-every", "4", "--eval-prompts", "prompts.txt", "--eval-num-prompts", "0",
-    "--num-candidates", "2", "--num-inference-steps", "1",
-]  # fmt: skip
+    "--model",
+    "stub",
+    "--prompts",
+    "prompts.txt",
+    *REWARD,
+    "--device",
+    "cpu",
+    "--num-iterations",
+    "8",
+    "--batch-size",
+    "8",
+    "--group-size",
+    "4",
+    "--critic-warmup",
+    "8",
+    "--critic-batch-size",
+    "8",
+    "--critic-updates",
+    "1",
+    "--num-updates",
+    "2",
+    "--bands",
+    "4",
+    "--checkpoint-every",
+    "2",
+    "--sample-every",
+    "4",
+    "--eval-prompts",
+    "prompts.txt",
+    "--eval-num-prompts",
+    "0",
+    "--num-candidates",
+    "2",
+    "--num-inference-steps",
+    "1",
+]
 PROMPTS = "a\nbb\nccc\ndddd\n"
 
 
@@ -31,9 +61,12 @@ class Launcher:
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("launcher.py"))], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+            [sys.executable, str(Path(__file__).with_name("launcher.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
         assert json.loads(self._process.stdout.readline()) == "ready"
 
     def ask(self, **request):

@@ -67,9 +67,11 @@ class Fuzzer:
         if kind < 0.32 and values.numel():
             return values.as_strided(shape, [0] * len(shape))
         if kind < 0.36 and values.numel():
-            values.view(-1)[self.random.randrange(values.numel())] = self.random.choice(
-                (float("inf"), -float("inf"), float("nan"), 1e4, -1e4)
-            ) if dtype.is_floating_point else 0  # fmt: skip
+            values.view(-1)[self.random.randrange(values.numel())] = (
+                self.random.choice((float("inf"), -float("inf"), float("nan"), 1e4, -1e4))
+                if dtype.is_floating_point
+                else 0
+            )
         return values
 
     def log_std(self, mean_shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -117,9 +119,16 @@ class Fuzzer:
             bands = self.shape(rank)
             latent_shape = self.often(
                 (*bands[:1], *(max(1, min(64, size + self.random.choice((0, 0, 1, 9)))) for size in bands[1:])),
-                self.shape(), (4, -8, 8), (4, 8.5, 8), (4, 2**40, 2**40), (4, 2**63, 1), ("4", 8, 8), None, (),
+                self.shape(),
+                (4, -8, 8),
+                (4, 8.5, 8),
+                (4, 2**40, 2**40),
+                (4, 2**63, 1),
+                ("4", 8, 8),
+                None,
+                (),
                 (True, 8, 8),
-            )  # fmt: skip
+            )
             shape = (self.random.choice(EDGES[:6]), *bands)
             if torch.Size(shape).numel() > _MAX_ELEMENTS:
                 shape = (1, *(min(size, 8) for size in bands))

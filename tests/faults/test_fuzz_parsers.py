@@ -15,8 +15,13 @@ def test_only_value_errors_come_out(soak, tmp_path):
     pytest.importorskip("atheris")
     seconds = 3600 if soak else 3
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(seconds)], cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, check=False, timeout=300 + 20 * seconds,
-    )  # fmt: skip
+        [sys.executable, str(SCRIPT), str(seconds)],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300 + 20 * seconds,
+    )
     assert done.returncode == 0, done.stdout + done.stderr[-8000:]
     assert done.stdout.count("ended with 0") == 11

@@ -24,9 +24,17 @@ from noisepolicy.training.trainer import Trainer
 
 def make_trainer(folder, **settings):
     small = {
-        "batch_size": 8, "group_size": 4, "num_iterations": 8, "checkpoint_every": 2, "critic_warmup": 8,
-        "critic_batch_size": 8, "critic_updates": 1, "num_updates": 1, "bands": 4, "num_inference_steps": (1,),
-    }  # fmt: skip
+        "batch_size": 8,
+        "group_size": 4,
+        "num_iterations": 8,
+        "checkpoint_every": 2,
+        "critic_warmup": 8,
+        "critic_batch_size": 8,
+        "critic_updates": 1,
+        "num_updates": 1,
+        "bands": 4,
+        "num_inference_steps": (1,),
+    }
     config = TrainConfig(**(small | settings), output_dir=folder)
     run = RunFolder(folder)
     config.save(run.config)
@@ -71,9 +79,9 @@ def test_a_checkpoint_of_any_content_is_read_or_skipped(tmp_path):
         "settings",
     ):
         for value in (None, "1", [1], {}, {"rows": "1", "digest": None}, -1, 1e300, 2**70):
-            write_tensors(checkpoint.path, checkpoint.tensors, {
-                "progress": json.dumps(checkpoint.progress | {name: value})
-            })  # fmt: skip
+            write_tensors(
+                checkpoint.path, checkpoint.tensors, {"progress": json.dumps(checkpoint.progress | {name: value})}
+            )
             try:
                 make_trainer(tmp_path, num_iterations=2).resume()
                 outcomes.add("read")
@@ -108,9 +116,12 @@ def test_a_long_history_takes_disk_and_no_memory(tmp_path, request):
     count, batch = (1_000_000 if request.config.getoption("--soak") else 40_000), 1000
     history = History(tmp_path, (4, 8, 8), (3, 16, 16), num_parts=1, device=torch.device("cpu"))
     rows = {
-        "prompt_row": torch.arange(batch), "step_index": torch.zeros(batch, dtype=torch.int64),
-        "parts": torch.rand(batch, 1), "action": torch.randn(batch, 4, 8, 8), "picture": torch.rand(batch, 3, 16, 16),
-    }  # fmt: skip
+        "prompt_row": torch.arange(batch),
+        "step_index": torch.zeros(batch, dtype=torch.int64),
+        "parts": torch.rand(batch, 1),
+        "action": torch.randn(batch, 4, 8, 8),
+        "picture": torch.rand(batch, 3, 16, 16),
+    }
     history.append(**rows)
     history.draw(64, torch.Generator())
     memory = resident_bytes()

@@ -14,10 +14,19 @@ import pytest
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 FLAGS = [
-    "-std=c++17", "-fPIC", "-O0", "-g1", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-pthread",
-    "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
-    f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}",
-]  # fmt: skip
+    "-std=c++17",
+    "-fPIC",
+    "-O0",
+    "-g1",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fvisibility=hidden",
+    "-pthread",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=all",
+    f"-I{pybind11.get_include()}",
+    f"-I{sysconfig.get_paths()['include']}",
+]
 SOURCES = ("bindings", "cpu/dispatch", "cpu/gaussian", "cpu/parallel", "cpu/spectral")
 BLOCKS = {
     "portable": [],
@@ -79,14 +88,21 @@ def fuzz(library: Path, num_calls: int, seed: int, instructions: str = "avx512")
         for name in ("libasan.so", "libstdc++.so.6")  # the second, for ASan to see what it throws
     ]
     environment = os.environ | {
-        "LD_PRELOAD": ":".join(preload), "OMP_NUM_THREADS": "1", "NOISEPOLICY_CPU": instructions,
+        "LD_PRELOAD": ":".join(preload),
+        "OMP_NUM_THREADS": "1",
+        "NOISEPOLICY_CPU": instructions,
         "ASAN_OPTIONS": "detect_leaks=0:alloc_dealloc_mismatch=0:allocator_may_return_null=1",
         "UBSAN_OPTIONS": "print_stacktrace=1",
-    }  # fmt: skip
+    }
     return subprocess.run(
         [sys.executable, str(HERE / "native_fuzz.py"), str(library), str(num_calls), str(seed)],
-        env=environment, capture_output=True, text=True, check=False, timeout=300 + num_calls, cwd=library.parent,
-    )  # fmt: skip
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300 + num_calls,
+        cwd=library.parent,
+    )
 
 
 @pytest.mark.slow

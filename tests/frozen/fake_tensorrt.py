@@ -14,9 +14,11 @@ import torch
 
 SAMPLE, EMBEDS = (3, 5), (7,)
 DTYPES = {
-    "sample": torch.float32, "timestep": torch.float32, "encoder_hidden_states": torch.float16,
+    "sample": torch.float32,
+    "timestep": torch.float32,
+    "encoder_hidden_states": torch.float16,
     "out_sample": torch.float32,
-}  # fmt: skip
+}
 SHAPES = {"sample": (-1, 3, -1), "timestep": (), "encoder_hidden_states": (-1, 7), "out_sample": (-1, 3, -1)}
 CPU_ALIGNMENT = 64
 """Bytes, of torch's tensors on the CPU."""

@@ -69,9 +69,14 @@ def reference(family_folder):
         latents = FAMILIES[name].pack(pipeline, latents)  # float32: those that cast, cast as they like
         latents = latents if name in CASTS_LATENTS else latents.to(dtype)
         return pipeline(
-            prompt=prompts, latents=latents, guidance_scale=guidance_scale,
-            num_inference_steps=num_steps(name), output_type="pt", **SIZE[name], **options,
-        )[0]  # fmt: skip
+            prompt=prompts,
+            latents=latents,
+            guidance_scale=guidance_scale,
+            num_inference_steps=num_steps(name),
+            output_type="pt",
+            **SIZE[name],
+            **options,
+        )[0]
 
     return call
 
@@ -86,9 +91,7 @@ def draw(frozen, batch):
 
 def generate(frozen, name, latents, prompts, guidance_scale=4.0):
     embeds = frozen.encode(prompts)
-    return frozen.generate(
-        latents, embeds, num_inference_steps=num_steps(name), guidance_scale=guidance_scale
-    )  # fmt: skip
+    return frozen.generate(latents, embeds, num_inference_steps=num_steps(name), guidance_scale=guidance_scale)
 
 
 @every_family

@@ -265,9 +265,15 @@ def test_tokenizer_of_sentencepiece(family_folder, tmp_path):
     folder = shutil.copytree(family_folder("PixArtSigmaPipeline"), tmp_path / "model")
     trained = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["ab ba"] * 20), model_writer=trained, vocab_size=8, hard_vocab_limit=False,
-        pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
-    )  # fmt: skip
+        sentence_iterator=iter(["ab ba"] * 20),
+        model_writer=trained,
+        vocab_size=8,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+    )
     with_t5_of_sentencepiece(folder, trained.getvalue())
     frozen = FrozenDiffusersPipeline.from_pretrained(folder, height=16, width=24)
     one, other = frozen.encode(["ab ba", "ba ab"]).prompt_embeds

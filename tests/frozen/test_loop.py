@@ -12,9 +12,15 @@ from noisepolicy.frozen.loop import _Graph, read_schedule
 from noisepolicy.shapes import model_folder
 
 LINEAR = [
-    "DDIMScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler", "LMSDiscreteScheduler",
-    "KDPM2DiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler",
-]  # fmt: skip
+    "DDIMScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+    "UniPCMultistepScheduler",
+    "DEISMultistepScheduler",
+]
 PROMPTS = ["a red circle", "a blue square and a green triangle"]
 
 

@@ -91,9 +91,16 @@ class Packed(torch.nn.Module):
 
 def test_hash_covers_extra_state():
     states = [
-        (torch.zeros(2), None), (torch.ones(2), None), (torch.ones(2), 0.5), {"w": torch.ones(2), "dtype": torch.int8},
-        {"w": torch.ones(2), "dtype": torch.uint8}, b"\x00", b"\x01", None, torch.ones(2),
-    ]  # fmt: skip
+        (torch.zeros(2), None),
+        (torch.ones(2), None),
+        (torch.ones(2), 0.5),
+        {"w": torch.ones(2), "dtype": torch.int8},
+        {"w": torch.ones(2), "dtype": torch.uint8},
+        b"\x00",
+        b"\x01",
+        None,
+        torch.ones(2),
+    ]
     digests = [weights_digest(Packed(state)) for state in states]
     assert len(set(digests)) == len(states)
     assert digests == [weights_digest(Packed(state)) for state in states]

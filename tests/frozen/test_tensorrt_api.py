@@ -47,16 +47,33 @@ SIGNATURES = {
     "IExecutionContext.execute_async_v3": ["stream_handle"],
 }
 ATTRIBUTES = [
-    "__version__", "ILogger.ERROR", "ILogger.INTERNAL_ERROR", "ILogger.WARNING", "BuilderFlag.TF32",
-    "BuilderFlag.REFIT", "BuilderFlag.REQUIRE_USER_ALLOCATION", "NetworkDefinitionCreationFlag.STRONGLY_TYPED",
-    "ComputeCapability.CURRENT", "ComputeCapability.SM89", "ComputeCapability.__members__", "TensorIOMode.INPUT",
-    "IBuilderConfig.num_compute_capabilities", "INetworkDefinition.num_inputs", "INetworkDefinition.num_outputs",
-    "ITensor.name", "ITensor.shape", "ITensor.dtype", "DataType.FLOAT.name", "ICudaEngine.num_io_tensors",
-    "ICudaEngine.num_optimization_profiles", "DynamicShapesKernelSpecializationStrategy.EAGER",
-    "ExecutionContextAllocationStrategy.USER_MANAGED", "ICudaEngine.device_memory_size_v2",
+    "__version__",
+    "ILogger.ERROR",
+    "ILogger.INTERNAL_ERROR",
+    "ILogger.WARNING",
+    "BuilderFlag.TF32",
+    "BuilderFlag.REFIT",
+    "BuilderFlag.REQUIRE_USER_ALLOCATION",
+    "NetworkDefinitionCreationFlag.STRONGLY_TYPED",
+    "ComputeCapability.CURRENT",
+    "ComputeCapability.SM89",
+    "ComputeCapability.__members__",
+    "TensorIOMode.INPUT",
+    "IBuilderConfig.num_compute_capabilities",
+    "INetworkDefinition.num_inputs",
+    "INetworkDefinition.num_outputs",
+    "ITensor.name",
+    "ITensor.shape",
+    "ITensor.dtype",
+    "DataType.FLOAT.name",
+    "ICudaEngine.num_io_tensors",
+    "ICudaEngine.num_optimization_profiles",
+    "DynamicShapesKernelSpecializationStrategy.EAGER",
+    "ExecutionContextAllocationStrategy.USER_MANAGED",
+    "ICudaEngine.device_memory_size_v2",
     "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy",
     *(f"DataType.{name}" for name in tensorrt_files.DTYPES),
-]  # fmt: skip
+]
 
 
 def test_the_installed_tensorrt_rtx_has_what_is_asked_of_it():

@@ -34,9 +34,20 @@ def open_engine(tmp_path, monkeypatch):
         path = tmp_path / "unet.engine"
         path.write_bytes(b"an engine")
         info = EngineInfo(
-            flavor="tensorrt-rtx", tensorrt_version="1.0", targets=[], gpu=None, capability=None, profile={}, inputs={},
-            outputs={}, refit=False, size=9, sha256=sha256(b"an engine").hexdigest(), onnx_sha256={}, builder_seconds=1,
-        )  # fmt: skip
+            flavor="tensorrt-rtx",
+            tensorrt_version="1.0",
+            targets=[],
+            gpu=None,
+            capability=None,
+            profile={},
+            inputs={},
+            outputs={},
+            refit=False,
+            size=9,
+            sha256=sha256(b"an engine").hexdigest(),
+            onnx_sha256={},
+            builder_seconds=1,
+        )
         tensorrt_files.sidecar_path(path).write_text(json.dumps(asdict(info)))
         engine = TensorRTEngine(path, flavor="tensorrt-rtx", device=torch.device("cpu"), **options)
         engine.fake = fake.engine
@@ -276,10 +287,16 @@ def test_on_a_gpu(flavor, dtype, tmp_path):
     module = module.to("cuda", dtype).eval()
     path = tmp_path / "net.onnx"
     torch.onnx.export(
-        module, (torch.randn(2, 4, 8, 8, device="cuda", dtype=dtype),), path, dynamo=True, verbose=False,
-        opset_version=20, input_names=["sample"], output_names=["out_sample"],
+        module,
+        (torch.randn(2, 4, 8, 8, device="cuda", dtype=dtype),),
+        path,
+        dynamo=True,
+        verbose=False,
+        opset_version=20,
+        input_names=["sample"],
+        output_names=["out_sample"],
         dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},),
-    )  # fmt: skip
+    )
     shapes = {"sample": ((2, 4, 8, 8), (8, 4, 8, 8), (16, 4, 8, 8))}
     build_engine(path, tmp_path / "net.engine", flavor=flavor, shapes=shapes)
     engines = [

@@ -28,11 +28,25 @@ def test_every_family_trains(family_folder, tmp_path, name, drops):
     prompts.write_text("\n".join(["a red circle", "a blue square", "a red square", "a blue circle"]))
     is_video = "num_frames" in SIZE[name]
     config = TrainConfig(
-        model=str(family_folder(name)), prompts=prompts, eval_num_prompts=0, output_dir=tmp_path / "run",
-        reward="frames(brightness)" if is_video else "brightness", num_inference_steps=(1,), eval_steps=(1,),
-        guidance_scale=1.0, bands=2, batch_size=4, num_iterations=2, critic_warmup=4, critic_updates=1,
-        critic_batch_size=4, rollout_batch_size=3, checkpoint_every=1, drop_text_encoders=drops, **SIZE[name],
-    )  # fmt: skip
+        model=str(family_folder(name)),
+        prompts=prompts,
+        eval_num_prompts=0,
+        output_dir=tmp_path / "run",
+        reward="frames(brightness)" if is_video else "brightness",
+        num_inference_steps=(1,),
+        eval_steps=(1,),
+        guidance_scale=1.0,
+        bands=2,
+        batch_size=4,
+        num_iterations=2,
+        critic_warmup=4,
+        critic_updates=1,
+        critic_batch_size=4,
+        rollout_batch_size=3,
+        checkpoint_every=1,
+        drop_text_encoders=drops,
+        **SIZE[name],
+    )
     config.check()
     task = load_task(config, torch.device("cpu"))
     before = task.frozen.weights_sha256()
@@ -55,9 +69,17 @@ def test_a_video_policy_is_evaluated_and_reported(family_folder, tmp_path):
     policy = SpectralPolicy(latent_shape=frozen.latent_shape, prompt_shape=embeds.prompt_embeds.shape[1:], bands=2)
     policy.mean.bias.data += 1.0
     sweep = evaluate_sweep(
-        policy, frozen, load_reward("frames(brightness)"), prompts, step_counts=(1,), group_size=2, guidance_scale=1.0,
-        seed=0, eval_rewards=[load_reward("frames(red)")], embeds=embeds,
-    )  # fmt: skip
+        policy,
+        frozen,
+        load_reward("frames(brightness)"),
+        prompts,
+        step_counts=(1,),
+        group_size=2,
+        guidance_scale=1.0,
+        seed=0,
+        eval_rewards=[load_reward("frames(red)")],
+        embeds=embeds,
+    )
     row = sweep.rows[0]
     assert row["num_pairs"] == 4 and row["base"]["diversity"] > 0 and row["eval_rewards"][0]["name"] == "frames(red)"
     assert sweep.pairs[0].policy_image.shape == (SIZE[name]["num_frames"], 3, SIZE[name]["height"], SIZE[name]["width"])
@@ -69,9 +91,12 @@ def test_a_video_policy_is_evaluated_and_reported(family_folder, tmp_path):
         "sweep": sweep.rows,
     }
     write_report(
-        tmp_path / "report.html", config=TrainConfig(num_inference_steps=(1,)).plain(), summary=summary, metrics=[],
+        tmp_path / "report.html",
+        config=TrainConfig(num_inference_steps=(1,)).plain(),
+        summary=summary,
+        metrics=[],
         pairs=sweep.pairs,
-    )  # fmt: skip
+    )
     report = (tmp_path / "report.html").read_text()
     data = base64.b64decode(report.split("data:image/gif;base64,")[1].split('"')[0])
     assert Image.open(io.BytesIO(data)).n_frames == SIZE[name]["num_frames"]

@@ -18,9 +18,12 @@ def test_it_is_a_text_to_video_pipeline_of_safetensors():
     pipeline = TextToVideoSDPipeline.from_pretrained(model_folder(), use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
     clip = pipeline(
-        held_out_scenes()[0].caption, num_inference_steps=2, guidance_scale=1.5, num_frames=NUM_FRAMES,
+        held_out_scenes()[0].caption,
+        num_inference_steps=2,
+        guidance_scale=1.5,
+        num_frames=NUM_FRAMES,
         output_type="pt",
-    ).frames  # fmt: skip
+    ).frames
     assert clip.shape == (1, NUM_FRAMES, 3, 48, 48)
     assert sum(path.stat().st_size for path in model_folder().rglob("*") if path.is_file()) <= 12e6
     for scene in held_out_scenes():
@@ -47,10 +50,29 @@ def test_scores_by_step_count_and_the_noise_matters():
 @pytest.mark.parametrize("algorithm", ["critic", "find"])
 def test_training_from_the_command_line_shows_clips(tmp_path, algorithm):
     command = [
-        sys.executable, "-m", "noisepolicy.cli.train", "moving_shapes", "--algorithm", algorithm, "--output-dir", "run",
-        "--num-iterations", "2", "--eval-num-prompts", "1", "--eval-group-size", "2", "--eval-steps", "2",
-        "--group-size", "4", "--batch-size", "4", "--critic-warmup", "4",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "noisepolicy.cli.train",
+        "moving_shapes",
+        "--algorithm",
+        algorithm,
+        "--output-dir",
+        "run",
+        "--num-iterations",
+        "2",
+        "--eval-num-prompts",
+        "1",
+        "--eval-group-size",
+        "2",
+        "--eval-steps",
+        "2",
+        "--group-size",
+        "4",
+        "--batch-size",
+        "4",
+        "--critic-warmup",
+        "4",
+    ]
     if algorithm == "find":
         command += ["--prompts", held_out_scenes()[0].caption]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

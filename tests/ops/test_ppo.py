@@ -69,9 +69,14 @@ def test_clipped_rows_have_no_gradient(backend):
     old_log_prob = gaussian_log_prob(latents, torch.zeros(4, 1), torch.zeros(()))  # ratios e^.5, e^.5, e^-1.5, e^-1.5
     advantages = torch.tensor([1.0, -1.0, 1.0, -1.0])
     loss, _ = ppo_clip_loss(
-        latents + torch.tensor([[0.0], [0.5], [0.0], [0.0]]), mean, torch.zeros(()), old_log_prob, advantages,
-        clip_range=0.2, backend=backend,
-    )  # fmt: skip
+        latents + torch.tensor([[0.0], [0.5], [0.0], [0.0]]),
+        mean,
+        torch.zeros(()),
+        old_log_prob,
+        advantages,
+        clip_range=0.2,
+        backend=backend,
+    )
     loss.backward()
     # Too far in the direction its advantage asks for: clipped. Too far against it: still pulled back.
     assert (mean.grad[:, 0] != 0).tolist() == [False, True, True, False]
@@ -96,8 +101,12 @@ def test_empty_batch(backend):
 )
 def test_bad_arguments_are_named(name, value, message):
     arguments = {
-        "latents": torch.zeros(2, 4), "mean": torch.zeros(2, 4), "log_std": torch.zeros(()),
-        "old_log_prob": torch.zeros(2), "advantages": torch.zeros(2), "clip_range": 0.2,
-    } | {name: value}  # fmt: skip
+        "latents": torch.zeros(2, 4),
+        "mean": torch.zeros(2, 4),
+        "log_std": torch.zeros(()),
+        "old_log_prob": torch.zeros(2),
+        "advantages": torch.zeros(2),
+        "clip_range": 0.2,
+    } | {name: value}
     with pytest.raises(ValueError, match=message):
         ppo_clip_loss(**arguments)

@@ -12,11 +12,16 @@ MEAN, ROWS = torch.zeros(3, 4, 8), torch.zeros(3)
 @pytest.mark.parametrize(
     "log_std",
     [
-        torch.zeros(()), torch.zeros(2), torch.zeros(3, 5), torch.zeros(3, 4, 9), torch.zeros(3, 4, 8, 1),
-        torch.zeros(3, 4).half(), torch.zeros(4, 3).T,
+        torch.zeros(()),
+        torch.zeros(2),
+        torch.zeros(3, 5),
+        torch.zeros(3, 4, 9),
+        torch.zeros(3, 4, 8, 1),
+        torch.zeros(3, 4).half(),
+        torch.zeros(4, 3).T,
     ],
     ids=lambda tensor: f"{tuple(tensor.shape)}-{tensor.dtype}-{tensor.device}",
-)  # fmt: skip
+)
 def test_a_log_std_that_does_not_fit_is_refused(log_std):
     for call in (
         lambda: OPS.gaussian_sample(MEAN, log_std, 0, 0, "cpp"),

@@ -105,9 +105,14 @@ def test_configs_that_lie(name, folder, little_memory):
 
 
 TEXTS = {
-    "empty": b"", "list": b"[1]", "binary": b"\xff\xfe\x00", "deep": b'{"a":' * 100_000, "deep list": b"[" * 100_000,
-    "long number": b'{"kind": "spectral", "bands": ' + b"9" * 10_000 + b"}", "null": b"null",
-}  # fmt: skip
+    "empty": b"",
+    "list": b"[1]",
+    "binary": b"\xff\xfe\x00",
+    "deep": b'{"a":' * 100_000,
+    "deep list": b"[" * 100_000,
+    "long number": b'{"kind": "spectral", "bands": ' + b"9" * 10_000 + b"}",
+    "null": b"null",
+}
 
 
 @pytest.mark.parametrize("name", TEXTS)

@@ -61,9 +61,11 @@ def test_save_and_load(policy, embeds, tmp_path):
 def test_critic_is_saved_with_the_policy(policy, embeds, tmp_path):
     disturb(policy)
     shape = CriticShape(
-        prompt_shape=PROMPT_SHAPE, action_shape=policy.action_shape, is_spectral=policy.kind == "spectral",
+        prompt_shape=PROMPT_SHAPE,
+        action_shape=policy.action_shape,
+        is_spectral=policy.kind == "spectral",
         step_counts=(1, 4),
-    )  # fmt: skip
+    )
     policy.attach_critic(RewardCritic(shape, size=2, channels=8, hidden_width=16), 3)
     latents = policy.choose(embeds, seed=7, num_inference_steps=8)
     draws = [policy.sample(embeds, seed=7, offset=number * 2**48) for number in range(3)]

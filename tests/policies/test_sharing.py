@@ -43,9 +43,14 @@ def test_several_images_a_prompt(pipeline):
     policy = trained_policy()
     latents = policy.sample_latents(pipeline, PROMPTS, num_images_per_prompt=3)
     images = pipeline(
-        PROMPTS, latents=latents, num_images_per_prompt=3, negative_prompt=["blurry"] * 2, num_inference_steps=1,
-        guidance_scale=2.0, output_type="pt",
-    ).images  # fmt: skip
+        PROMPTS,
+        latents=latents,
+        num_images_per_prompt=3,
+        negative_prompt=["blurry"] * 2,
+        num_inference_steps=1,
+        guidance_scale=2.0,
+        output_type="pt",
+    ).images
     assert images.shape == (6, 3, 64, 64)
     assert all(not torch.equal(latents[0], latents[row]) for row in range(1, 6))
 

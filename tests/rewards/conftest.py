@@ -31,12 +31,16 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = CLIPConfig(
         projection_dim=16,
         text_config={
-            **sizes, "vocab_size": len(tokenizer), "max_position_embeddings": MAX_TOKENS, "projection_dim": 16,
-            "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+            **sizes,
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": MAX_TOKENS,
+            "projection_dim": 16,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
         },
         vision_config={**sizes, "image_size": 32, "patch_size": 16, "projection_dim": 16},
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     CLIPModel(config).save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(PROCESSOR_JSON)
@@ -64,9 +68,7 @@ class Server:
         if self._token is not None:
             environment["NOISEPOLICY_REWARD_TOKEN"] = self._token
         with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                self._command, stdout=log, stderr=log, cwd=self._folder, env=environment
-            )  # fmt: skip
+            self._process = subprocess.Popen(self._command, stdout=log, stderr=log, cwd=self._folder, env=environment)
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             if self._process.poll() is not None:

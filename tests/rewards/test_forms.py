@@ -109,16 +109,25 @@ def test_torch_s_settings_are_put_back(tmp_path, monkeypatch):
 
 GOOD = [0.25, -1.0, 3.0]
 GOOD_VALUES = {
-    "list": GOOD, "tuple": tuple(GOOD), "ints": [1, 2, 3], "bools": [True, False, True],
-    "numpy": np.array(GOOD), "numpy float16": np.array(GOOD, np.float16), "numpy scalars": list(np.array(GOOD)),
-    "tensors": [torch.tensor(value) for value in GOOD], "gradient": torch.tensor(GOOD, requires_grad=True),
+    "list": GOOD,
+    "tuple": tuple(GOOD),
+    "ints": [1, 2, 3],
+    "bools": [True, False, True],
+    "numpy": np.array(GOOD),
+    "numpy float16": np.array(GOOD, np.float16),
+    "numpy scalars": list(np.array(GOOD)),
+    "tensors": [torch.tensor(value) for value in GOOD],
+    "gradient": torch.tensor(GOOD, requires_grad=True),
     "float64": torch.tensor(GOOD).double(),
-    "float16": torch.tensor(GOOD).half(), "bfloat16": torch.tensor(GOOD).bfloat16(),
-    "column": torch.tensor(GOOD)[:, None], "int64": torch.tensor(GOOD).long(),
+    "float16": torch.tensor(GOOD).half(),
+    "bfloat16": torch.tensor(GOOD).bfloat16(),
+    "column": torch.tensor(GOOD)[:, None],
+    "int64": torch.tensor(GOOD).long(),
     "not contiguous": torch.tensor([GOOD, GOOD]).T[:, 0],
-    "sparse": torch.tensor(GOOD).to_sparse(), "with info": (GOOD, {"why": object()}),
+    "sparse": torch.tensor(GOOD).to_sparse(),
+    "with info": (GOOD, {"why": object()}),
     "large": [1e300, -1e300, 0.0],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", GOOD_VALUES)
@@ -131,12 +140,35 @@ def test_values_of_many_kinds_are_numbers(name):
 
 
 BAD = [
-    None, "text", b"bytes", 0.5, [0.5], [0.1, 0.2, 0.3, 0.4], [[0.1, 0.2]] * 3, torch.zeros(1, 3), torch.zeros(()),
-    [0.1, float("nan"), 0.3], [0.1, float("inf"), 0.3], ["a", "b", "c"], [None, None, None], {"reward": GOOD}, {},
-    np.array([object(), object(), object()]), torch.zeros(3, dtype=torch.complex64), [1j, 2j, 3j], [10**400, 1, 2],
-    torch.zeros(3, device="meta"), torch.zeros(0), [torch.zeros(2), torch.zeros(3), 0.1], (GOOD, "no dict"), object(),
-    [[0.1, 0.2], [0.3], [0.4]], lambda: GOOD, (value for value in GOOD), set(GOOD),
-]  # fmt: skip
+    None,
+    "text",
+    b"bytes",
+    0.5,
+    [0.5],
+    [0.1, 0.2, 0.3, 0.4],
+    [[0.1, 0.2]] * 3,
+    torch.zeros(1, 3),
+    torch.zeros(()),
+    [0.1, float("nan"), 0.3],
+    [0.1, float("inf"), 0.3],
+    ["a", "b", "c"],
+    [None, None, None],
+    {"reward": GOOD},
+    {},
+    np.array([object(), object(), object()]),
+    torch.zeros(3, dtype=torch.complex64),
+    [1j, 2j, 3j],
+    [10**400, 1, 2],
+    torch.zeros(3, device="meta"),
+    torch.zeros(0),
+    [torch.zeros(2), torch.zeros(3), 0.1],
+    (GOOD, "no dict"),
+    object(),
+    [[0.1, 0.2], [0.3], [0.4]],
+    lambda: GOOD,
+    (value for value in GOOD),
+    set(GOOD),
+]
 
 
 @pytest.mark.parametrize("value", BAD, ids=lambda value: type(value).__name__)

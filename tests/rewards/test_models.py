@@ -68,9 +68,15 @@ def aesthetic_head(folder, prefix: str, width: int = 16) -> torch.nn.Sequential:
     """The published layout: linear layers at 0, 2, 4, 6, 7, with dropout between."""
     torch.manual_seed(3)
     head = torch.nn.Sequential(
-        torch.nn.Linear(width, 24), torch.nn.Dropout(0.2), torch.nn.Linear(24, 12), torch.nn.Dropout(0.2),
-        torch.nn.Linear(12, 8), torch.nn.Dropout(0.1), torch.nn.Linear(8, 4), torch.nn.Linear(4, 1),
-    ).eval()  # fmt: skip
+        torch.nn.Linear(width, 24),
+        torch.nn.Dropout(0.2),
+        torch.nn.Linear(24, 12),
+        torch.nn.Dropout(0.2),
+        torch.nn.Linear(12, 8),
+        torch.nn.Dropout(0.1),
+        torch.nn.Linear(8, 4),
+        torch.nn.Linear(4, 1),
+    ).eval()
     folder.mkdir()
     save_file(
         {f"{prefix}layers.{name}": value for name, value in head.state_dict().items()}, folder / "model.safetensors"
@@ -114,10 +120,16 @@ def test_pickled_clip_is_refused(clip_folder, tmp_path):
 
 
 ORIGINAL_NAMES = {
-    "embeddings.class_embedding": "cls_token", "embeddings.position_embedding": "pos_embed",
-    "embeddings.patch_embedding": "patch_embed.proj", "encoder.layers": "blocks", "layer_norm1": "norm1",
-    "layer_norm2": "norm2", "self_attn.qkv": "attn.qkv", "self_attn.projection": "attn.proj", "post_layernorm": "norm",
-}  # fmt: skip
+    "embeddings.class_embedding": "cls_token",
+    "embeddings.position_embedding": "pos_embed",
+    "embeddings.patch_embedding": "patch_embed.proj",
+    "encoder.layers": "blocks",
+    "layer_norm1": "norm1",
+    "layer_norm2": "norm2",
+    "self_attn.qkv": "attn.qkv",
+    "self_attn.projection": "attn.proj",
+    "post_layernorm": "norm",
+}
 
 
 @torch.no_grad()
@@ -128,11 +140,17 @@ def test_imagereward(tmp_path):
     vision = BlipVisionModel(BlipVisionConfig(hidden_size=128, num_attention_heads=2, **patches, **sizes)).eval()
     text = BlipTextModel(
         BlipTextConfig(
-            hidden_size=64, encoder_hidden_size=128, num_attention_heads=1, vocab_size=13, is_decoder=True,
-            bos_token_id=11, sep_token_id=3, **sizes,
+            hidden_size=64,
+            encoder_hidden_size=128,
+            num_attention_heads=1,
+            vocab_size=13,
+            is_decoder=True,
+            bos_token_id=11,
+            sep_token_id=3,
+            **sizes,
         ),
         add_pooling_layer=False,
-    ).eval()  # fmt: skip
+    ).eval()
     head = aesthetic_head(tmp_path / "model", "mlp.", width=64)
     weights = {f"mlp.layers.{name}": value for name, value in head.state_dict().items()}
     for key, value in vision.state_dict().items():

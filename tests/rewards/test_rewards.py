@@ -90,8 +90,10 @@ def test_a_failing_part_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RewardError, match=r"^reward 'failing_reward:fail' raised KeyError: 'gone'$"):
         load_reward("red + failing_reward:fail")(IMAGES, PROMPTS)
-    (tmp_path / "odd_metrics.py").write_text("class Odd:\n    def metrics(self, i, p):\n        return {'strict': 1}\n"
-        "    def __call__(self, i, p):\n        return [1.0, 2.0]\nodd = Odd()\n")  # fmt: skip
+    (tmp_path / "odd_metrics.py").write_text(
+        "class Odd:\n    def metrics(self, i, p):\n        return {'strict': 1}\n"
+        "    def __call__(self, i, p):\n        return [1.0, 2.0]\nodd = Odd()\n"
+    )
     with pytest.raises(RewardError, match="its metrics have no 'reward'"):
         load_reward("odd_metrics:odd").metrics(IMAGES, PROMPTS)
 
@@ -197,12 +199,20 @@ def test_a_reward_means_the_same_in_any_folder(tmp_path, monkeypatch):
     for module in ("own.py", "pkg/inner.py"):
         (tmp_path / module).write_text("raise RuntimeError('it is not imported')")
     for text, absolute in {
-        "0.5*blue + sharpness": None, "pickscore": None, "pickscore(org/name)": None, "os:system": None,
-        "numpy:mean": None, "http://127.0.0.1:8000/models/clip": None, "raw(http://h/a)": None, "none:f": None,
+        "0.5*blue + sharpness": None,
+        "pickscore": None,
+        "pickscore(org/name)": None,
+        "os:system": None,
+        "numpy:mean": None,
+        "http://127.0.0.1:8000/models/clip": None,
+        "raw(http://h/a)": None,
+        "none:f": None,
         "clipscore(models/clip)": "clipscore({}/models/clip)",
         "2*pickscore( models/clip , org/name)+red": "2*pickscore( {}/models/clip, org/name)+red",
-        "own:f": "{}/own:f", "-1 * cached(frames(own:f))": "-1 * cached(frames({}/own:f))",
-        "pil(own:f)": "pil({}/own:f)", "pkg.inner:f": "{}/pkg.inner:f",
-    }.items():  # fmt: skip
+        "own:f": "{}/own:f",
+        "-1 * cached(frames(own:f))": "-1 * cached(frames({}/own:f))",
+        "pil(own:f)": "pil({}/own:f)",
+        "pkg.inner:f": "{}/pkg.inner:f",
+    }.items():
         wanted = text if absolute is None else absolute.format(tmp_path)
         assert with_absolute_paths(text) == wanted == with_absolute_paths(wanted)

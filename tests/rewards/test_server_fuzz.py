@@ -27,9 +27,12 @@ def test_schemathesis(serve, soak, is_valid):
     operation = schemathesis.openapi.from_path(DOCUMENT)["/"]["POST"]
     mode = schemathesis.GenerationMode.POSITIVE if is_valid else schemathesis.GenerationMode.NEGATIVE
     wanted = [
-        checks.not_a_server_error, checks.status_code_conformance, checks.content_type_conformance,
-        checks.response_schema_conformance, checks.response_headers_conformance,
-    ]  # fmt: skip
+        checks.not_a_server_error,
+        checks.status_code_conformance,
+        checks.content_type_conformance,
+        checks.response_schema_conformance,
+        checks.response_headers_conformance,
+    ]
     if not is_valid:
         wanted.append(checks.negative_data_rejection)
     num_examples = 20_000 if soak else 40

@@ -71,9 +71,19 @@ def test_scores_by_step_count_and_the_noise_matters(frozen):
 @pytest.mark.slow
 def test_pretraining_resumes(tmp_path):
     command = [
-        sys.executable, "-m", "noisepolicy.shapes.pretrain", str(tmp_path),
-        "--vae-steps", "2", "--text-steps", "2", "--unet-steps", "2", "--num-pictures", "128",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "noisepolicy.shapes.pretrain",
+        str(tmp_path),
+        "--vae-steps",
+        "2",
+        "--text-steps",
+        "2",
+        "--unet-steps",
+        "2",
+        "--num-pictures",
+        "128",
+    ]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     text_encoder = read_tensors(tmp_path / "model" / "text_encoder" / "model.safetensors")
     assert text_encoder.keys() == read_tensors(model_folder() / "text_encoder" / "model.safetensors").keys()

@@ -53,9 +53,16 @@ def make_trainer():
 def make_run(folder, *, frozen=None, reward=left_or_right, prompts=PROMPTS, accelerator=None, **settings):
     """A trainer in a new run's folder."""
     defaults = {
-        "batch_size": 32, "group_size": 4, "num_iterations": 20, "checkpoint_every": 5, "critic_warmup": 64,
-        "critic_batch_size": 64, "bands": 4, "output_dir": folder, "critic_updates": 10,
-    }  # fmt: skip
+        "batch_size": 32,
+        "group_size": 4,
+        "num_iterations": 20,
+        "checkpoint_every": 5,
+        "critic_warmup": 64,
+        "critic_batch_size": 64,
+        "bands": 4,
+        "output_dir": folder,
+        "critic_updates": 10,
+    }
     config = TrainConfig(**(defaults | settings))
     config.check()
     reward = reward if isinstance(reward, Reward) else Reward("reward", reward)

@@ -11,11 +11,19 @@ from noisepolicy.cli.devices import make_accelerator
 from noisepolicy.cli.launch import leave, may_report_error, rank
 
 SETTINGS = {
-    "critic": {"num_inference_steps": (1, 2), "critic_updates": 1, "critic_warmup": 22, "critic_batch_size": 8,
-               "num_updates": 2, "batch_size": 22, "group_size": 2, "rollout_batch_size": 6},
+    "critic": {
+        "num_inference_steps": (1, 2),
+        "critic_updates": 1,
+        "critic_warmup": 22,
+        "critic_batch_size": 8,
+        "num_updates": 2,
+        "batch_size": 22,
+        "group_size": 2,
+        "rollout_batch_size": 6,
+    },
     "ppo": {"algorithm": "ppo", "batch_size": 15, "group_size": 5, "rollout_batch_size": 4},
     "find": {"algorithm": "find", "batch_size": None, "group_size": 5, "rollout_batch_size": 3, "num_iterations": 5},
-}  # fmt: skip
+}
 
 
 class RoundingModel(BlobModel):
@@ -33,9 +41,13 @@ def main(folder: Path, fault: str = "") -> None:
     names = [fault.split(":")[0]] if fault else list(SETTINGS)
     for name in names:
         trainer = make_run(
-            folder / name, frozen=RoundingModel(), reward=left_or_right, accelerator=accelerator,
-            timeout=4.0 if "hang" in fault else 120.0, **SETTINGS[name],
-        )  # fmt: skip
+            folder / name,
+            frozen=RoundingModel(),
+            reward=left_or_right,
+            accelerator=accelerator,
+            timeout=4.0 if "hang" in fault else 120.0,
+            **SETTINGS[name],
+        )
         for metrics in trainer.train():
             if rank() == 1 and metrics["iteration"] == 3:
                 if "hang" in fault:

@@ -141,9 +141,11 @@ def test_what_the_step_count_explains_is_no_advantage(make_trainer, blob, tmp_pa
     ends = []
     for offset in (0.0, 0.1):
         trainer = make_trainer(
-            tmp_path / str(offset), **FIND, num_inference_steps=(1, 8),
+            tmp_path / str(offset),
+            **FIND,
+            num_inference_steps=(1, 8),
             reward=lambda images, prompts, offset=offset: left_or_right(images, prompts) + offset * (step[0] == 8),
-        )  # fmt: skip
+        )
         metrics = list(trainer.train())
         ends.append(metrics[-1]["reward"] - metrics[0]["reward"])
     assert ends[1] > 0.8 * ends[0] > 0.03
@@ -216,9 +218,12 @@ def test_replay_is_a_ring():
     def add(prompt, *values):
         column = torch.tensor([values])
         replay.append(
-            torch.tensor([prompt]), action=column[..., None].float(), log_prob=column.float(),
-            parts=column[..., None].double(), step_index=column,
-        )  # fmt: skip
+            torch.tensor([prompt]),
+            action=column[..., None].float(),
+            log_prob=column.float(),
+            parts=column[..., None].double(),
+            step_index=column,
+        )
 
     add(1, 1, 2)
     samples, is_filled = replay.of(torch.tensor([0, 1]))

@@ -18,10 +18,12 @@ def make_history(folder):
 def batch(start, count=4):
     rows = torch.arange(start, start + count)
     return {
-        "prompt_row": rows, "step_index": rows + 1, "parts": torch.stack([rows / 3, rows + 1e-9], 1).double(),
+        "prompt_row": rows,
+        "step_index": rows + 1,
+        "parts": torch.stack([rows / 3, rows + 1e-9], 1).double(),
         "action": rows[:, None, None].expand(-1, 3, 2) / 7,
         "picture": rows[:, None, None, None].expand(-1, 1, 2, 2) / 5,
-    }  # fmt: skip
+    }
 
 
 def filled(folder, batches=3):

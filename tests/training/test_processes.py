@@ -17,9 +17,14 @@ WORKER = Path(__file__).parent / "process_worker.py"
 
 def torchrun(*arguments, num_processes, cwd, timeout=280):
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes),
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(num_processes),
         *map(str, arguments),
-    ]  # fmt: skip
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=timeout, env=environment)
 
@@ -36,13 +41,15 @@ def test_any_number_of_processes_learns_the_same_to_the_bit(tmp_path):
         folder = tmp_path / str(num_processes)
         result = torchrun(WORKER, folder, num_processes=num_processes, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
-        runs.append({
-            name: (
-                (folder / name / "metrics.jsonl").read_text(),
-                read_tensors(folder / name / "policy" / "policy.safetensors"),
-            )
-            for name in ("critic", "ppo", "find")
-        })  # fmt: skip
+        runs.append(
+            {
+                name: (
+                    (folder / name / "metrics.jsonl").read_text(),
+                    read_tensors(folder / name / "policy" / "policy.safetensors"),
+                )
+                for name in ("critic", "ppo", "find")
+            }
+        )
     for name, (expected_metrics, expected) in runs[0].items():
         for run in runs[1:]:
             metrics, tensors = run[name]

@@ -220,9 +220,11 @@ def test_the_column_can_be_named(read):
 
 def test_parquet(read, tmp_path):
     table = {
-        "id": [1, None], "Prompt": ["a cat", " a dog "], "image": [{"bytes": b"\xff", "path": "a"}] * 2,
+        "id": [1, None],
+        "Prompt": ["a cat", " a dog "],
+        "image": [{"bytes": b"\xff", "path": "a"}] * 2,
         "box": [{"x": [1.5]}, None],
-    }  # fmt: skip
+    }
     data = parquet(table)
     for name in ("a.parquet", "a.pq", "a.txt", "a.csv"):
         prompts = read(name, data)

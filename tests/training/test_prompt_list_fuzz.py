@@ -61,19 +61,57 @@ CONTENTS = {
     "nothing": (b"", []),
     "YAML": (b"prompts:\n- a cat\n", []),
     "no prompts": (b'{"a": 1}\n{"a": 2}\n', []),
-}  # fmt: skip
+}
 MUST_BE_READ = {
-    "txt": {"text", "quoted text", "JSON lines", "JSON strings", "one object", "JSON list", "indented list",
-            "object with a list", "Parquet"},
-    "jsonl": {"quoted text", "JSON lines", "JSON strings", "one object", "JSON list", "indented list",
-              "object with a list", "Parquet"},
-    "json": {"quoted text", "JSON lines", "JSON strings", "one object", "JSON list", "indented list",
-             "object with a list", "Parquet"},
-    "csv": {"CSV", "TSV", "one column", "JSON lines", "one object", "JSON list", "indented list", "object with a list",
-            "Parquet"},
+    "txt": {
+        "text",
+        "quoted text",
+        "JSON lines",
+        "JSON strings",
+        "one object",
+        "JSON list",
+        "indented list",
+        "object with a list",
+        "Parquet",
+    },
+    "jsonl": {
+        "quoted text",
+        "JSON lines",
+        "JSON strings",
+        "one object",
+        "JSON list",
+        "indented list",
+        "object with a list",
+        "Parquet",
+    },
+    "json": {
+        "quoted text",
+        "JSON lines",
+        "JSON strings",
+        "one object",
+        "JSON list",
+        "indented list",
+        "object with a list",
+        "Parquet",
+    },
+    "csv": {
+        "CSV",
+        "TSV",
+        "one column",
+        "JSON lines",
+        "one object",
+        "JSON list",
+        "indented list",
+        "object with a list",
+        "Parquet",
+    },
     "parquet": {"Parquet"},
-    "md": set(), "yaml": set(), "xlsx": set(), "gz": set(), "pkl": set(),
-}  # fmt: skip
+    "md": set(),
+    "yaml": set(),
+    "xlsx": set(),
+    "gz": set(),
+    "pkl": set(),
+}
 MUST_BE_READ |= {"": MUST_BE_READ["txt"], "ndjson": MUST_BE_READ["jsonl"], "tsv": MUST_BE_READ["csv"]}
 
 

@@ -61,8 +61,10 @@ class TestFromPython:
         assert read_prompts(prompt for prompt in ("a cat", "a dog ")) == ["a cat", "a dog"]
         prompts = read_prompts([{"caption": "a cat", "n": 1}, "a dog", Prompt("a hen", {"n": 2})])
         assert prompts == ["a cat", "a dog", "a hen"] and [metadata_of(prompt) for prompt in prompts] == [
-            {"n": 1}, {}, {"n": 2},
-        ]  # fmt: skip
+            {"n": 1},
+            {},
+            {"n": 2},
+        ]
         assert list(PromptList([["a cat"], "a dog", [{"Satz": "ein Bär"}]], "Satz")) == ["a cat", "a dog", "ein Bär"]
         assert read_prompts({"prompt": ["a cat"], "n": [1]}) == ["a cat"]
         for message, bad in {

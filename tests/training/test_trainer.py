@@ -140,9 +140,17 @@ def test_an_action_of_another_policy_is_noticed(make_trainer, tmp_path):
     trainer.policy.mean.bias.data += 0.1
     with pytest.raises(RuntimeError, match="log-probs of the rollout"):
         update_policy(
-            trainer.policy, trainer._policy_optimizer, trainer._critic, rollout, trainer.prompts, trainer._scale,
-            trainer.config, kl_coef=0.0, diversity_coef=0.0, generator=torch.Generator(),
-        )  # fmt: skip
+            trainer.policy,
+            trainer._policy_optimizer,
+            trainer._critic,
+            rollout,
+            trainer.prompts,
+            trainer._scale,
+            trainer.config,
+            kl_coef=0.0,
+            diversity_coef=0.0,
+            generator=torch.Generator(),
+        )
 
 
 def test_the_critic_chooses_better_starts(make_trainer, tmp_path):
