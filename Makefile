@@ -13,7 +13,7 @@ test: $(VENV)/test.stamp
 	$(VENV)/bin/pytest $(PARALLEL)
 
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal -o faulthandler_exit_on_timeout=true
-QUICK_TESTS := tests/ops tests/policies tests/frozen tests/shapes/test_model.py
+QUICK_TESTS := tests/ops tests/policies tests/frozen tests/worlds/shapes/test_model.py
 TRAINING_RUN := tests/cli/test_train.py::test_a_run_from_start_to_report
 
 test-lowest: RESOLUTION := lowest-direct

@@ -29,7 +29,6 @@ from noisepolicy.frozen import FrozenModel, PromptEmbeds
 from noisepolicy.frozen.loading import load_pipeline
 from noisepolicy.ops import gaussian_kl
 from noisepolicy.policies import NoisePolicy, TablePolicy
-from noisepolicy.shapes import model_folder
 from noisepolicy.storage import write_json
 from noisepolicy.training.config import TrainConfig
 from noisepolicy.training.find import FindTrainer
@@ -38,6 +37,7 @@ from noisepolicy.training.run_folder import RunFolder
 from noisepolicy.training.seeding import stream_seed
 from noisepolicy.training.task import Task
 from noisepolicy.training.trainer import Trainer
+from noisepolicy.worlds.shapes import model_folder
 
 _BEST_OF = (2, 4, 8, 16)
 

@@ -12,9 +12,9 @@ from diffusers import AutoencoderTiny
 from noisepolicy.evaluation.statistics import expected_best_of
 from noisepolicy.frozen import FrozenDiffusersPipeline
 from noisepolicy.ops import gaussian_sample
-from noisepolicy.shapes import held_out_scenes, model_folder, train_scenes
-from noisepolicy.shapes.renderer import render
-from noisepolicy.shapes.reward import score
+from noisepolicy.worlds.shapes import held_out_scenes, model_folder, train_scenes
+from noisepolicy.worlds.shapes.renderer import render
+from noisepolicy.worlds.shapes.reward import score
 
 _STEPS = (1, 2, 4, 8, 16, 20)
 _NUM_CAPTIONS, _GROUP = 64, 16

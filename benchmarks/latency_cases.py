@@ -22,7 +22,7 @@ from noisepolicy.frozen.families import (
 )
 from noisepolicy.frozen.loading import load_pipeline, quiet
 from noisepolicy.frozen.recording import recorded_call
-from noisepolicy.shapes import held_out_scenes, model_folder
+from noisepolicy.worlds.shapes import held_out_scenes, model_folder
 
 EMBEDDED = "shapes"
 COMPILE_NOTE = "torch.compile takes about a minute for each shape on a CPU; --denoiser compile includes it"

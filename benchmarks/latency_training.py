@@ -12,11 +12,11 @@ from accelerate import Accelerator
 
 from noisepolicy.benchmarks.latency_cases import Engine, ModelSpec
 from noisepolicy.rewards import load_reward
-from noisepolicy.shapes import held_out_scenes, train_scenes
 from noisepolicy.training.config import TrainConfig
 from noisepolicy.training.run_folder import RunFolder
 from noisepolicy.training.task import Task
 from noisepolicy.training.trainer import Trainer
+from noisepolicy.worlds.shapes import held_out_scenes, train_scenes
 
 NUM_ITERATIONS = 3
 """That are timed; one before them warms up."""

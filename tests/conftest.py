@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from noisepolicy.frozen import FrozenDiffusersPipeline
-from noisepolicy.shapes import model_folder
+from noisepolicy.worlds.shapes import model_folder
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import torch
 
-from noisepolicy.moving_shapes.reward import score as moving_shapes_score
 from noisepolicy.rewards.base import check_video
-from noisepolicy.shapes.reward import ShapesScore
-from noisepolicy.shapes.reward import score as shapes_score
+from noisepolicy.worlds.moving_shapes.reward import score as moving_shapes_score
+from noisepolicy.worlds.shapes.reward import ShapesScore
+from noisepolicy.worlds.shapes.reward import score as shapes_score
 
 
 class ShapesReward:

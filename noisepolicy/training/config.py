@@ -14,6 +14,7 @@ from noisepolicy.rewards.registry import with_absolute_paths
 from noisepolicy.storage import write_text
 from noisepolicy.training.config_file import read_settings, shown, typed
 from noisepolicy.training.recipes import RECIPES
+from noisepolicy.worlds import WORLDS
 
 StepCounts = Annotated[
     tuple[int, ...],
@@ -28,7 +29,6 @@ StepCounts = Annotated[
 """Denoising step counts; on the command line 1,2,4,8."""
 
 DEFAULT_EVAL_STEPS = (1, 2, 4, 8, 16)
-EMBEDDED_MODELS = ("shapes", "moving_shapes")
 FROM_PYTHON = "python:"
 """Begins the name of a model or reward that was given as an object from Python, and which no command can load."""
 _MAX_TIMEOUT_S = 10_000_000
@@ -231,7 +231,7 @@ class TrainConfig:
         """
         return dataclasses.replace(
             self,
-            model=self.model if self.model in EMBEDDED_MODELS else _absolute(self.model, Path.exists),
+            model=self.model if self.model in WORLDS else _absolute(self.model, Path.exists),
             prompts=tuple(_absolute(source, Path.is_file) for source in self.prompts),
             eval_prompts=tuple(_absolute(source, Path.is_file) for source in self.eval_prompts),
             init_policy=None if self.init_policy is None else Path(_absolute(str(self.init_policy), Path.is_dir)),

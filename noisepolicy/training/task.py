@@ -9,15 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from noisepolicy import moving_shapes, shapes
 from noisepolicy.frozen import FrozenDiffusersPipeline, FrozenModel
 from noisepolicy.rewards import Reward, load_reward
-from noisepolicy.training.config import DEFAULT_EVAL_STEPS, EMBEDDED_MODELS, FROM_PYTHON, TrainConfig
+from noisepolicy.training.config import DEFAULT_EVAL_STEPS, FROM_PYTHON, TrainConfig
 from noisepolicy.training.prompt_list import PromptList
 from noisepolicy.training.prompt_records import identity, read_prompts
-
-_EMBEDDED = dict(zip(EMBEDDED_MODELS, (shapes, moving_shapes), strict=True))
-"""Worlds with a `model_folder()`, `train_scenes()`, `held_out_scenes()`, and a reward of the same name."""
+from noisepolicy.worlds import find_world
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,7 @@ def load_task(config: TrainConfig, device: torch.device, *, for_training: bool =
         ValueError: if something named is not there or cannot be used.
     """
     _refuse_objects(config.model, config.reward, *config.eval_rewards)
-    world = _EMBEDDED.get(config.model)
+    world = find_world(config.model)
     needs_training_prompts = for_training or not config.eval_prompts
     if world is None and not config.prompts and needs_training_prompts:
         raise ValueError(f"--model {config.model} needs --prompts: files or prompts; see docs/prompts.md")
@@ -132,9 +129,9 @@ def load_frozen(config: TrainConfig, device: torch.device) -> FrozenDiffusersPip
         RuntimeError: if its engine does not run here, or not rightly.
     """
     _refuse_objects(config.model)
-    world = _EMBEDDED.get(config.model)
+    world = find_world(config.model)
     # A UNet for video does not say how long its clips are.
-    num_frames = moving_shapes.NUM_FRAMES if world is moving_shapes and not config.num_frames else config.num_frames
+    num_frames = config.num_frames or (world.NUM_FRAMES if world is not None else None)
     try:
         frozen = FrozenDiffusersPipeline.from_pretrained(
             config.model if world is None else world.model_folder(),

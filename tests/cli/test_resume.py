@@ -10,7 +10,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from noisepolicy.shapes import model_folder
+from noisepolicy.worlds.shapes import model_folder
 
 pytestmark = pytest.mark.slow
 

@@ -13,8 +13,8 @@ import torch
 import yaml
 
 from noisepolicy.policies import NoisePolicy
-from noisepolicy.shapes import train_scenes
 from noisepolicy.storage import read_tensors
+from noisepolicy.worlds.shapes import train_scenes
 
 SHORT = [
     "--num-iterations",
@@ -185,7 +185,7 @@ def test_bad_input_is_one_line_and_exit_code_2(run_train, tmp_path, name):
     if "stochastic" in arguments:
         from diffusers import DDPMScheduler, StableDiffusionPipeline
 
-        from noisepolicy.shapes import model_folder
+        from noisepolicy.worlds.shapes import model_folder
 
         pipeline = StableDiffusionPipeline.from_pretrained(model_folder())
         pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)

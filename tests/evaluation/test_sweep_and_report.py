@@ -10,8 +10,8 @@ from PIL import Image
 from noisepolicy.evaluation import evaluate_sweep, write_report
 from noisepolicy.policies import SpectralPolicy
 from noisepolicy.rewards import load_reward
-from noisepolicy.shapes import held_out_scenes
 from noisepolicy.training.config import TrainConfig
+from noisepolicy.worlds.shapes import held_out_scenes
 
 PROMPTS = [scene.caption for scene in held_out_scenes()[:3]]
 

@@ -7,7 +7,7 @@ import torch
 
 from noisepolicy.export import available_denoisers, use_denoiser
 from noisepolicy.frozen import FrozenDiffusersPipeline
-from noisepolicy.shapes import held_out_scenes, model_folder
+from noisepolicy.worlds.shapes import held_out_scenes, model_folder
 
 from ..frozen.conftest import family_folder  # noqa: F401  a fixture here too
 

@@ -19,8 +19,8 @@ from noisepolicy.export.to_onnx import weight_bytes
 from noisepolicy.frozen import FrozenDiffusersPipeline, engines
 from noisepolicy.frozen.denoisers import CompiledDenoiser, compile_for_each_shape
 from noisepolicy.rewards import load_reward
-from noisepolicy.shapes import model_folder
 from noisepolicy.storage import read_tensors
+from noisepolicy.worlds.shapes import model_folder
 
 CPU = torch.device("cpu")
 SETTINGS = {"num_inference_steps": 2, "guidance_scale": 1.5}

@@ -14,7 +14,7 @@ from torch import nn
 
 from noisepolicy.export.to_tensorrt import EngineMismatch, build_engine, check_engine, load_tensorrt, read_sidecar
 from noisepolicy.frozen import tensorrt_files
-from noisepolicy.shapes import model_folder
+from noisepolicy.worlds.shapes import model_folder
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: no engine is built")
 

@@ -18,11 +18,11 @@ from typing import Any
 import atheris
 
 with atheris.instrument_imports(include=["noisepolicy", "yaml"]):
-    import noisepolicy.moving_shapes.captions
     import noisepolicy.rewards.registry
     import noisepolicy.rewards.wire
-    import noisepolicy.shapes.captions
     import noisepolicy.training.trainer
+    import noisepolicy.worlds.moving_shapes.captions
+    import noisepolicy.worlds.shapes.captions
     from noisepolicy.policies import NoisePolicy, SpectralPolicy
     from noisepolicy.storage import read_tensors, write_tensors
     from noisepolicy.training.checkpoint import whole_checkpoints
@@ -85,7 +85,7 @@ def prompt_file(data: bytes) -> None:
 
 def captions(data: bytes) -> None:
     text = data.decode("utf-8", "surrogateescape")
-    for world in (noisepolicy.shapes.captions, noisepolicy.moving_shapes.captions):
+    for world in (noisepolicy.worlds.shapes.captions, noisepolicy.worlds.moving_shapes.captions):
         with contextlib.suppress(ValueError):
             assert world.parse_caption(text).caption == text.strip().lower()
 

@@ -8,7 +8,7 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
 from noisepolicy.frozen import FrozenDiffusersPipeline
-from noisepolicy.shapes import model_folder
+from noisepolicy.worlds.shapes import model_folder
 
 from .tiny_pipelines import SIZE
 

@@ -14,7 +14,7 @@ from diffusers import (
 )
 
 from noisepolicy.frozen import FrozenDiffusersPipeline
-from noisepolicy.shapes import held_out_scenes, model_folder
+from noisepolicy.worlds.shapes import held_out_scenes, model_folder
 
 PROMPTS = [scene.caption for scene in held_out_scenes()[:3]]
 

@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 
 from noisepolicy.frozen import FrozenDiffusersPipeline
 from noisepolicy.frozen.loop import _Graph, read_schedule
-from noisepolicy.shapes import model_folder
+from noisepolicy.worlds.shapes import model_folder
 
 LINEAR = [
     "DDIMScheduler",

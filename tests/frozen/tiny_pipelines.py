@@ -8,7 +8,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from noisepolicy.shapes.tokenizer import MAX_TOKENS, build_tokenizer
+from noisepolicy.worlds.shapes.tokenizer import MAX_TOKENS, build_tokenizer
 
 WIDTH = 16
 SIZE: dict[str, dict[str, int]] = {

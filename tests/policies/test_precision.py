@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline
 from noisepolicy.ops.layout import _cached_basis, dct_basis
 from noisepolicy.policies import DensePolicy, NoisePolicy, SpectralPolicy, TablePolicy
 from noisepolicy.policies.critic import CriticShape, RewardCritic
-from noisepolicy.shapes import model_folder
+from noisepolicy.worlds.shapes import model_folder
 
 PROMPT_SHAPE = (20, 128)
 CAPTION = "a red circle, a blue square and a green triangle from left to right"

@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline
 
 from noisepolicy.ops import spectral_sample
 from noisepolicy.policies import DensePolicy, NoisePolicy, SpectralPolicy
-from noisepolicy.shapes import held_out_scenes, model_folder
+from noisepolicy.worlds.shapes import held_out_scenes, model_folder
 
 PROMPTS = [scene.caption for scene in held_out_scenes()[:2]]
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoImageProcessor, CLIPConfig, CLIPModel
 
-from noisepolicy.shapes.tokenizer import MAX_TOKENS, build_tokenizer
+from noisepolicy.worlds.shapes.tokenizer import MAX_TOKENS, build_tokenizer
 
 PROCESSOR_JSON = """{
   "image_processor_type": "CLIPImageProcessor", "do_resize": true, "size": {"shortest_edge": 32}, "resample": 3,

@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from noisepolicy.moving_shapes import NUM_FRAMES, held_out_scenes, parse_caption, train_scenes
-from noisepolicy.moving_shapes.renderer import FRAME_SIZE, render
-from noisepolicy.moving_shapes.reward import score
 from noisepolicy.rewards import load_reward
 from noisepolicy.rewards.base import RewardError
+from noisepolicy.worlds.moving_shapes import NUM_FRAMES, held_out_scenes, parse_caption, train_scenes
+from noisepolicy.worlds.moving_shapes.renderer import FRAME_SIZE, render
+from noisepolicy.worlds.moving_shapes.reward import score
 
 SCENES = held_out_scenes()[:128]
 CAPTIONS = [scene.caption for scene in SCENES]

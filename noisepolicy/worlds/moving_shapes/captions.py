@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from functools import cache
 
-from noisepolicy.shapes.captions import COLORS, SHAPES, split_by_caption
+from noisepolicy.worlds.shapes.captions import COLORS, SHAPES, split_by_caption
 
 WAYS = ("left", "right", "up", "down")
 NUM_OBJECTS = 2

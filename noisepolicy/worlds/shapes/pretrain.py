@@ -1,4 +1,4 @@
-"""Trains the embedded model that the package ships: `python -m noisepolicy.shapes.pretrain WORK_FOLDER`.
+"""Trains the embedded model that the package ships: `python -m noisepolicy.worlds.shapes.pretrain WORK_FOLDER`.
 
 The stages are those of `stages.py`; run again, the command goes on where it was stopped. The result is a Stable
 Diffusion pipeline in diffusers' format, safetensors, UNet and autoencoder in fp16.
@@ -12,17 +12,17 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionPipeline
 
-from noisepolicy.shapes.captions import COLORS, DIRECTIONS, NUM_OBJECTS, SHAPES, train_scenes
-from noisepolicy.shapes.networks import (
+from noisepolicy.worlds.shapes.captions import COLORS, DIRECTIONS, NUM_OBJECTS, SHAPES, train_scenes
+from noisepolicy.worlds.shapes.networks import (
     build_scheduler,
     build_text_encoder,
     build_unet,
     build_vae,
     name_weights_for_every_transformers,
 )
-from noisepolicy.shapes.renderer import render
-from noisepolicy.shapes.stages import Stages, World
-from noisepolicy.shapes.tokenizer import build_tokenizer
+from noisepolicy.worlds.shapes.renderer import render
+from noisepolicy.worlds.shapes.stages import Stages, World
+from noisepolicy.worlds.shapes.tokenizer import build_tokenizer
 
 
 def main() -> None:

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from noisepolicy.shapes.captions import COLORS
-from noisepolicy.shapes.renderer import PALETTE
+from noisepolicy.worlds.shapes.captions import COLORS
+from noisepolicy.worlds.shapes.renderer import PALETTE
 
 _COLOR_TOLERANCE = 0.14  # squared RGB distance in [0, 1] units up to which a pixel has a palette colour
 _FILL_LIMITS = (0.65, 0.89)  # region area / bounding box: triangle 0.52, circle 0.785, square 1

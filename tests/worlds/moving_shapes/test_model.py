@@ -9,9 +9,9 @@ import torch
 from diffusers import TextToVideoSDPipeline
 
 from noisepolicy.frozen import FrozenDiffusersPipeline
-from noisepolicy.moving_shapes import NUM_FRAMES, held_out_scenes, model_folder
-from noisepolicy.moving_shapes.reward import score
 from noisepolicy.ops import gaussian_sample
+from noisepolicy.worlds.moving_shapes import NUM_FRAMES, held_out_scenes, model_folder
+from noisepolicy.worlds.moving_shapes.reward import score
 
 
 def test_it_is_a_text_to_video_pipeline_of_safetensors():

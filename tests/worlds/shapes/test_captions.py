@@ -2,7 +2,7 @@
 
 import pytest
 
-from noisepolicy.shapes import held_out_scenes, parse_caption, train_scenes
+from noisepolicy.worlds.shapes import held_out_scenes, parse_caption, train_scenes
 
 
 def test_split_is_a_partition_of_all_combinations():

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from noisepolicy.moving_shapes.captions import NUM_OBJECTS, MovingScene
-from noisepolicy.shapes.renderer import paint
+from noisepolicy.worlds.moving_shapes.captions import NUM_OBJECTS, MovingScene
+from noisepolicy.worlds.shapes.renderer import paint
 
 FRAME_SIZE = 48
 NUM_FRAMES = 6

@@ -6,9 +6,12 @@ pipeline in diffusers' format (64 x 64 pictures of three coloured shapes), train
 
 from pathlib import Path
 
-from noisepolicy.shapes.captions import Scene, held_out_scenes, parse_caption, train_scenes
+from noisepolicy.worlds.shapes.captions import Scene, held_out_scenes, parse_caption, train_scenes
 
-__all__ = ["Scene", "held_out_scenes", "model_folder", "parse_caption", "train_scenes"]
+NUM_FRAMES = None
+"""The model makes pictures, not clips."""
+
+__all__ = ["NUM_FRAMES", "Scene", "held_out_scenes", "model_folder", "parse_caption", "train_scenes"]
 
 
 def model_folder() -> Path:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from noisepolicy.shapes.captions import parse_caption
-from noisepolicy.shapes.regions import largest_regions
+from noisepolicy.worlds.shapes.captions import parse_caption
+from noisepolicy.worlds.shapes.regions import largest_regions
 
 _FULL_AREA = 60.0  # pixels; the smallest object drawn covers 93
 _FULL_GAP = 8.0  # pixels between neighbouring centres; the smallest drawn is 14

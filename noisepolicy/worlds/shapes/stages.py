@@ -23,8 +23,8 @@ from diffusers import AutoencoderTiny
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from noisepolicy.shapes.networks import build_scheduler
 from noisepolicy.storage import load_optimizer_tensors, optimizer_tensors, read_tensors, write_tensors
+from noisepolicy.worlds.shapes.networks import build_scheduler
 
 _LATENT_BATCH = 128
 _VAE_FRAMES = 64  # of a batch of clips

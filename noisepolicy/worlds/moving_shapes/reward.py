@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from noisepolicy.moving_shapes.captions import parse_caption
-from noisepolicy.moving_shapes.renderer import WAY_VECTORS
-from noisepolicy.shapes.regions import largest_regions
-from noisepolicy.shapes.reward import ShapesScore
+from noisepolicy.worlds.moving_shapes.captions import parse_caption
+from noisepolicy.worlds.moving_shapes.renderer import WAY_VECTORS
+from noisepolicy.worlds.shapes.regions import largest_regions
+from noisepolicy.worlds.shapes.reward import ShapesScore
 
 _FULL_AREA = 30.0  # pixels; the smallest object drawn covers 43
 _FULL_TRAVEL = 14.0  # pixels from the first frame to the last; the shortest drawn is 20

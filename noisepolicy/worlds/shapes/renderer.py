@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from noisepolicy.shapes.captions import NUM_OBJECTS, Scene
+from noisepolicy.worlds.shapes.captions import NUM_OBJECTS, Scene
 
 IMAGE_SIZE = 64
 PALETTE = torch.tensor([(214, 48, 49), (39, 174, 96), (52, 100, 219), (241, 196, 15)], dtype=torch.float32) / 255

@@ -9,11 +9,11 @@ import torch
 from diffusers import StableDiffusionPipeline
 from transformers import CLIPTextModel
 
-from noisepolicy import moving_shapes
 from noisepolicy.ops import gaussian_sample
-from noisepolicy.shapes import held_out_scenes, model_folder
-from noisepolicy.shapes.reward import score
 from noisepolicy.storage import read_tensors
+from noisepolicy.worlds import moving_shapes
+from noisepolicy.worlds.shapes import held_out_scenes, model_folder
+from noisepolicy.worlds.shapes.reward import score
 
 
 def test_it_is_a_stable_diffusion_pipeline_of_safetensors():
@@ -73,7 +73,7 @@ def test_pretraining_resumes(tmp_path):
     command = [
         sys.executable,
         "-m",
-        "noisepolicy.shapes.pretrain",
+        "noisepolicy.worlds.shapes.pretrain",
         str(tmp_path),
         "--vae-steps",
         "2",

@@ -5,7 +5,7 @@ Autoencoder and noise schedule are the image world's.
 
 from diffusers import UNet3DConditionModel
 
-from noisepolicy.shapes.networks import LATENT_CHANNELS
+from noisepolicy.worlds.shapes.networks import LATENT_CHANNELS
 
 LATENT_SIZE = 6
 TEXT_WIDTH = 96

@@ -6,9 +6,9 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny
 
-from noisepolicy.shapes import held_out_scenes, model_folder, train_scenes
-from noisepolicy.shapes.renderer import PALETTE, render
-from noisepolicy.shapes.reward import score
+from noisepolicy.worlds.shapes import held_out_scenes, model_folder, train_scenes
+from noisepolicy.worlds.shapes.renderer import PALETTE, render
+from noisepolicy.worlds.shapes.reward import score
 
 SCENES = (*held_out_scenes(), *train_scenes()[:256])
 CAPTIONS = [scene.caption for scene in SCENES]

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from transformers import CLIPTokenizer
 
-from noisepolicy.shapes.captions import COLORS, DIRECTIONS, SHAPES
 from noisepolicy.storage import write_json, write_text
+from noisepolicy.worlds.shapes.captions import COLORS, DIRECTIONS, SHAPES
 
 WORDS = ("a", "and", *COLORS, *SHAPES, *(word for text in DIRECTIONS for word in text.split()))
 MAX_TOKENS = 20

@@ -6,8 +6,8 @@
 
 from pathlib import Path
 
-from noisepolicy.moving_shapes.captions import MovingScene, held_out_scenes, parse_caption, train_scenes
-from noisepolicy.moving_shapes.renderer import NUM_FRAMES
+from noisepolicy.worlds.moving_shapes.captions import MovingScene, held_out_scenes, parse_caption, train_scenes
+from noisepolicy.worlds.moving_shapes.renderer import NUM_FRAMES
 
 __all__ = ["NUM_FRAMES", "MovingScene", "held_out_scenes", "model_folder", "parse_caption", "train_scenes"]
 

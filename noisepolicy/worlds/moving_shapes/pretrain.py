@@ -1,4 +1,4 @@
-"""Trains the embedded video model: `python -m noisepolicy.moving_shapes.pretrain WORK_FOLDER`.
+"""Trains the embedded video model: `python -m noisepolicy.worlds.moving_shapes.pretrain WORK_FOLDER`.
 
 The stages are those of `shapes/stages.py`, with the image world's autoencoder to start from; run again, the command
 goes on where it was stopped. The result is a text-to-video pipeline in diffusers' format, safetensors, UNet and
@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderTiny, TextToVideoSDPipeline
 
-from noisepolicy.moving_shapes.captions import NUM_OBJECTS, WAYS, train_scenes
-from noisepolicy.moving_shapes.networks import MAX_TOKENS, TEXT_WIDTH, build_unet
-from noisepolicy.moving_shapes.renderer import render
-from noisepolicy.shapes import model_folder as image_model_folder
-from noisepolicy.shapes.captions import COLORS, SHAPES
-from noisepolicy.shapes.networks import build_scheduler, build_text_encoder, name_weights_for_every_transformers
-from noisepolicy.shapes.stages import Stages, World
-from noisepolicy.shapes.tokenizer import build_tokenizer
+from noisepolicy.worlds.moving_shapes.captions import NUM_OBJECTS, WAYS, train_scenes
+from noisepolicy.worlds.moving_shapes.networks import MAX_TOKENS, TEXT_WIDTH, build_unet
+from noisepolicy.worlds.moving_shapes.renderer import render
+from noisepolicy.worlds.shapes import model_folder as image_model_folder
+from noisepolicy.worlds.shapes.captions import COLORS, SHAPES
+from noisepolicy.worlds.shapes.networks import build_scheduler, build_text_encoder, name_weights_for_every_transformers
+from noisepolicy.worlds.shapes.stages import Stages, World
+from noisepolicy.worlds.shapes.tokenizer import build_tokenizer
 
 
 def main() -> None:
