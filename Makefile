@@ -1,4 +1,4 @@
-# make train: a virtual environment, the package, and a policy for the embedded model.
+# make train: a virtual environment, the package, and a policy for the embedded model. Each step says what it installs.
 # make test:  the same with the test extras, then the whole suite, on up to four cores; a test that hangs fails.
 # make test-lowest, test-newest: the quick tests with the lowest versions that pyproject.toml allows, which uv reads there,
 #   and with the newest released ones; each in an environment of its own, made anew.
@@ -7,7 +7,7 @@ VENV ?= .venv
 
 .PHONY: train test test-lowest test-newest
 train: $(VENV)/train.stamp
-	$(VENV)/bin/noisepolicy-train
+	@$(VENV)/bin/noisepolicy-train
 
 test: $(VENV)/test.stamp
 	$(VENV)/bin/pytest $(PARALLEL)
@@ -29,18 +29,26 @@ test-lowest test-newest: test-%:
 
 SOURCES := setup.py pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc noisepolicy export benchmarks -type f -not -path '*__pycache__*' -not -name '*.so')
 
+# pip's remarks on its own version and on root, which are not about this package.
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_ROOT_USER_ACTION := ignore
+
 $(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV)
+	@echo "creating a virtual environment in $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
 
 # torch first and alone: a CPU build that is already pinned keeps every other package from pulling a CUDA one.
 $(VENV)/torch.stamp: constraints.txt | $(VENV)/bin/python
-	$(VENV)/bin/pip install --quiet -c constraints.txt torch
-	touch $@
+	@echo "installing $$(sed -n "s/^torch==/torch /p" constraints.txt)"
+	@$(VENV)/bin/pip install --quiet -c constraints.txt torch
+	@touch $@
 
 $(VENV)/train.stamp: $(VENV)/torch.stamp $(SOURCES)
-	$(VENV)/bin/pip install --quiet -c constraints.txt .
-	touch $@
+	@echo "installing noisepolicy and what it needs, and compiling its kernels"
+	@$(VENV)/bin/pip install --quiet -c constraints.txt .
+	@touch $@
 
 $(VENV)/test.stamp: $(VENV)/torch.stamp $(SOURCES)
-	$(VENV)/bin/pip install --quiet -c constraints.txt '.[dev]'
-	touch $@
+	@echo "installing noisepolicy and what its tests need, and compiling its kernels"
+	@$(VENV)/bin/pip install --quiet -c constraints.txt '.[dev]'
+	@touch $@
