@@ -3,7 +3,9 @@
 latents ~ pi(. | prompt) = N(mean(prompt), std(prompt)^2) over the action; N(0, I) exactly at initialisation
 """
 
+import functools
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -13,6 +15,7 @@ from noisepolicy.ops import gaussian_kl
 from noisepolicy.policies.critic import RewardCritic
 from noisepolicy.policies.loading import MAX_CANDIDATES, checked, fill, read_config
 from noisepolicy.policies.precision import Float32Module, float32_by_default, without_autocast
+from noisepolicy.prior import as_indices, first_counter
 from noisepolicy.storage import file_within, read_tensors, write_json, write_tensors
 
 Std = Literal["power", "one", "learned"]
@@ -155,59 +158,142 @@ class NoisePolicy(Float32Module):
         return latents
 
     @without_autocast
-    def sample_latents(
+    def latents(
         self,
-        pipeline: Any,
-        prompt: str | list[str],
+        pipeline_or_embeds: Any,
+        prompts: str | Sequence[str] | None = None,
         *,
-        generator: torch.Generator | None = None,
-        num_images_per_prompt: int = 1,
+        seed: int,
+        index: int | Sequence[int] | None = None,
         num_inference_steps: int = 1,
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
         max_sequence_length: int | None = None,
     ) -> torch.Tensor:
-        """What a diffusers pipeline takes as `latents=`, for any family in `frozen/families.py`.
+        """Latents for the pipeline's `latents=`, from the noise of `(seed, index)`: see `noisepolicy.noise`.
 
-        The same under `torch.autocast`, which neither the policy nor the pipeline's text encoder is run in here.
+        A row depends on its seed, index and prompt alone, so picture k of a batch can be made again on its own. It is
+        the same to the bit on one machine and to rounding on another device, where the critic may, rarely, choose
+        another of two starts that it thinks equally good. `torch.autocast` has no effect here.
 
         Args:
-            pipeline: whose `__call__` is to be given the same prompt, sizes and step count.
-            generator: of the noise.
-            num_inference_steps: see `choose`.
-            height, width, num_frames, max_sequence_length: the pipeline's own where None.
+            pipeline_or_embeds: A diffusers pipeline of a family in `frozen/families.py`, a `FrozenModel`, or, without
+                `prompts`, prompt embeddings: a `PromptEmbeds` or a tensor `(batch, tokens, width)`.
+            prompts: One text or several.
+            seed: Seed of the noise, in [0, 2**64).
+            index: Index of each prompt's noise: an int for one prompt, else one for each. Default: 0, 1, 2, ...
+            num_inference_steps: Number of denoising steps that the model will take; see `choose`.
+            height, width, num_frames, max_sequence_length: As given to the pipeline. Default: the pipeline's own.
+
+        Returns:
+            `(batch, *latent_shape)`; as a pipeline takes them, or float32.
 
         Raises:
-            ValueError: if the pipeline's latents or embeddings are not of the kind the policy was trained on.
+            ValueError: if an argument is out of range, or the model's latents or embeddings are not of the kind the
+                policy was trained on.
         """
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be 1 or more, got {num_inference_steps}")
+        rows, shape, pack = self._encode(
+            pipeline_or_embeds,
+            prompts,
+            height=height,
+            width=width,
+            num_frames=num_frames,
+            max_sequence_length=max_sequence_length,
+        )
+        indices = list(range(len(rows))) if index is None else as_indices(index)
+        if len(indices) != len(rows):
+            raise ValueError(f"index must have one number for each of the {len(rows)} prompts, got {len(indices)}")
+        with torch.inference_mode(False):  # or the weights could not be trained any more once they have moved
+            self.to(rows[0].device)
+        # One row at a time: in a batch the networks round differently, and a choice between two starts of nearly equal
+        # value could go the other way. It costs some milliseconds a picture, which takes a model hundreds.
+        starts = [
+            self.choose(
+                row,
+                seed=seed,
+                offset=first_counter(number, shape, _CANDIDATE_STRIDE),
+                num_inference_steps=num_inference_steps,
+                latent_shape=shape,
+            )
+            for row, number in zip(rows, indices, strict=True)
+        ]
+        return pack(torch.cat(starts))
+
+    def _encode(
+        self,
+        model: Any,
+        prompts: str | Sequence[str] | None,
+        *,
+        max_sequence_length: int | None,
+        **sizes: int | None,
+    ) -> tuple[list[torch.Tensor], tuple[int, ...], Callable[[torch.Tensor], torch.Tensor]]:
+        """Each prompt's embeddings, `(1, tokens, width)`; the shape of latents; a function that packs them."""
         from noisepolicy.frozen.families import encode_prompts, latent_shape, pack_latents
 
-        shape = latent_shape(pipeline, height, width, num_frames)
-        if shape[0] != self.latent_shape[0] or len(shape) != len(self.latent_shape):
+        texts = [prompts] if isinstance(prompts, str) else None if prompts is None else list(map(str, prompts))
+        is_pipeline = texts is not None and not (hasattr(model, "encode") and hasattr(model, "latent_shape"))
+        for name, value in {**sizes, "max_sequence_length": max_sequence_length}.items():
+            if value is not None and not is_pipeline:
+                raise ValueError(f"{name} can be given with a diffusers pipeline only, got {type(model).__name__}")
+        if texts is None:
+            embeds = getattr(model, "prompt_embeds", model)
+            if not isinstance(embeds, torch.Tensor):
+                raise ValueError(f"prompts are missing; only embeddings go without, got {type(model).__name__}")
+            rows, shape = list(embeds.split(1)), self.latent_shape
+        else:
+            shape = latent_shape(model, **sizes) if is_pipeline else tuple(model.latent_shape)
+            if shape[0] != self.latent_shape[0] or len(shape) != len(self.latent_shape):
+                raise ValueError(
+                    f"the policy was trained on latents of shape {self.latent_shape}, but {type(model).__name__} here "
+                    f"has {shape}: it must be a model of as many latent channels"
+                )
+            encode = functools.partial(encode_prompts, model, max_sequence_length=max_sequence_length)
+            # Each prompt on its own, as in `latents`: a text encoder rounds differently in a batch. What comes again
+            # is encoded once.
+            with float32_by_default():  # text encoders of transformers 4 fail under another default dtype
+                encoded = {
+                    text: (encode if is_pipeline else model.encode)([text]).prompt_embeds
+                    for text in dict.fromkeys(texts)
+                }
+            rows = [encoded[text] for text in texts]
+        if not rows:
+            raise ValueError("prompts must hold at least one prompt")
+        if tuple(rows[0].shape[1:]) != self.prompt_shape:
             raise ValueError(
-                f"the policy was trained on latents of shape {self.latent_shape}, but {type(pipeline).__name__} here "
-                f"has {shape}: it must be a model of as many latent channels"
+                f"the policy was trained on prompt embeddings of shape {self.prompt_shape}, but "
+                f"{'these have' if texts is None else 'this model gives'} {tuple(rows[0].shape[1:])}"
             )
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        with float32_by_default():  # text encoders of transformers 4 fail under another default dtype
-            embeds = encode_prompts(pipeline, prompts, max_sequence_length=max_sequence_length).prompt_embeds
-        if tuple(embeds.shape[1:]) != self.prompt_shape:
-            raise ValueError(
-                f"the policy was trained on prompt embeddings of shape {self.prompt_shape}, but this pipeline's text "
-                f"encoder gives {tuple(embeds.shape[1:])}"
-            )
-        generator_device = generator.device if generator is not None else "cpu"
-        seed = int(torch.randint(2**62, (1,), generator=generator, device=generator_device))
-        with torch.inference_mode(False):  # or the weights could not be trained any more once they have moved
-            self.to(embeds.device)
-        latents = self.choose(
-            embeds.repeat_interleave(num_images_per_prompt, 0),
-            seed=seed,
-            num_inference_steps=num_inference_steps,
-            latent_shape=shape,
+        return rows, shape, functools.partial(pack_latents, model) if is_pipeline else lambda latents: latents
+
+    def sample_latents(
+        self,
+        pipeline: Any,
+        prompt: str | Sequence[str],
+        *,
+        generator: torch.Generator | None = None,
+        num_images_per_prompt: int = 1,
+        **options: Any,
+    ) -> torch.Tensor:
+        """`latents` with a seed drawn from `generator`, as diffusers pipelines draw their noise.
+
+        Args:
+            pipeline, prompt: A model and one prompt or several, as in `latents`.
+            generator: Generator of the seed. Default: torch's own.
+            num_images_per_prompt: Number of rows for each prompt, next to each other.
+            options: `num_inference_steps` and sizes, as in `latents`.
+
+        Raises:
+            ValueError: as `latents`.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        device = generator.device if generator is not None else "cpu"
+        seed = int(torch.randint(2**62, (1,), generator=generator, device=device))
+        return self.latents(
+            pipeline, [text for text in prompts for _ in range(num_images_per_prompt)], seed=seed, **options
         )
-        return pack_latents(pipeline, latents)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `config.json` and `policy.safetensors`, each atomically."""

@@ -103,7 +103,23 @@ def test_what_is_pushed_has_the_runs_card(tmp_path, monkeypatch):
     assert uploaded["files"]["policy.safetensors"] == (tmp_path / "policy.safetensors").read_bytes()
 
 
+_LIGHT = (
+    "import torch, time, sys; begin = time.perf_counter(); import {}; print(time.perf_counter() - begin, *sys.modules)"
+)
+
+
+def _import(modules):
+    """Seconds above `import torch`, and the names of all modules that are loaded then."""
+    printed = subprocess.run([sys.executable, "-c", _LIGHT.format(modules)], capture_output=True, text=True, check=True)
+    seconds, *names = printed.stdout.split()
+    return float(seconds), set(names)
+
+
 def test_importing_brings_in_no_models():
-    program = "import sys, noisepolicy, noisepolicy.policies, noisepolicy.rewards; print(*sys.modules)"
-    modules = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
-    assert not {"diffusers", "transformers", "accelerate", "matplotlib"} & set(modules)
+    _, names = _import("noisepolicy, noisepolicy.prior, noisepolicy.ops, noisepolicy.policies, noisepolicy.rewards")
+    assert not {"diffusers", "transformers", "accelerate", "matplotlib"} & names
+
+
+def test_importing_takes_no_time():
+    # The best of several, since the machine may be busy.
+    assert min(_import("noisepolicy")[0] for _ in range(4)) < 0.05

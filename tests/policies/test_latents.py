@@ -1,0 +1,129 @@
+"""`policy.latents`: every picture of a batch can be made again on its own, with any kind of model."""
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from noisepolicy.frozen import FrozenDiffusersPipeline, PromptEmbeds
+from noisepolicy.frozen.families import encode_prompts
+from noisepolicy.ops import num_counters
+from noisepolicy.policies import NoisePolicy, SpectralPolicy
+from noisepolicy.policies.critic import CriticShape, RewardCritic
+from noisepolicy.prior import noise
+from noisepolicy.prompt import Prompt
+from noisepolicy.worlds.shapes import held_out_scenes, model_folder
+
+PROMPTS = [scene.caption for scene in held_out_scenes()[:5]]
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return StableDiffusionPipeline.from_pretrained(model_folder())
+
+
+@pytest.fixture
+def policy():
+    """One whose means are no longer zero, with a critic that chooses among eight starts."""
+    torch.manual_seed(1)
+    policy = SpectralPolicy(latent_shape=(8, 8, 8), prompt_shape=(20, 128))
+    torch.nn.init.normal_(policy.mean.weight, std=0.1)
+    critic = RewardCritic(CriticShape((20, 128), policy.action_shape, True, (2,)), size=3)
+    policy.attach_critic(critic, num_candidates=8)
+    return policy
+
+
+def test_each_picture_of_a_batch_can_be_made_alone(pipeline, policy):
+    batch = policy.latents(pipeline, PROMPTS, seed=7)
+    assert batch.shape == (5, 8, 8, 8)
+    for index, prompt in enumerate(PROMPTS):
+        assert torch.equal(policy.latents(pipeline, prompt, seed=7, index=index), batch[index : index + 1])
+    assert torch.equal(policy.latents(pipeline, PROMPTS[3:1:-1], seed=7, index=[3, 2]), batch[[3, 2]])
+    assert torch.equal(policy.latents(pipeline, [Prompt(PROMPTS[0], {"id": 1})], seed=7), batch[:1])
+    assert not torch.equal(policy.latents(pipeline, PROMPTS, seed=8), batch)
+
+
+def test_a_prompt_that_comes_again_gets_noise_of_its_own(pipeline, policy):
+    batch = policy.latents(pipeline, PROMPTS[:1] * 4, seed=7, num_inference_steps=2)
+    assert len(batch.unique(dim=0)) == 4
+    alone = policy.latents(pipeline, PROMPTS[:1], seed=7, index=3, num_inference_steps=2)
+    assert torch.equal(alone, batch[3:])
+
+
+def test_pipeline_model_and_embeddings_give_the_same(pipeline, policy):
+    expected = policy.latents(pipeline, PROMPTS, seed=7)
+    frozen = FrozenDiffusersPipeline(pipeline)
+    assert torch.equal(policy.latents(frozen, PROMPTS, seed=7), expected)
+    embeds = PromptEmbeds.cat([encode_prompts(pipeline, [prompt]) for prompt in PROMPTS])
+    assert torch.equal(policy.latents(embeds, seed=7), expected)
+    assert torch.equal(policy.latents(embeds.prompt_embeds, seed=7, index=range(5)), expected)
+
+
+def test_they_are_the_starts_of_an_evaluation(pipeline, policy):
+    """`choose` on a batch, from an index on: what a sweep, a sample sheet and noisepolicy-generate start from."""
+    embeds = encode_prompts(pipeline, PROMPTS).prompt_embeds
+    chosen = policy.choose(embeds, seed=7, offset=30 * num_counters((8, 8, 8)), num_inference_steps=2)
+    latents = policy.latents(pipeline, PROMPTS, seed=7, index=range(30, 35), num_inference_steps=2)
+    torch.testing.assert_close(latents, chosen, atol=1e-5, rtol=0)
+
+
+def test_before_training_they_are_the_prior(pipeline):
+    policy = SpectralPolicy(latent_shape=(8, 8, 8), prompt_shape=(20, 128))
+    latents = policy.latents(pipeline, PROMPTS, seed=7, index=range(3, 8))
+    torch.testing.assert_close(latents, noise(seed=7, index=range(3, 8), shape=(8, 8, 8)), atol=1e-6, rtol=0)
+
+
+def test_a_generator_draws_the_seed(pipeline, policy):
+    sampled = policy.sample_latents(
+        pipeline, PROMPTS[:2], generator=torch.Generator().manual_seed(5), num_images_per_prompt=2
+    )
+    seed = int(torch.randint(2**62, (1,), generator=torch.Generator().manual_seed(5)))
+    prompts = [PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]]
+    assert torch.equal(sampled, policy.latents(pipeline, prompts, seed=seed))
+
+
+def test_other_sizes_have_noise_of_their_own(pipeline, policy):
+    policy.critic = None
+    batch = policy.latents(pipeline, PROMPTS[:3], seed=7, height=96, width=128)
+    assert batch.shape == (3, 8, 12, 16)
+    alone = policy.latents(pipeline, PROMPTS[2], seed=7, index=2, height=96, width=128)
+    assert torch.equal(alone, batch[2:])
+
+
+def test_any_object_with_encode_and_latent_shape(policy):
+    class Model:
+        latent_shape = (8, 8, 8)
+
+        def encode(self, prompts):
+            return PromptEmbeds(torch.stack([torch.full((20, 128), len(prompt) / 100) for prompt in prompts]))
+
+    latents = policy.latents(Model(), ["a", "bcd"], seed=1)
+    assert latents.shape == (2, 8, 8, 8) and latents.dtype == torch.float32
+    assert torch.equal(policy.latents(Model(), "bcd", seed=1, index=1), latents[1:])
+
+
+def test_errors_name_the_argument(pipeline, policy):
+    embeds = torch.zeros(2, 20, 128)
+    last = 2**48 // num_counters((8, 8, 8)) - 1
+    for call, message in (
+        (lambda: policy.latents(pipeline, seed=1), "prompts are missing.*got StableDiffusionPipeline"),
+        (lambda: policy.latents(pipeline, [], seed=1), "prompts must hold at least one"),
+        (lambda: policy.latents(pipeline, PROMPTS, seed=1, index=2), "index must have one number .* 5 prompts, got 1"),
+        (lambda: policy.latents(pipeline, PROMPTS[0], seed=1, index=-1), f"index must be from 0 to {last} .*got -1"),
+        (lambda: policy.latents(embeds, seed=1, index=[0, last + 1]), f"index must be from 0 to {last} "),
+        (lambda: policy.latents(embeds, seed=-1), "seed must be an integer in .*got -1"),
+        (lambda: policy.latents(embeds, seed=1, height=64), "height can be given with a diffusers pipeline only"),
+        (lambda: policy.latents(embeds[0], seed=1), r"embeddings of shape \(20, 128\), but these have \(128,\)"),
+        (lambda: policy.latents(embeds, seed=1, num_inference_steps=0), "num_inference_steps must be 1 or more, got 0"),
+        (lambda: policy.latents("sd-turbo", "a dog", seed=1), "unsupported pipeline str"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_gives_the_same_to_rounding(pipeline, policy, tmp_path):
+    policy.save_pretrained(tmp_path)
+    embeds = encode_prompts(pipeline, PROMPTS).prompt_embeds
+    on_gpu = NoisePolicy.from_pretrained(tmp_path).latents(embeds.cuda(), seed=7)
+    torch.testing.assert_close(on_gpu.cpu(), policy.latents(embeds, seed=7), atol=1e-5, rtol=0)
