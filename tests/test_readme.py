@@ -1,4 +1,4 @@
-"""The README's layout and example against the files."""
+"""The README's example, commands and links, and CONTRIBUTING's layout, against the files."""
 
 import re
 from pathlib import Path
@@ -12,8 +12,8 @@ ROOT = Path(__file__).parent.parent
 
 
 def layout() -> list[str]:
-    """The paths named in the README's tree."""
-    block = re.search(r"## Layout\n```\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL).group(1)
+    """The paths named in the tree of CONTRIBUTING.md."""
+    block = re.search(r"## Layout\n```\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), re.DOTALL).group(1)
     paths, folder = [], ""
     for line in block.splitlines():
         name = line.split()[0]
@@ -42,6 +42,12 @@ def test_commands_of_the_readme_are_in_the_makefile():
     makefile = (ROOT / "Makefile").read_text("utf-8")
     for command in re.findall(r"^make (\w+)", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE):
         assert re.search(rf"^{command}:", makefile, re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))])
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\((?!https?://|#)([^)#]+)", (ROOT / page).read_text("utf-8"))
+    assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []
 
 
 def test_the_example_runs(tmp_path, monkeypatch):
