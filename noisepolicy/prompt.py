@@ -7,7 +7,7 @@ from typing import Any
 class Prompt(str):
     """Text with metadata: the other columns of its line in the prompt file, by name.
 
-    It is a `str` everywhere; rewards that take `metadata` are given it.
+    A prompt is a `str` everywhere. Rewards that take `metadata` get the metadata.
     """
 
     __slots__ = ("metadata",)
@@ -24,5 +24,5 @@ class Prompt(str):
 
 
 def metadata_of(prompt: str) -> dict[str, Any]:
-    """The prompt's metadata; empty for plain text."""
+    """Return the prompt's metadata; empty for plain text."""
     return dict(prompt.metadata) if isinstance(prompt, Prompt) else {}

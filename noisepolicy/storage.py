@@ -16,12 +16,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 HALF_WRITTEN = ".*.[0-9]*.tmp"
-"""Names of files that are being written, or were when their process was killed."""
+"""Pattern of files that are being written, or were being written when their process was killed."""
 _DIGEST = "sha256"
 
 
 class DamagedFileError(ValueError):
-    """A file is not what was written; the message names it and says what is wrong."""
+    """Says that a file is not as it was written; the message names the file and what is wrong."""
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -55,7 +55,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """As `read_tensors_and_metadata`, without the metadata."""
+    """Read a file's tensors; see `read_tensors_and_metadata`."""
     return read_tensors_and_metadata(path)[0]
 
 
@@ -84,7 +84,7 @@ def read_tensors_and_metadata(
 
 
 def _digest(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
-    """Of names, types, shapes, bytes and metadata, whatever their order; in hexadecimal."""
+    """Return the digest of names, types, shapes, bytes and metadata, whatever their order, in hexadecimal."""
     digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -93,7 +93,7 @@ def _digest(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) ->
 
 
 def file_sha256(path: Path) -> str:
-    """The hash of a file's content, in hexadecimal."""
+    """Return the hash of a file's content, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(2**24):
@@ -102,7 +102,7 @@ def file_sha256(path: Path) -> str:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, torch.Tensor]:
-    """The optimizer's state as flat tensors `prefix.<parameter>.<name>`; `load_optimizer_tensors` is the inverse."""
+    """Return the optimizer's state as flat tensors `prefix.<parameter>.<name>`; see `load_optimizer_tensors`."""
     state = optimizer.state_dict()["state"]
     return {
         f"{prefix}.{index}.{name}": torch.as_tensor(value)
@@ -112,7 +112,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], prefix: str) -> None:
-    """Restores what `optimizer_tensors` saved; hyper-parameters stay those of `optimizer`."""
+    """Restore the state that `optimizer_tensors` returned; hyper-parameters stay those of `optimizer`."""
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         if key.startswith(f"{prefix}."):
@@ -122,7 +122,7 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[st
 
 
 def file_within(folder: Path, name: str) -> Path:
-    """The path of a regular file of a folder that somebody else may have written.
+    """Return the path of a regular file in a folder that somebody else may have written.
 
     A link may lead elsewhere in the folder or, from a snapshot of the hub's cache, to that repository's blobs.
 

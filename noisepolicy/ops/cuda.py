@@ -88,7 +88,7 @@ def gaussian_backward(latents, mean, log_std, grad_log_prob, grad_kl, needs_late
 
 
 def _policy(mean, log_std) -> tuple[int, ...]:
-    """The fields of csrc/arguments.h's Gaussian."""
+    """Fill in the Gaussian of csrc/arguments.h."""
     return mean.data_ptr(), log_std.data_ptr(), _STORAGE[mean.dtype], *row_sizes(mean, log_std)
 
 
@@ -109,6 +109,6 @@ def _stream(tensor) -> int:
 
 
 def _on_device_of(tensor):
-    """Kernels go to the current device; setting it costs more than asking for it."""
+    """Make the tensor's device current, where it is not: kernels are launched on the current device."""
     is_current = tensor.device.index == torch.cuda.current_device()
     return nullcontext() if is_current else torch.cuda.device(tensor.device)

@@ -1,4 +1,4 @@
-"""Which code runs an op: chosen by this call's tensors and its `backend`, never by the process.
+"""Dispatch: this call's tensors and its `backend` choose the code that runs an op, never the process.
 
 `"auto"` takes the first backend of the tensor's device that is available; the environment variable
 NOISEPOLICY_BACKEND, read at the first call, replaces `"auto"`. A backend asked for by name runs or raises; it is never
@@ -18,12 +18,12 @@ _PREFERENCE = {"cpu": ("cpp", "torch"), "cuda": ("triton", "cuda", "torch")}  # 
 
 
 def available_backends() -> dict[str, str | None]:
-    """Every backend by name, with the reason it cannot run here, or None where it can."""
+    """Return every backend by name, with the reason why it cannot run here, or None if it can."""
     return {name: module.unavailable_reason() for name, module in _BACKENDS.items()}
 
 
 def resolve(backend: str, tensor: torch.Tensor) -> ModuleType:
-    """The module that runs an op on `tensor`.
+    """Return the module that runs an op on `tensor`.
 
     Raises:
         ValueError: if there is no backend of that name.
@@ -34,7 +34,7 @@ def resolve(backend: str, tensor: torch.Tensor) -> ModuleType:
 
 @functools.cache  # looked up once: finding out costs more than a small op
 def choose(backend: str, device: torch.device) -> ModuleType:
-    """`resolve`, for tensors of a device."""
+    """Return the module that runs ops on tensors of `device`; see `resolve`."""
     device_type = device.type
     if backend == "auto":
         backend = os.environ.get("NOISEPOLICY_BACKEND", "auto")

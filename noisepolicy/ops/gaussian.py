@@ -21,7 +21,7 @@ from noisepolicy.ops.layout import check_counter, check_fp32, make_spectrum, nee
 def gaussian_sample(
     mean: torch.Tensor, log_std: torch.Tensor, *, seed: int, offset: int = 0, backend: str = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draws `latents ~ N(mean, exp(log_std)^2)` and their exact log-density in one pass. Without gradient.
+    """Draw `latents ~ N(mean, exp(log_std)^2)` and compute their exact log-density in one pass, without gradient.
 
     Args:
         mean: `(batch, *latent_shape)`; float32, float16 or bfloat16.
@@ -57,22 +57,22 @@ def spectral_sample(
     offset: int = 0,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Draws white noise and replaces its low band, an orthonormal DCT-II per channel, by the policy's. No gradient.
+    """Draw white noise and replace its low band (an orthonormal DCT-II per channel) by the policy's, without gradient.
 
     With zero `mean` and `log_std` the latents are `gaussian_sample`'s of the prior, bit for bit.
 
     Args:
-        mean: of the coefficients, `(batch, channels, bands, bands)`, video `(batch, channels, frame_bands, bands,
-            bands)`; float32, float16 or bfloat16.
+        mean: mean of the coefficients, `(batch, channels, bands, bands)`, for video `(batch, channels, frame_bands,
+            bands, bands)`; float32, float16 or bfloat16.
         log_std: the same dtype, of a shape that broadcasts to `mean`'s.
         latent_shape: `(channels, height, width)` or `(channels, frames, height, width)`.
         seed, offset, backend: as in `gaussian_sample`; a row uses `ceil(prod(latent_shape) / 4)` counters.
 
     Returns:
         latents: float32 `(batch, *latent_shape)`.
-        coefficients: their low band, float32, shaped as `mean`: the action.
-        log_prob: log-density of the coefficients, float32 `(batch,)`. The rest of the noise is the prior's under
-            every policy and cancels from a ratio.
+        coefficients: the latents' low band, which is the action; float32, shaped as `mean`.
+        log_prob: log-density of the coefficients, float32 `(batch,)`. The rest of the noise has the prior's
+            distribution under every policy, so it cancels from a ratio.
 
     Raises:
         ValueError: for shapes, dtypes, devices or counters that do not fit.
@@ -99,7 +99,7 @@ def spectral_sample(
 def gaussian_log_prob(
     latents: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor, *, backend: str = "auto"
 ) -> torch.Tensor:
-    """The log-density of `latents` under `N(mean, exp(log_std)^2)`, differentiable in all three.
+    """Compute the log-density of `latents` under `N(mean, exp(log_std)^2)`, differentiable in all three.
 
     Args:
         latents: float32, shaped as `mean`. Lower precisions are refused: rounding an action changes its ratio.
@@ -127,8 +127,7 @@ def gaussian_kl(
     other_mean: torch.Tensor | float = 0.0,
     other_log_std: torch.Tensor | float = 0.0,
 ) -> torch.Tensor:
-    """KL(N(mean, std^2), N(other_mean, other_std^2)) in nats, exact, summed over a row: `(batch,)`, differentiable.
-
+    """Compute the exact KL(N(mean, std^2), N(other_mean, other_std^2)) of each row in nats: `(batch,)`, differentiable.
     All arguments broadcast to `mean`'s shape `(batch, ...)`; the default for the second is the prior N(0, I).
     """
     mean, log_std = mean.float(), torch.as_tensor(log_std, device=mean.device).float()
@@ -139,5 +138,5 @@ def gaussian_kl(
 
 
 def num_counters(shape: tuple[int, ...]) -> int:
-    """How many counters one row of noise of this shape uses."""
+    """Return the number of counters that one row of noise of this shape uses."""
     return math.ceil(math.prod(shape) / 4)

@@ -1,4 +1,4 @@
-"""What every op checks and how it hands tensors to a backend: rows of a batch, dense, two-dimensional."""
+"""Checks that all ops share, and the layout in which backends get their tensors: a batch of dense rows."""
 
 import math
 from dataclasses import dataclass
@@ -20,22 +20,22 @@ class Spectrum:
 
 
 class PpoForward(NamedTuple):
-    """What a backend's `ppo_clip_loss` returns, all float32."""
+    """Result of a backend's `ppo_clip_loss`, all float32."""
 
     totals: torch.Tensor
-    """`(3,)`: the loss, approx_kl, clip_fraction."""
+    """Loss, approx_kl and clip_fraction, `(3,)`."""
     log_prob: torch.Tensor
-    """`(batch,)`, as are the rest."""
+    """Log-density of the action, `(batch,)`; the fields below have the same shape."""
     ratio: torch.Tensor
     kl_to_prior: torch.Tensor
     grad_log_prob: torch.Tensor
-    """d loss / d log_prob."""
+    """Gradient of the loss with respect to `log_prob`."""
 
 
 def policy_rows(mean: torch.Tensor, log_std: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`mean` dense as it is, and `log_std` dense with one value for each run of a row's elements, differentiably.
+    """Return `mean` and `log_std` as dense tensors, differentiably.
 
-    A `log_std` that is constant over trailing dimensions (per channel, per row) is not expanded.
+    A `log_std` that is constant over trailing dimensions (per channel, per row) is not expanded over them.
 
     Raises:
         ValueError: for shapes that do not broadcast, differing devices or dtypes, or a dtype that is not stored.
@@ -55,7 +55,7 @@ def policy_rows(mean: torch.Tensor, log_std: torch.Tensor) -> tuple[torch.Tensor
 
 
 def _leading(shape: tuple[int, ...], log_std: torch.Tensor) -> torch.Tensor:
-    """`log_std` broadcast to the leading dimensions of `shape` that it varies over."""
+    """Broadcast `log_std` to the leading dimensions of `shape`, up to the last one that it varies over."""
     ours = tuple(log_std.shape)
     padded = (1,) * (len(shape) - len(ours)) + ours
     if len(padded) > len(shape) or any(n not in (1, m) for n, m in zip(padded, shape, strict=True)):
@@ -65,7 +65,7 @@ def _leading(shape: tuple[int, ...], log_std: torch.Tensor) -> torch.Tensor:
 
 
 def check_rows(mean: torch.Tensor, log_std: torch.Tensor) -> None:
-    """For those who call a registered op themselves: a kernel would believe any sizes.
+    """Check what a registered op was called with: anybody may call it, and a kernel would believe any sizes.
 
     Raises:
         ValueError: unless the tensors are dense and as `policy_rows` returns them.
@@ -81,13 +81,13 @@ def check_rows(mean: torch.Tensor, log_std: torch.Tensor) -> None:
 
 
 def row_sizes(mean: torch.Tensor, log_std: torch.Tensor) -> tuple[int, int, int]:
-    """Rows, elements of a row and log-stds of a row, of what `policy_rows` returned. Sizes are 0 in an empty batch."""
+    """Count the rows, elements per row and log-stds per row of `policy_rows`' result. All are 0 for an empty batch."""
     batch = mean.shape[0]
     return (batch, mean.numel() // batch, log_std.numel() // batch) if batch else (0, 0, 0)
 
 
 def check_fp32(name: str, tensor: torch.Tensor, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """`tensor`, dense; rounding latents or log-probs would change the ratio, so only float32 is taken."""
+    """Return `tensor` as a dense one. Rounded latents or log-probs would change the ratio, so it must be float32."""
     if tuple(tensor.shape) != shape or tensor.dtype != torch.float32 or tensor.device != device:
         raise ValueError(
             f"{name} must be float32 of shape {shape} on {device}, "
@@ -107,7 +107,7 @@ def check_counter(seed: int, offset: int) -> None:
 
 
 def make_spectrum(action_shape: tuple[int, ...], latent_shape: tuple[int, ...]) -> Spectrum:
-    """The spectrum of latents `(channels, [frames,] height, width)` for coefficients of `action_shape`.
+    """Return the spectrum of latents `(channels, [frames,] height, width)` for coefficients of `action_shape`.
 
     Raises:
         ValueError: if the shapes differ in rank or channels, or there are more bands than elements on an axis.
@@ -127,7 +127,7 @@ def make_spectrum(action_shape: tuple[int, ...], latent_shape: tuple[int, ...]) 
 
 
 def dct_basis(bands: int, extent: int, device: torch.device) -> torch.Tensor:
-    """The lowest `bands` rows of the orthonormal DCT-II of length `extent`, float32 `(bands, extent)`."""
+    """Return the lowest `bands` rows of the orthonormal DCT-II of length `extent`, float32 `(bands, extent)`."""
     # Not cached where torch.export traces it: there it is a tensor without numbers.
     return (_make_basis if torch.compiler.is_compiling() else _cached_basis)(bands, extent, device)
 

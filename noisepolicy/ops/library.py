@@ -1,4 +1,4 @@
-"""Gradients, and the ops as `torch.ops.noisepolicy.*`: what torch.compile and torch.export see.
+"""Gradients of the ops, and their registration as `torch.ops.noisepolicy.*` for torch.compile and torch.export.
 
 A registered op costs an eager call tens of microseconds, so eager calls use the `autograd.Function`s here, or go to
 their backend directly where no gradient is wanted. Both kinds share one definition of the gradients. Tensors are
@@ -18,7 +18,7 @@ _UINT64 = 2**64
 
 
 def to_int64(value: int) -> int:
-    """A 64-bit counter as the signed integer that an op's schema can hold."""
+    """Convert a 64-bit counter to the signed integer that an op's schema can hold."""
     return value - _UINT64 if value >= _UINT64 // 2 else value
 
 
@@ -134,7 +134,7 @@ def _save_ppo(ctx, inputs, output):
 
 
 def _ppo_backward(ctx, grad_totals):
-    """Of the loss alone, the first of the totals; the rest are statistics."""
+    """Only the loss, the first of the totals, has a gradient; the others are statistics."""
     if grad_totals is None:
         return (None,) * 8
     return None, *_ppo_gradients(ctx, grad_totals[0], gaussian_backward), None, None, None, None, None
@@ -158,7 +158,7 @@ def _eager_backward(latents, mean, log_std, grad_log_prob, grad_kl, needs_latent
 
 
 def _once(backward):
-    """`once_differentiable`, whose ten microseconds are spent only where a second derivative could be asked for."""
+    """Apply `once_differentiable`, which costs ten microseconds, only where a second derivative could be asked for."""
     guarded = torch.autograd.function.once_differentiable(backward)
 
     def either(ctx, grad_output):
@@ -182,7 +182,7 @@ class EagerLogProb(torch.autograd.Function):
 
 
 class PpoBackward(NamedTuple):
-    """A computed loss and what its gradient is made from; `gradients` if the backend has them ready."""
+    """A computed loss and the inputs of its gradient, or the gradients if the backend has them ready."""
 
     loss: Tensor
     latents: Tensor
@@ -193,7 +193,7 @@ class PpoBackward(NamedTuple):
 
 
 class EagerPpoGradient(torch.autograd.Function):
-    """Hangs the gradient of `ppo_clip_loss` on a computed loss. In one argument: each costs microseconds."""
+    """Attaches the gradient of `ppo_clip_loss` to a computed loss; one argument, since each costs microseconds."""
 
     @staticmethod
     def forward(ctx, mean, log_std, pending: PpoBackward):

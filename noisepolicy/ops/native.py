@@ -24,12 +24,12 @@ def unavailable_reason() -> str | None:
 
 
 def _empty(*shape):
-    """What a kernel writes to: float32 on the CPU, whatever torch's defaults are."""
+    """Allocate a kernel's output: float32 on the CPU, whatever torch's defaults are."""
     return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 def _policy(mean, log_std):
-    """The arguments that every kernel begins with."""
+    """Return the arguments that every kernel begins with."""
     return mean.data_ptr(), log_std.data_ptr(), _STORAGE[mean.dtype], *row_sizes(mean, log_std)
 
 
@@ -74,7 +74,7 @@ def ppo_clip_loss(latents, mean, log_std, old_log_prob, advantages, clip_range, 
 
 
 def ppo_clip_loss_and_gradients(latents, mean, log_std, old_log_prob, advantages, clip_range, kl_coef):
-    """The same, and the loss' gradients with respect to mean and log_std: each row is read again while in a cache."""
+    """Return `ppo_clip_loss` and its gradients for mean and log_std; each row is read again while in the cache."""
     gradients = torch.empty_like(mean), torch.empty_like(log_std)
     arguments = latents, mean, log_std, old_log_prob, advantages, clip_range, kl_coef
     return _ppo_clip_loss(*arguments, *gradients), gradients
@@ -100,10 +100,10 @@ def _ppo_clip_loss(
 
 
 def gaussian_backward(latents, mean, log_std, grad_log_prob, grad_kl, needs_latents):
-    """Gradients of `sum(grad_log_prob * log_prob + grad_kl * kl_to_prior)`, weights `(batch,)`.
+    """Return the gradients of `sum(grad_log_prob * log_prob + grad_kl * kl_to_prior)`; the weights are `(batch,)`.
 
     Returns:
-        With respect to mean and log_std, in their dtype and shape; to latents, float32, or None.
+        Gradients for mean and log_std, in their dtype and shape; for latents, float32, or None.
     """
     grad_mean, grad_log_std = torch.empty_like(mean), torch.empty_like(log_std)
     grad_latents = torch.empty_like(latents) if needs_latents else None

@@ -18,18 +18,18 @@ from noisepolicy.ops.layout import check_fp32, needs_gradient, policy_rows
 
 
 class PpoStats(NamedTuple):
-    """Of one `ppo_clip_loss` call, detached."""
+    """Statistics of one `ppo_clip_loss` call, detached."""
 
     log_prob: torch.Tensor
-    """`(batch,)`, under the current policy."""
+    """Log-density under the current policy, `(batch,)`."""
     ratio: torch.Tensor
-    """`(batch,)`"""
+    """`exp(log_prob - old_log_prob)`, `(batch,)`."""
     kl_to_prior: torch.Tensor
-    """`(batch,)`, nats, exact."""
+    """Exact KL to the prior in nats, `(batch,)`."""
     approx_kl: torch.Tensor
-    """Scalar, nats: mean of `ratio - 1 - log(ratio)`, an estimate of KL(old, new)."""
+    """Mean of `ratio - 1 - log(ratio)`, an estimate of KL(old, new) in nats; a scalar."""
     clip_fraction: torch.Tensor
-    """Scalar: the share of rows whose ratio is outside the clip range."""
+    """Share of rows whose ratio is outside the clip range; a scalar."""
 
 
 def ppo_clip_loss(
@@ -43,7 +43,7 @@ def ppo_clip_loss(
     kl_coef: float = 0.0,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, PpoStats]:
-    """The loss above, differentiable in `mean` and `log_std`: a row reduction forward, one pass backward.
+    """Compute the loss above, differentiable in `mean` and `log_std`: a row reduction forward, one pass backward.
 
     Args:
         latents: the action taken (latents or coefficients), float32, shaped as `mean`.
@@ -100,6 +100,6 @@ def ppo_ratio(
     *,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """`exp(log_prob - old_log_prob)`, float32 `(batch,)`, differentiable; arguments as in `ppo_clip_loss`."""
+    """Compute `exp(log_prob - old_log_prob)`, float32 `(batch,)`, differentiable; arguments as in `ppo_clip_loss`."""
     old_log_prob = check_fp32("old_log_prob", old_log_prob, tuple(mean.shape[:1]), mean.device)
     return (gaussian_log_prob(latents, mean, log_std, backend=backend) - old_log_prob).exp()

@@ -1,4 +1,4 @@
-"""Backend `"torch"`: every op in plain PyTorch, on any device. It is the definition; speed is for the others.
+"""Backend `"torch"`: every op in plain PyTorch, on any device. It defines the results; the other backends are faster.
 
 Noise goes through float64, so it is the exact value that the other backends' float32 polynomials approach.
 """
@@ -95,10 +95,10 @@ def ppo_clip_loss(latents, mean, log_std, old_log_prob, advantages, clip_range, 
 
 @torch.no_grad()
 def gaussian_backward(latents, mean, log_std, grad_log_prob, grad_kl, needs_latents):
-    """Gradients of `sum(grad_log_prob * log_prob + grad_kl * kl_to_prior)`, weights `(batch,)`.
+    """Return the gradients of `sum(grad_log_prob * log_prob + grad_kl * kl_to_prior)`; the weights are `(batch,)`.
 
     Returns:
-        With respect to mean and log_std, in their dtype and shape; to latents, float32, or None.
+        Gradients for mean and log_std, in their dtype and shape; for latents, float32, or None.
     """
     wide_log_std = _expand(log_std, mean)
     noise = (latents - mean.float()) * (-wide_log_std).exp()
@@ -117,7 +117,7 @@ def _row_size(tensor):
 
 
 def _expand(log_std, mean):
-    """Checked, float32 and shaped as `mean`."""
+    """Check `log_std` and expand it to float32 of `mean`'s shape."""
     if not mean.numel():
         return mean.float()
     if log_std.device.type == "cpu" and log_std.isnan().any():

@@ -16,11 +16,11 @@ _IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ("cuda", "cpu") if _IS_INTERPRETED else ("cuda",)
 
 MAX_BLOCK = 1024
-"""Elements of a program: 8 to a thread, two 128-bit accesses to each tensor."""
+"""Largest number of elements of a program: 8 to a thread, two 128-bit accesses to each tensor."""
 COMPILE_OPTIONS = {"enable_fp_fusion": True}
-"""Multiply-adds in one rounding, as on the CPU; Triton's own default differs between versions."""
+"""Multiply-adds round once, as on the CPU; Triton's own default differs between versions."""
 MAX_ROW_SIZE = 2**31 - 2**20
-"""Offsets inside a row are 32-bit."""
+"""Largest number of elements of a row: offsets inside a row are 32-bit."""
 
 
 @lru_cache
@@ -166,8 +166,11 @@ def gaussian_backward(latents, mean, log_std, grad_log_prob, grad_kl, needs_late
 
 
 def _density(latents, mean, log_std):
-    """Parts of log_prob and of the KL to the prior, `(2, batch, parts)`. Both always, so that the ratio of an
-    unchanged policy is exactly 1: the same code summed its two log-densities."""
+    """Compute the parts of log_prob and of the KL to the prior, `(2, batch, parts)`.
+
+    Both are computed always: the same code then sums an unchanged policy's two log-densities, and its ratio is
+    exactly 1.
+    """
     segments_per_row, segment_size, per_element = _segments(mean, log_std)
     block, num_blocks = _blocks(segment_size)
     partials = _empty(mean, 2, mean.shape[0], segments_per_row * num_blocks)
@@ -195,7 +198,7 @@ def _sum_rows(partials, sums):
 
 
 def _launch(name, num_programs, *arguments, **constants):
-    """On the device of the first tensor, and its current stream. An empty batch has no programs."""
+    """Launch a kernel on the first tensor's device and its current stream. An empty batch needs no programs."""
     if num_programs:
         with torch.cuda.device_of(arguments[0]):
             _kernels()[name][(num_programs,)](*arguments, **constants, **COMPILE_OPTIONS)
@@ -209,14 +212,14 @@ def _kernels() -> dict:
 
 
 def _sizes(mean, log_std) -> tuple[int, int, int]:
-    """Rows, elements of a row, and elements that share a log-std."""
+    """Count the rows, the elements of a row, and the elements that share a log-std."""
     size = math.prod(mean.shape[1:])
     _check_row_size(size)
     return mean.shape[0], size, mean.numel() // max(log_std.numel(), 1) or max(size, 1)
 
 
 def _segments(mean, log_std) -> tuple[int, int, bool]:
-    """Segments of a row, elements of one, and whether each element has its own log-std: then a row is one segment."""
+    """Return a row's number of segments, their size, and whether each element has a log-std (one segment then)."""
     batch, size, _ = _sizes(mean, log_std)
     per_element = log_std.numel() == mean.numel()
     segments_per_row = 1 if per_element else log_std.numel() // batch
@@ -229,18 +232,18 @@ def _check_row_size(size: int) -> None:
 
 
 def _blocks(size: int) -> tuple[int, int]:
-    """Elements of a block, a power of 2, and blocks of `size` elements, at least one."""
+    """Return the elements of a block, a power of 2, and the number of blocks in `size` elements, at least one."""
     block = min(max(_power_of_2(size), 128), MAX_BLOCK)
     return block, max(-(-size // block), 1)
 
 
 def _power_of_2(count: int) -> int:
-    """The smallest one that is at least `count`."""
+    """Return the smallest power of 2 that is at least `count`."""
     return 1 << max(count - 1, 0).bit_length()
 
 
 def _words(value: int) -> list[int]:
-    """A 64-bit counter as two signed 32-bit words, low and high."""
+    """Split a 64-bit counter into two signed 32-bit words, low and high."""
     return [(word ^ 0x80000000) - 0x80000000 for word in (value & 0xFFFFFFFF, value >> 32)]
 
 
@@ -250,7 +253,7 @@ def _empty(like: torch.Tensor, *shape: int, dtype: torch.dtype = torch.float32) 
 
 @lru_cache(maxsize=64)
 def _bases(spectrum: Spectrum, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of lines `(frame_bands * bands, frames * height)` and of columns `(bands, width)`."""
+    """Return the bases of lines `(frame_bands * bands, frames * height)` and of columns `(bands, width)`."""
     frames, height, width = (
         dct_basis(bands, extent, device) for bands, extent in zip(spectrum.bands, spectrum.extent, strict=True)
     )

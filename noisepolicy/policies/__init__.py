@@ -1,4 +1,4 @@
-"""Noise policies: Gaussians over the initial latents, conditioned on the prompt."""
+"""Noise policies: Gaussians over the initial latents, conditioned on the prompt; and the reward critic."""
 
 from noisepolicy.policies.base import NoisePolicy, PolicySample
 from noisepolicy.policies.dense import DensePolicy

@@ -1,4 +1,4 @@
-"""What every noise policy has: a Gaussian over its action, sampling through the ops, and save/load.
+"""The base class of noise policies: a Gaussian over the action, sampling through the ops, saving and loading.
 
 latents ~ pi(. | prompt) = N(mean(prompt), std(prompt)^2) over the action; N(0, I) exactly at initialisation
 """
@@ -19,7 +19,7 @@ from noisepolicy.prior import as_indices, first_counter
 from noisepolicy.storage import file_within, read_tensors, write_json, write_tensors
 
 Std = Literal["power", "one", "learned"]
-"""How a policy's standard deviation follows: see `power_preserving`; always 1; or from the network."""
+"""Kind of a policy's standard deviation: as in `power_preserving`, always 1, or an output of the network."""
 
 _CANDIDATE_STRIDE = 2**48  # of the counter; no run draws as many
 _CRITIC_ROWS = 64
@@ -29,21 +29,21 @@ _CARD_FILES = ("README.md", "before_after.png")
 
 class PolicySample(NamedTuple):
     latents: torch.Tensor
-    """Ready for the frozen model, float32 `(batch, *latent_shape)`."""
+    """Latents for the frozen model, float32 `(batch, *latent_shape)`."""
     action: torch.Tensor
-    """What the policy chose: coefficients, or the latents themselves; float32 `(batch, *action_shape)`."""
+    """The policy's choice: coefficients, or the latents themselves; float32 `(batch, *action_shape)`."""
     log_prob: torch.Tensor
-    """Of the action, float32 `(batch,)`."""
+    """Log-density of the action, float32 `(batch,)`."""
 
 
 class NoisePolicy(Float32Module):
-    """Base of the policies. A subclass sets `kind`, `action_shape`, `forward` and `sample`.
+    """Base class of the policies. A subclass sets `kind`, `action_shape`, `forward` and `sample`.
 
     A policy computes in float32, also under `torch.autocast`: its latents depend on the seed and the prompt alone.
 
-    Args (as keyword arguments of every subclass; they are the JSON config):
-        latent_shape: of one row of the frozen model's latents.
-        prompt_shape: `(tokens, width)` of its prompt embeddings.
+    Args (keyword arguments of every subclass; they make up `config.json`):
+        latent_shape: Shape of one row of the frozen model's latents.
+        prompt_shape: `(tokens, width)` of the frozen model's prompt embeddings.
     """
 
     kind: ClassVar[str]
@@ -67,12 +67,12 @@ class NoisePolicy(Float32Module):
 
     @torch.no_grad()
     def shrink_to(self, kl_budget: float, prompt_embeds: torch.Tensor) -> None:
-        """Scales the policy's distance from the prior down until KL to it, averaged over prompts, is in the budget.
+        """Scale the policy towards the prior until its KL to the prior, averaged over prompts, is within the budget.
 
         The first nats buy the most: a policy trained further and scaled back beats one that was held back in training.
 
         Args:
-            kl_budget: nats.
+            kl_budget: Largest KL, in nats.
             prompt_embeds: `(prompts, tokens, width)`.
         """
         low, high = 0.0, 1.0
@@ -87,16 +87,18 @@ class NoisePolicy(Float32Module):
         self.scale.fill_(low)
 
     def forward(self, prompt_embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`mean (batch, *action_shape)` and a broadcastable `log_std` of the action, from `(batch, tokens, width)`."""
+        """Map `(batch, tokens, width)` to the action's `mean (batch, *action_shape)` and a broadcastable `log_std`."""
         raise NotImplementedError
 
     def sample(
         self, prompt_embeds: torch.Tensor, *, seed: int, offset: int = 0, latent_shape: tuple[int, ...] | None = None
     ) -> PolicySample:
-        """Draws one action a row; noise by counter, see `noisepolicy.ops`. Without gradient.
+        """Draw one action for each row, without gradient. The noise is addressed by counter, see `noisepolicy.ops`.
 
         Args:
-            latent_shape: of latents of another size than those trained on.
+            prompt_embeds: `(batch, tokens, width)`.
+            seed, offset: Key and first counter of the noise.
+            latent_shape: Shape of one row, where it is not the shape that the policy was trained on.
 
         Raises:
             ValueError: if this kind of policy cannot make latents of that shape.
@@ -104,7 +106,7 @@ class NoisePolicy(Float32Module):
         raise NotImplementedError
 
     def attach_critic(self, critic: RewardCritic, num_candidates: int) -> None:
-        """Makes `choose` draw `num_candidates` noises a row and keep the one that `critic` thinks best."""
+        """Make `choose` draw `num_candidates` starts for each row and keep the one that `critic` thinks best."""
         self.critic, self.num_candidates = critic.eval().requires_grad_(False), num_candidates
 
     @torch.no_grad()
@@ -118,12 +120,13 @@ class NoisePolicy(Float32Module):
         num_inference_steps: int = 1,
         latent_shape: tuple[int, ...] | None = None,
     ) -> torch.Tensor:
-        """Latents to start from, float32 `(batch, *latent_shape)`: a sample, or the best of several by the critic.
+        """Return latents to start from, float32 `(batch, *latent_shape)`: a sample, or the critic's choice of several.
 
         The first candidate is `sample`'s own draw; the others lie far beyond it on the same seed's counter.
 
         Args:
-            num_inference_steps: that the model will take; the critic takes the nearest of those it was trained at.
+            num_inference_steps: Number of denoising steps that the model will take. The critic uses the nearest number
+                that it was trained at.
         """
         if self.critic is None:
             return self.sample(prompt_embeds, seed=seed, offset=offset, latent_shape=latent_shape).latents
@@ -296,7 +299,7 @@ class NoisePolicy(Float32Module):
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes `config.json` and `policy.safetensors`, each atomically."""
+        """Write `config.json` and `policy.safetensors` to a folder, each atomically."""
         folder = Path(folder)
         write_tensors(folder / _WEIGHTS, self.state_dict())
         config: dict[str, Any] = {"kind": self.kind, **self.config}
@@ -306,7 +309,7 @@ class NoisePolicy(Float32Module):
 
     @staticmethod
     def from_pretrained(source: str | Path) -> "NoisePolicy":
-        """Loads a policy of any kind from a folder or a hub id, in evaluation mode. Executes nothing it reads.
+        """Load a policy of any kind from a folder or a hub id, in evaluation mode. Nothing that is read is executed.
 
         Raises:
             OSError: if the files are not there.
@@ -326,7 +329,7 @@ class NoisePolicy(Float32Module):
         return policy.eval()
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """Uploads the policy, with the model card and picture of the folder it was loaded from. Returns the URL.
+        """Upload the policy with the model card and the picture of the folder it was loaded from. Returns the URL.
 
         Keyword arguments go to `huggingface_hub.HfApi.create_repo`.
         """
@@ -346,7 +349,7 @@ class NoisePolicy(Float32Module):
 
 
 def power_preserving(shift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`mean` and `log_std` of `(shift + e) / sqrt(1 + mean(shift^2))`, e ~ N(0, 1): every row keeps the prior's power.
+    """Return `mean` and `log_std` of `(shift + e) / sqrt(1 + mean(shift^2))`, e ~ N(0, 1): rows keep the prior's power.
 
     A mean added to noise of std 1 makes it louder than any noise the model was trained on; few steps forgive that,
     many do not. KL to the prior is `elements * log(1 + mean(shift^2)) / 2`.
@@ -362,7 +365,7 @@ def power_preserving(shift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _read(folder: Path) -> NoisePolicy:
-    """The policy of a folder; nothing larger than its files is made before it is known to be one."""
+    """Read a folder's policy. Until the files are known to fit, no more memory is used than they have bytes."""
     config = read_config(folder, _CONFIG)
     kind, critic, num_candidates = config.pop("kind", None), config.pop("critic", None), config.pop("num_candidates", 1)
     if not isinstance(kind, str) or kind not in NoisePolicy._kinds:
@@ -385,7 +388,7 @@ def _read(folder: Path) -> NoisePolicy:
 
 
 def make_policy(kind: str, **config: Any) -> NoisePolicy:
-    """A policy of a registered kind.
+    """Make a policy of a registered kind.
 
     Raises:
         ValueError: if there is no such kind.

@@ -25,7 +25,7 @@ _SKETCH_SCALE = 2  # the sketch has twice the action's resolution, and as many f
 
 @dataclass(frozen=True)
 class CriticShape:
-    """What a critic looks at: `(tokens, width)`, the action, and the denoising step counts."""
+    """Shapes of a critic's inputs: prompts `(tokens, width)`, the action, and the denoising step counts."""
 
     prompt_shape: tuple[int, int]
     action_shape: tuple[int, ...]
@@ -33,26 +33,26 @@ class CriticShape:
     step_counts: tuple[int, ...]
 
     def nearest_step_index(self, num_inference_steps: int) -> int:
-        """Of the step count in `step_counts` whose ratio to `num_inference_steps` is nearest to 1."""
+        """Return the index of the step count whose ratio to `num_inference_steps` is nearest to 1."""
         ratios = [abs(math.log(steps / num_inference_steps)) for steps in self.step_counts]
         return ratios.index(min(ratios))
 
     @property
     def sketch_shape(self) -> tuple[int, int, int]:
-        """`(3, height, width)`; a video's frames lie in the channels, `(3 * frames, height, width)`."""
+        """Shape of a sketch, `(3, height, width)`; a video's frames are channels, `(3 * frames, height, width)`."""
         *_, height, width = self.action_shape
         frames = self.action_shape[1] if len(self.action_shape) == 4 else 1
         return (3 * frames, _SKETCH_SCALE * height, _SKETCH_SCALE * width)
 
 
 class RewardCritic(Float32Module):
-    """Sketch and ensemble of readers.
+    """A network that sketches the picture, and an ensemble of readers that predict the reward from the sketch.
 
     Args:
-        shape: of its inputs.
-        size: readers in the ensemble.
-        channels: of the sketch network.
-        hidden_width: of everything that is not convolutional.
+        shape: Shapes of the inputs.
+        size: Number of readers in the ensemble.
+        channels: Channels of the sketch network.
+        hidden_width: Width of all layers that are not convolutional.
     """
 
     def __init__(self, shape: CriticShape, *, size: int, channels: int = 32, hidden_width: int = 192) -> None:
@@ -71,7 +71,7 @@ class RewardCritic(Float32Module):
 
     @torch.no_grad()
     def set_scale(self, center: float, spread: float) -> None:
-        """Says what a prediction of 0 and of 1 are in the reward's own units; what was predicted before stays the same.
+        """Set the reward that a prediction of 0 stands for and the spread that 1 does. Predicted rewards stay the same.
 
         The readers' last layers change with the scale, as in PopArt (van Hasselt et al., arXiv 1602.07714).
         """
@@ -87,16 +87,16 @@ class RewardCritic(Float32Module):
         self.reward_spread.fill_(spread)
 
     def in_reward_units(self, predicted: torch.Tensor) -> torch.Tensor:
-        """Standardised predictions in the reward's own units, float64."""
+        """Convert standardised predictions to the reward's own units, float64."""
         return self.reward_center + self.reward_spread * predicted
 
     def forward(self, prompt_embeds: torch.Tensor, action: torch.Tensor, step_index: torch.Tensor) -> torch.Tensor:
-        """Predicted standardised rewards, `(size, batch)`.
+        """Predict standardised rewards, `(size, batch)`.
 
         Args:
             prompt_embeds: `(batch, tokens, width)`
             action: `(batch, *action_shape)`
-            step_index: into the shape's step counts, int64 `(batch,)`
+            step_index: Indices into the shape's step counts, int64 `(batch,)`
         """
         return self._read(prompt_embeds, self.sketch(prompt_embeds, action, step_index))
 
@@ -106,7 +106,7 @@ class RewardCritic(Float32Module):
     def lower_bound(
         self, prompt_embeds: torch.Tensor, action: torch.Tensor, step_index: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The ensemble's mean minus its spread, `(batch,)`: what the policy may count on; and the sketches."""
+        """Return the ensemble's mean minus its standard deviation, `(batch,)`, and the sketches."""
         sketch = self.sketch(prompt_embeds, action, step_index)
         values = self._read(prompt_embeds, sketch)
         return values.mean(0) - values.std(0), sketch
@@ -119,14 +119,14 @@ class RewardCritic(Float32Module):
         picture: torch.Tensor,
         reward: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The training loss, and the mean squared error of the reward predicted from the action.
+        """Return the training loss, and the mean squared error of the rewards predicted from the actions.
 
         The readers see real pictures in the first half of the batch and sketches in the second; their errors do not
         reach the sketch, which would learn rewards by heart if they did.
 
         Args:
-            picture: from `shrink_pictures`.
-            reward: standardised, `(batch,)`, of at least two.
+            picture: Target of the sketch, from `shrink_pictures`.
+            reward: Standardised rewards, `(batch,)`, at least two.
         """
         sketch = self.sketch(prompt_embeds, action, step_index)
         loss = F.mse_loss(sketch, picture) / picture.var(0).mean().clamp(min=1e-6)
@@ -141,7 +141,7 @@ class RewardCritic(Float32Module):
 
 
 def shrink_pictures(images: torch.Tensor, shape: CriticShape) -> torch.Tensor:
-    """Images `(batch, 3, height, width)`, or video `(batch, frames, 3, height, width)`, as the sketch's targets."""
+    """Shrink images `(batch, 3, height, width)` or video `(batch, frames, 3, height, width)` to the sketch's size."""
     channels, height, width = shape.sketch_shape
     video = images.unsqueeze(1) if images.ndim == 4 else images
     small = F.adaptive_avg_pool3d(video.transpose(1, 2).float(), (channels // 3, height, width))
@@ -193,7 +193,7 @@ class _Sketch(nn.Module):
         return F.pixel_shuffle(field.transpose(1, 2), _SKETCH_SCALE).transpose(1, 2).flatten(1, 2)
 
     def _to_grid(self, action: torch.Tensor) -> torch.Tensor:
-        """Coefficients as a small view of the noise, so that a convolution sees places; latents as they are."""
+        """Turn coefficients into a small view of the noise, so that convolutions see places. Latents stay."""
         if not self._is_spectral:
             return action
         *frames, rows, columns = (dct_basis(size, size, action.device) for size in self._extent)
@@ -202,10 +202,10 @@ class _Sketch(nn.Module):
 
 
 class _Reader(nn.Module):
-    """The reward from prompt and picture: each token of the prompt looks at the picture for what it says.
+    """Predicts the reward from prompt and picture by cross-attention: each token of the prompt looks at the picture.
 
-    A reader of the whole picture and the whole prompt side by side explains 0.6 of the reward within a prompt of the
-    embedded world even from real pictures; this one 0.9.
+    Within a prompt of the embedded world, this reader explains 0.9 of the reward from real pictures. A network that
+    takes the whole picture and the whole prompt side by side explains 0.6.
     """
 
     _NUM_HEADS = 4
@@ -243,7 +243,7 @@ class _Reader(nn.Module):
         return self.body(torch.cat([seen.transpose(1, 2).flatten(1), prompt], 1))[:, 0]
 
     def _heads(self, rows: torch.Tensor) -> torch.Tensor:
-        """`(batch, length, width)` as `(batch, heads, length, width / heads)`."""
+        """Reshape `(batch, length, width)` to `(batch, heads, length, width / heads)`."""
         return rows.unflatten(2, (self._NUM_HEADS, -1)).transpose(1, 2)
 
 

@@ -21,9 +21,9 @@ class DensePolicy(NoisePolicy):
     Args:
         latent_shape: `(channels, height, width)`.
         prompt_shape: `(tokens, width)` of the prompt embeddings.
-        std: as in `SpectralPolicy`, learned per element.
-        token_width: numbers each token is projected to.
-        hidden_width: of the network; convolutions have a quarter of it as channels.
+        std: As in `SpectralPolicy`; "learned" has a log-std for each element.
+        token_width: Number of features that each token is projected to.
+        hidden_width: Width of the network; convolutions have a quarter as many channels.
 
     Raises:
         ValueError: for video latents.

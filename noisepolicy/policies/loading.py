@@ -1,4 +1,4 @@
-"""What a policy's files may say. They may be anybody's, so everything is measured before memory is given to it.
+"""Checks of a policy's files. They may be anybody's, so everything is measured before memory is allocated for it.
 
 Types and sizes are read off the constructors' annotations; modules are made on the meta device, where they weigh
 nothing, and get their memory once the weights that came with them have every one of their shapes.
@@ -18,7 +18,7 @@ from noisepolicy.policies.critic import CriticShape
 from noisepolicy.storage import file_within
 
 MAX_CANDIDATES = 65_536
-"""Beyond it the candidates' counters come round again."""
+"""Largest number of candidates; with more, their counters would come round to the first again."""
 _MAX_ELEMENTS = 2**28  # of one row of latents or of prompt embeddings: 1 GiB
 _MAX_SIZE = 2**31
 _MAX_CONFIG_BYTES = 16 * 1024 * 1024
@@ -26,11 +26,11 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def read_config(folder: Path, name: str) -> dict[str, Any]:
-    """A JSON object.
+    """Read a JSON object.
 
     Raises:
         OSError: if it is not there.
-        ValueError: if it is none, too large or too deep, or a link to a file elsewhere.
+        ValueError: if the file is not a JSON object, is too large or too deep, or is a link to a file elsewhere.
     """
     path = file_within(folder, name)
     if path.stat().st_size > _MAX_CONFIG_BYTES:
@@ -45,10 +45,10 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
 
 
 def checked(make: Callable, values: Any, what: str) -> dict[str, Any]:
-    """`values`, JSON's, as keyword arguments of `make`: lists are tuples where it wants tuples.
+    """Return JSON's `values` as keyword arguments of `make`; lists become tuples where `make` wants tuples.
 
     Raises:
-        ValueError: for a name that it does not know, a value that is not as annotated, or a size that is not one.
+        ValueError: for an unknown name, a value that does not fit its annotation, or a size that is too large.
     """
     if not isinstance(values, dict):
         raise ValueError(f"{what} must be an object, got {reprlib.repr(values)}")
@@ -110,7 +110,7 @@ def _describe(hint: Any) -> str:
 
 
 def fill(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Gives a module of the meta device its memory, and the weights.
+    """Allocate a module that is on the meta device, and load its weights.
 
     Raises:
         ValueError: unless `tensors` has exactly the module's names and shapes, in floating point.

@@ -11,7 +11,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def without_autocast(method: _Function) -> _Function:
-    """A module's method that `torch.autocast` around the call does not reach."""
+    """Decorate a module's method, so that `torch.autocast` around a call has no effect on it."""
 
     @functools.wraps(method)
     def call(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -26,7 +26,7 @@ def without_autocast(method: _Function) -> _Function:
 
 @contextmanager
 def plain_arithmetic() -> Iterator[None]:
-    """Computes as written and with gradients, whatever autocast, gradient or inference mode the caller is in."""
+    """Compute as written and with gradients, whatever autocast, gradient or inference mode the caller is in."""
     no_autocast = [torch.autocast(device_type, enabled=False) for device_type in ("cpu", "cuda")]
     with torch.inference_mode(False), torch.enable_grad(), no_autocast[0], no_autocast[1]:
         yield
@@ -34,7 +34,7 @@ def plain_arithmetic() -> Iterator[None]:
 
 @contextmanager
 def float32_by_default() -> Iterator[None]:
-    """Makes tensors in float32 unless told otherwise, and outside inference mode."""
+    """Make float32 the default dtype, and leave inference mode, for the tensors that are made within."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:

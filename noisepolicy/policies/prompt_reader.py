@@ -5,10 +5,11 @@ from torch import nn
 
 
 class PromptReader(nn.Module):
-    """Each token projected by one shared layer, the tokens laid side by side in order, then an MLP.
+    """Projects each token by one shared layer, lays the results side by side in order, and applies an MLP.
 
     Pooling would make "a red circle left of a blue square" and "a blue square left of a red circle" nearly alike for
-    text encoders that are not causal; a token's place in the row keeps it. `(batch, tokens, width) -> (batch, hidden)`.
+    text encoders that are not causal; a token's place in the row tells them apart. `(batch, tokens, width)` becomes
+    `(batch, hidden)`.
     """
 
     def __init__(self, prompt_shape: tuple[int, int], *, token_width: int, hidden_width: int) -> None:

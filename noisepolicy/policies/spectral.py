@@ -19,11 +19,11 @@ class SpectralPolicy(NoisePolicy):
     Args:
         latent_shape: `(channels, height, width)` or `(channels, frames, height, width)`.
         prompt_shape: `(tokens, width)` of the prompt embeddings.
-        bands: frequencies per axis, at most the axis' extent.
-        std: "power" keeps a row's power at the prior's 1 a coefficient (see `power_preserving`), "one" moves the mean
-            alone, "learned" has the network give a log-std per channel.
-        token_width: numbers each token is projected to.
-        hidden_width: of the network.
+        bands: Number of frequencies per axis, at most the axis' extent.
+        std: "power" keeps a row's power at the prior's, 1 per coefficient (see `power_preserving`); "one" moves only
+            the mean; "learned" has the network give a log-std per channel.
+        token_width: Number of features that each token is projected to.
+        hidden_width: Width of the network.
     """
 
     kind = "spectral"
@@ -70,7 +70,7 @@ class SpectralPolicy(NoisePolicy):
     def sample(
         self, prompt_embeds: torch.Tensor, *, seed: int, offset: int = 0, latent_shape: tuple[int, ...] | None = None
     ) -> PolicySample:
-        """As the base class says. Latents of another size get the same coefficients: the same layout, as probable."""
+        """Draw one action for each row; see the base class. Latents of any size get the same coefficients."""
         mean, log_std = self(prompt_embeds)
         shape = latent_shape or self.latent_shape
         return PolicySample(*spectral_sample(mean, log_std, latent_shape=shape, seed=seed, offset=offset))

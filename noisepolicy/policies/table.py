@@ -18,13 +18,13 @@ _MAX_KEY_DISTANCE = 0.02  # of the key's own length; bfloat16 embeddings are wit
 
 
 class TablePolicy(NoisePolicy):
-    """Rows of mean and log-std over the latents, or over their lowest DCT frequencies.
+    """A table with a mean and a log-std for each prompt, over the latents or over their lowest DCT frequencies.
 
     Args:
         latent_shape: `(channels, height, width)` or `(channels, frames, height, width)`.
         prompt_shape: `(tokens, width)` of the prompt embeddings.
-        prompts: one row each.
-        bands: frequencies per axis that are chosen, as in `SpectralPolicy`; None chooses every latent.
+        prompts: Prompts; the table has a row for each.
+        bands: Number of frequencies per axis, as in `SpectralPolicy`; with None the action is all of the latents.
         std: "learned" has a free log-std for every element of the action; "power" and "one" as in `SpectralPolicy`.
     """
 
@@ -53,16 +53,16 @@ class TablePolicy(NoisePolicy):
     @torch.no_grad()
     @without_autocast
     def learn_keys(self, prompt_embeds: torch.Tensor) -> None:
-        """Remembers the embeddings of `prompts`, `(prompts, tokens, width)`, as the rows' keys."""
+        """Remember the embeddings of `prompts`, `(prompts, tokens, width)`, as keys of the rows."""
         self.keys.copy_(self._key(prompt_embeds))
 
     @torch.no_grad()
     @without_autocast
     def row_of(self, prompt_embeds: torch.Tensor) -> torch.Tensor:
-        """Each embedding's row, int64 `(batch,)`.
+        """Find each embedding's row, int64 `(batch,)`.
 
         Raises:
-            ValueError: if an embedding is none of the table's.
+            ValueError: if an embedding is not one of the table's prompts.
         """
         keys = self._key(prompt_embeds)
         distance, row = torch.cdist(keys, self.keys).min(1)
@@ -75,7 +75,7 @@ class TablePolicy(NoisePolicy):
         return row
 
     def distribution(self, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`mean` and `log_std` of rows of the table."""
+        """Return `mean` and `log_std` of some rows."""
         mean = self.scale * self.mean[row]
         if self._std == "power":
             return power_preserving(mean)
@@ -85,7 +85,7 @@ class TablePolicy(NoisePolicy):
 
     @torch.no_grad()
     def set_distribution(self, mean: torch.Tensor, log_std: torch.Tensor) -> None:
-        """Sets every row, from `mean` and a broadcastable `log_std` of this kind of `std`."""
+        """Set every row's `mean` and broadcastable `log_std`, which must suit the policy's kind of `std`."""
         # A power-preserving policy's parameter is its mean in units of its std.
         self.mean.copy_(mean / log_std.exp() if self._std == "power" else mean)
         if self.log_std is not None:
@@ -93,10 +93,10 @@ class TablePolicy(NoisePolicy):
 
     @torch.no_grad()
     def natural_step(self, row: torch.Tensor, learning_rate: float) -> None:
-        """One step of some rows against the gradients at hand, each divided by its Fisher information.
+        """Take one natural-gradient step for some rows: each gradient is divided by its Fisher information.
 
-        For a mean that is `1 / std^2` and for a log-std 2. A mean counted in its std, as a power-preserving policy's,
-        has 1 in every direction but its own, where it has a little less.
+        The information is `1 / std^2` for a mean and 2 for a log-std. A power-preserving policy's mean is counted in
+        its std, so its information is 1, and a little less in its own direction.
         """
         if self.log_std is None:
             self.mean[row] -= learning_rate * self.mean.grad[row]
@@ -125,7 +125,7 @@ class TablePolicy(NoisePolicy):
         return PolicySample(latents, latents, log_prob)
 
     def _key(self, prompt_embeds: torch.Tensor) -> torch.Tensor:
-        """A few numbers that tell prompts apart: a fixed random projection of every token."""
+        """Return a few numbers that tell prompts apart: a fixed random projection of every token."""
         width = self.prompt_shape[1]
         zeros = torch.zeros(width, _KEY_WIDTH, dtype=torch.float32)
         projection, _ = gaussian_sample(zeros, zeros.new_zeros(()), seed=_KEY_SEED)

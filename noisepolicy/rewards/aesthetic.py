@@ -34,6 +34,6 @@ class Aesthetic:
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """`(batch,)`; the prompts are not looked at."""
+        """Return the ratings, `(batch,)`. The prompts are not used."""
         check_images(images, prompts)
         return self._head(self._clip.embed_images(images)).squeeze(1)

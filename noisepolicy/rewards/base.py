@@ -18,7 +18,7 @@ from noisepolicy.prompt import metadata_of
 
 
 class RewardError(RuntimeError):
-    """A reward raised, or returned something that cannot be trained on."""
+    """Says that a reward raised, or returned something that cannot be trained on."""
 
 
 class Reward:
@@ -27,15 +27,15 @@ class Reward:
     Float64, because a reward of 100 whose fourth decimal is what matters has nothing left of it in float32.
 
     Args:
-        name: of the reward, for messages and reports.
-        function: see this module.
+        name: Name of the reward, for messages and reports.
+        function: The black box; see the module's docstring.
 
     Raises, when called:
         RewardError: if the function raises, or returns the wrong number of values, another shape, or NaN or infinity.
     """
 
     spec: str | None = None
-    """The text that `load_reward` made it from; None for a reward that was made in Python."""
+    """Text that `load_reward` made the reward from; None for a reward that was made in Python."""
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
         self.name = name
@@ -43,19 +43,19 @@ class Reward:
 
     @property
     def weights(self) -> dict[str, float]:
-        """The weight of each part of a weighted sum, by name; a single reward is its own part, of weight 1."""
+        """Weights of a weighted sum's parts, by name. A single reward is its own part, of weight 1."""
         return {self.name: 1.0}
 
     def parts(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """The parts of a weighted sum before they are weighted, `(batch, parts)` in the order of `weights`."""
+        """Return the parts of a weighted sum before they are weighted, `(batch, parts)` in the order of `weights`."""
         return self(images, prompts)[:, None]
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """`(batch,)`"""
+        """Return the rewards, `(batch,)`."""
         return self._check(self._call(self._function, images, prompts)[0], prompts)
 
     def metrics(self, images: torch.Tensor, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """`reward` and whatever else the reward tells, such as `strict` or the parts of a sum; each `(batch,)`."""
+        """Return `reward` and the reward's further values, such as `strict` or the parts of a sum; each `(batch,)`."""
         if not hasattr(self._function, "metrics"):
             values, info = self._call(self._function, images, prompts)
             return {**_numbers(info, len(prompts)), "reward": self._check(values, prompts)}
@@ -65,7 +65,7 @@ class Reward:
         return {name: self._check(value, prompts) for name, value in values.items()}
 
     def _call(self, function: Callable, images: torch.Tensor, prompts: Sequence[str]) -> tuple[Any, Mapping[str, Any]]:
-        """The function's value, and its info where it returns a pair."""
+        """Call the function; return its value, and its info where it returns a pair."""
         # A copy of its own: some rewards normalise their images in place, and other rewards come after them.
         arguments = [images.clone(), list(prompts)]
         if takes_metadata(function):
@@ -102,7 +102,7 @@ class Reward:
 
 
 def takes_metadata(function: Callable[..., Any]) -> bool:
-    """Whether a reward's third parameter is called `metadata` or `prompt_metadata`, as public trainers call it."""
+    """Tell whether a reward's third parameter is called `metadata` or `prompt_metadata`, as public trainers call it."""
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):  # a builtin, which does not say
@@ -112,7 +112,7 @@ def takes_metadata(function: Callable[..., Any]) -> bool:
 
 @contextmanager
 def torch_settings_kept() -> Iterator[None]:
-    """Puts back torch's settings that somebody else's code may change: gradients, default dtype and device."""
+    """Restore torch's settings that somebody else's code may change: gradients, default dtype and device."""
     is_grad_enabled, dtype, device = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device()
     try:
         yield
@@ -137,7 +137,7 @@ def _as_float64(values: Any) -> torch.Tensor:
 
 
 def _numbers(info: Mapping[str, Any], count: int) -> dict[str, torch.Tensor]:
-    """The entries of a reward's info that hold a finite number for each image."""
+    """Return the entries of a reward's info that hold a finite number for each image."""
     found = {}
     for name, values in info.items():
         try:
@@ -150,7 +150,7 @@ def _numbers(info: Mapping[str, Any], count: int) -> dict[str, torch.Tensor]:
 
 
 def check_images(images: torch.Tensor, prompts: Sequence[str]) -> None:
-    """For rewards of single images.
+    """Check the arguments of a reward of single images.
 
     Raises:
         ValueError: unless `images` is `(batch, 3, height, width)` with one prompt each.
@@ -163,7 +163,7 @@ def check_images(images: torch.Tensor, prompts: Sequence[str]) -> None:
 
 
 def check_video(images: torch.Tensor, prompts: Sequence[str]) -> None:
-    """For rewards of video.
+    """Check the arguments of a reward of video.
 
     Raises:
         ValueError: unless `images` is `(batch, frames, 3, height, width)` with one prompt each.

@@ -25,7 +25,7 @@ class CachedReward:
         self._scores: OrderedDict[bytes, dict[str, float]] = OrderedDict()
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """`(batch,)`"""
+        """Return the rewards, `(batch,)`."""
         return self.metrics(images, prompts)["reward"]
 
     def metrics(self, images: torch.Tensor, prompts: Sequence[str]) -> dict[str, torch.Tensor]:

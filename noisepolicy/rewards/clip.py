@@ -21,7 +21,7 @@ class FrozenClip:
     Args:
         model: the loaded `CLIPModel`, or `CLIPVisionModelWithProjection` where texts are not encoded.
         processor: folder or hub id of the tokenizer and the image processor.
-        transform: instead of the image processor's numbers.
+        transform: Replaces the image processor's numbers.
     """
 
     def __init__(
@@ -45,30 +45,30 @@ class FrozenClip:
 
     @classmethod
     def load(cls, model: str, processor: str | None = None, *, device: torch.device | str) -> "FrozenClip":
-        """Both encoders, from safetensors."""
+        """Load both encoders, from safetensors."""
         from transformers import CLIPModel
 
         return cls(_load_whole(CLIPModel, model), processor or model, device=device)
 
     @classmethod
     def load_vision(cls, model: str, *, device: torch.device | str) -> "FrozenClip":
-        """The image encoder alone, from the safetensors of the whole."""
+        """Load the image encoder alone, from the safetensors of the whole model."""
         from transformers import CLIPVisionModelWithProjection
 
         return cls(_load_whole(CLIPVisionModelWithProjection, model), model, device=device)
 
     @torch.no_grad()
     def embed_images(self, images: torch.Tensor) -> torch.Tensor:
-        """`(batch, width)` of unit length from `(batch, 3, height, width)` in [0, 1]."""
+        """Return embeddings of unit length, `(batch, width)`, of images `(batch, 3, height, width)` in [0, 1]."""
         return self._embed(images, self._encode_images)
 
     @torch.no_grad()
     def embed_texts(self, prompts: Sequence[str]) -> torch.Tensor:
-        """`(batch, width)` of unit length; longer prompts are cut to what the text encoder reads."""
+        """Return embeddings of unit length, `(batch, width)`. Prompts are cut to the text encoder's length."""
         return self._embed(prompts, self._encode_texts)
 
     def cosine(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """`(batch,)`, of each image with its own prompt."""
+        """Return the cosine of each image with its own prompt, `(batch,)`."""
         return (self.embed_images(images) * self.embed_texts(prompts)).sum(1)
 
     def _embed(self, items: Sequence, encode: Callable) -> torch.Tensor:
@@ -99,7 +99,7 @@ class ClipScore:
         self._clip = FrozenClip.load(model, device=device)
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """`(batch,)`, in [-100, 100]; 25 to 35 is common."""
+        """Return the scores, `(batch,)`, in [-100, 100]; 25 to 35 is common."""
         check_images(images, prompts)
         return 100 * self._clip.cosine(images, prompts)
 
@@ -119,13 +119,13 @@ class PickScore:
         self._clip = FrozenClip.load(model, processor, device=device)
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """`(batch,)`; 18 to 24 is common."""
+        """Return the scores, `(batch,)`; 18 to 24 is common."""
         check_images(images, prompts)
         return self._clip.model.logit_scale.exp() * self._clip.cosine(images, prompts)
 
 
 def _load_whole(kind: Any, model: str) -> Any:
-    """The model with every weight from its files; transformers itself would make up what they lack."""
+    """Load a model all of whose weights are in its files; transformers itself would make up missing ones."""
     loaded, info = kind.from_pretrained(model, use_safetensors=True, output_loading_info=True)
     if missing := sorted(info["missing_keys"]):
         raise ValueError(

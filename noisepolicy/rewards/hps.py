@@ -60,13 +60,13 @@ class HumanPreferenceScore:
         self._clip = FrozenClip(clip, base, device=device, transform=transform)
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """`(batch,)`, in [-1, 1]; 0.2 to 0.35 is common."""
+        """Return the scores, `(batch,)`, in [-1, 1]; 0.2 to 0.35 is common."""
         check_images(images, prompts)
         return self._clip.cosine(images, prompts)
 
 
 def from_open_clip(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """open_clip's weights of a ViT CLIP under `transformers`' names: joint projections split, matrices transposed.
+    """Rename open_clip's weights of a ViT CLIP as `transformers` has them; split joint projections, transpose matrices.
 
     Raises:
         ValueError: if a name is not one of open_clip's.

@@ -67,11 +67,11 @@ class HttpReward:
             raise ValueError(f"{error}") from error
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """`(batch,)`"""
+        """Return the rewards, `(batch,)`."""
         return self.metrics(images, prompts)["reward"]
 
     def metrics(self, images: torch.Tensor, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """`reward` and whatever else the server tells.
+        """Return `reward` and the server's further values.
 
         Raises:
             RewardError: if the server cannot be reached, refuses, or answers something else.
@@ -179,7 +179,7 @@ class RawHttpReward(HttpReward):
 
 
 def _refusal(status: int, answer: bytes) -> str:
-    """The status and what the server says of it, cut short and on one line."""
+    """Return the status and the server's explanation of it, cut short and on one line."""
     if status == 401:
         return f"refuses the token (status 401); set {TOKEN_VARIABLE}"
     try:

@@ -55,7 +55,7 @@ class ImageReward:
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """`(batch,)`"""
+        """Return the scores, `(batch,)`."""
         check_images(images, prompts)
         starts = range(0, len(prompts), _BATCH)
         scores = [self._score(images[start : start + _BATCH], prompts[start : start + _BATCH]) for start in starts]
@@ -83,7 +83,7 @@ def _under(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Ten
 
 
 def _vision_encoder(weights: dict[str, torch.Tensor]) -> torch.nn.Module:
-    """BLIP's ViT; its sizes are read from the weights."""
+    """Make BLIP's ViT; its sizes are read from the weights."""
     from transformers import BlipVisionConfig, BlipVisionModel
 
     renamed = {}
@@ -109,7 +109,7 @@ def _vision_encoder(weights: dict[str, torch.Tensor]) -> torch.nn.Module:
 
 
 def _text_encoder(weights: dict[str, torch.Tensor]) -> torch.nn.Module:
-    """BLIP's BERT with cross-attention to the image; its sizes are read from the weights."""
+    """Make BLIP's BERT with cross-attention to the image; its sizes are read from the weights."""
     from transformers import BlipTextConfig
     from transformers.models.blip.modeling_blip_text import BlipTextModel
 
@@ -135,7 +135,7 @@ def _count(weights: dict[str, torch.Tensor], prefix: str) -> int:
 
 
 def _filled(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> torch.nn.Module:
-    """`model` with these weights, every one, and no other."""
+    """Load exactly these weights into `model`: no weight may be missing or left over."""
     missing, unexpected = model.load_state_dict(weights, strict=False)
     if missing or unexpected:
         raise ValueError(f"not the weights of ImageReward: {(*missing, *unexpected)[0]!r} does not fit")

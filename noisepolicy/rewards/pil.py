@@ -20,7 +20,7 @@ class PilReward:
         self._function, self._takes_metadata = function, takes_metadata(function)
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] = ()) -> Any:
-        """Whatever the function returns."""
+        """Return the function's result."""
         if images.ndim == 5:
             pictures: list[Any] = [pil_images(clip) for clip in images]
         else:
@@ -30,6 +30,6 @@ class PilReward:
 
 
 def pil_images(images: torch.Tensor) -> list[Image.Image]:
-    """8-bit RGB images from `(batch, 3, height, width)` in [0, 1]."""
+    """Convert `(batch, 3, height, width)` in [0, 1] to 8-bit RGB images."""
     pixels = (images.detach().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(image) for image in pixels]

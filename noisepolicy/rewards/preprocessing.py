@@ -1,4 +1,4 @@
-"""From images in [0, 1] to what a vision encoder reads, on the images' own device.
+"""Preprocessing of images in [0, 1] for a vision encoder, on the images' own device.
 
 The numbers (size, crop, mean, std) are those of the checkpoint's own image processor. The resize is torch's bicubic
 with antialiasing, in float; processors resize in 8 bits, so scores differ by what that rounding changes.
@@ -49,7 +49,7 @@ class ImageTransform:
         return cls(resize, crop, tuple(settings["image_mean"]), tuple(settings["image_std"]))
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """`(batch, 3, height, width)` in [0, 1] to the encoder's size, normalised."""
+        """Bring `(batch, 3, height, width)` in [0, 1] to the encoder's size and normalise it."""
         images = images.float().clamp(0, 1)
         height, width = images.shape[2:]
         target = self._target(height, width)

@@ -25,7 +25,7 @@ class ShapesReward:
 
 
 class MovingShapesReward(ShapesReward):
-    """The same of clips."""
+    """Dense score of clips in [0, 1]; `metrics` adds the strict 0/1 score."""
 
     def _score(self, images: torch.Tensor, prompts: Sequence[str]) -> ShapesScore:
         check_video(images, prompts)

@@ -15,7 +15,7 @@ class FrameMean:
         self._reward = reward
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """`(batch,)`"""
+        """Return the means, `(batch,)`."""
         check_video(images, prompts)
         return self._reward(*_frames(images, prompts)).reshape(images.shape[:2]).mean(1)
 
@@ -38,7 +38,7 @@ class TemporalConsistency:
         self._clip = FrozenClip.load_vision(model, device=device)
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """`(batch,)`, in [-1, 1]; the prompts are not looked at.
+        """Return the scores, `(batch,)`, in [-1, 1]. The prompts are not used.
 
         Raises:
             ValueError: if there are fewer than two frames.

@@ -11,8 +11,8 @@ class WeightedSum(Reward):
     """`sum_k weight_k * reward_k` in the rewards' own units; training may bring the parts to one unit first.
 
     Args:
-        name: of the sum, for messages and reports.
-        parts: a weight and a reward each; no two rewards have the same name.
+        name: Name of the sum, for messages and reports.
+        parts: Pairs of a weight and a reward; no two rewards have the same name.
     """
 
     def __init__(self, name: str, parts: Sequence[tuple[float, Reward]]) -> None:
@@ -31,7 +31,7 @@ class WeightedSum(Reward):
         return weigh(self.parts(images, prompts), self._weights)
 
     def metrics(self, images: torch.Tensor, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """The sum as `reward`, each part's own value under its name, and `strict` where one part alone defines it."""
+        """Return the sum as `reward`, each part's own value by its name, and `strict` if just one part defines it."""
         results = [reward.metrics(images, prompts) for reward in self._rewards]
         parts = torch.stack([result["reward"] for result in results], 1)
         total = weigh(parts, self._weights)
@@ -42,5 +42,5 @@ class WeightedSum(Reward):
 
 
 def weigh(parts: torch.Tensor, weights: dict[str, float]) -> torch.Tensor:
-    """The weighted sum over the last axis: `(batch,)` from `(batch, parts)`, float64."""
+    """Return the weighted sum over the last axis: `(batch,)` from `(batch, parts)`, float64."""
     return (parts * parts.new_tensor(list(weights.values()))).sum(-1)

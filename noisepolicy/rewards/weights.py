@@ -10,7 +10,7 @@ _FILE = "model.safetensors"
 
 
 def load_weights(source: str) -> dict[str, torch.Tensor]:
-    """`model.safetensors` of a local folder or a hub repository.
+    """Load `model.safetensors` from a local folder or a hub repository.
 
     Raises:
         ValueError: if there is none, or it is damaged.
@@ -33,7 +33,7 @@ def load_weights(source: str) -> dict[str, torch.Tensor]:
 
 
 def linear_layers(weights: dict[str, torch.Tensor], prefix: str) -> torch.nn.Sequential:
-    """The linear layers `<prefix>layers.<index>.weight` and `.bias` by rising index, ending in one number.
+    """Make the linear layers `<prefix>layers.<index>.weight` and `.bias` by rising index; the last has one output.
 
     The heads of the LAION aesthetic predictor and of ImageReward are such chains, with dropout between and no
     activation.

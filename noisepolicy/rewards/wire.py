@@ -20,21 +20,21 @@ from PIL import Image
 
 ENCODINGS = ("png", "float32")
 MAX_IMAGES = 64
-"""Images a request may carry; frames count."""
+"""Largest number of images in a request; each frame counts."""
 MAX_SIDE = 2048
-"""Pixels a side of an image may have."""
+"""Largest number of pixels along a side of an image."""
 MAX_PIXELS = 8 * 1024 * 1024
-"""Pixels a request may carry in all its images."""
+"""Largest number of pixels in all images of a request."""
 _MAX_PROMPT_CHARACTERS = 10_000
 
 
 class WireError(ValueError):
-    """A message that is not of this protocol, or beyond its limits. Its text is safe to show to the other side."""
+    """Says that a message is not of this protocol, or beyond its limits. The text is safe to show to the other side."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be scored: float32 images in [0, 1], `(batch, 3, height, width)` or with frames second."""
+    """Prompts and images to score: float32 in [0, 1], `(batch, 3, height, width)`, or with frames second."""
 
     images: torch.Tensor
     prompts: list[str]
@@ -60,9 +60,10 @@ def _encode_item(pixels: torch.Tensor) -> Any:
 
 
 def decode_request(body: bytes) -> Request:
-    """
+    """Decode a request.
+
     Raises:
-        WireError: if it is malformed or too large; images are measured before they are decompressed.
+        WireError: if the request is malformed or too large; images are measured before they are decompressed.
     """
     message = _json_object(body)
     prompts = message.get("prompts")
@@ -124,7 +125,7 @@ def _decode_pngs(items: Any) -> torch.Tensor:
 
 
 def _open_png(text: Any) -> Image.Image:
-    """The image with only its header read."""
+    """Open an image; only its header is read."""
     data = _from_base64(text)
     try:
         return Image.open(io.BytesIO(data), formats=["PNG"])
@@ -175,16 +176,16 @@ def _from_base64(text: Any) -> bytes:
 
 
 def encode_answer(metrics: dict[str, torch.Tensor]) -> bytes:
-    """From `reward` and whatever else, each `(batch,)`."""
+    """Encode `reward` and further values, each `(batch,)`."""
     others = {name: values.tolist() for name, values in metrics.items() if name != "reward"}
     return json.dumps({"rewards": metrics["reward"].tolist(), **({"metrics": others} if others else {})}).encode()
 
 
 def decode_answer(body: bytes, num_prompts: int) -> dict[str, torch.Tensor]:
-    """`reward` and whatever else the server told, each `(num_prompts,)`.
+    """Decode `reward` and further values, each `(num_prompts,)`.
 
     Raises:
-        WireError: if it is not an answer to that many prompts.
+        WireError: if the text is not an answer to that many prompts.
     """
     message = _json_object(body)
     others = message.get("metrics", {})
