@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from noisepolicy.export import available_denoisers, use_denoiser
+from noisepolicy.engines import available_engines, use_engine
 from noisepolicy.frozen import FrozenDiffusersPipeline
 from noisepolicy.frozen.base import PromptEmbeds
 from noisepolicy.frozen.families import (
@@ -147,7 +147,7 @@ def choose_denoisers(asked: Sequence[str] | None, device: torch.device) -> tuple
     Raises:
         ValueError: if one that was asked for is unknown or does not run here.
     """
-    reasons = dict(available_denoisers(device))
+    reasons = dict(available_engines(device))
     if asked is None:
         names = [name for name, reason in reasons.items() if reason is None]
         if device.type == "cpu" and "compile" in names:
@@ -174,7 +174,7 @@ def load_engine(spec: ModelSpec, backend: str, dtype: str | None, *, rollout_bat
     dtype = dtype or spec.dtype
     if backend != "eager":
         try:
-            use_denoiser(frozen, backend, dtype=None if dtype == spec.dtype else dtype)
+            use_engine(frozen, backend, dtype=None if dtype == spec.dtype else dtype)
         except (RuntimeError, OSError) as error:
             raise RuntimeError(f"denoiser {backend!r}: {error}; --denoiser NAME ... leaves it out") from error
     return Engine(backend, dtype, frozen, time.perf_counter() - start)

@@ -11,7 +11,7 @@ from noisepolicy.benchmarks.latency_cases import (
     choose_denoisers,
     load_engine,
 )
-from noisepolicy.export import DENOISERS
+from noisepolicy.engines import ENGINES
 
 _BATCHES = (1, 64)
 _DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -24,7 +24,7 @@ def baseline():
 
 
 @pytest.mark.parametrize("batch", _BATCHES)
-@pytest.mark.parametrize("name", ["diffusers", *DENOISERS])
+@pytest.mark.parametrize("name", ["diffusers", *ENGINES])
 @torch.no_grad()
 def test_denoiser(name, batch, baseline, benchmark):
     benchmark.group = f"denoiser, batch {batch}, {_DEVICE.type}"

@@ -1,5 +1,1 @@
-"""Export of a frozen model's parts, and the engines that run them."""
-
-from noisepolicy.export.apply import DENOISERS, Choice, available_denoisers, choose_denoiser, use_denoiser
-
-__all__ = ["DENOISERS", "Choice", "available_denoisers", "choose_denoiser", "use_denoiser"]
+"""Export of a frozen model's parts to checked ONNX, OpenVINO and TensorRT files. `noisepolicy.engines` runs them."""

@@ -6,7 +6,7 @@ inputs are what the pipeline itself hands to its denoiser, recorded.
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -18,7 +18,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from noisepolicy.frozen import FrozenDiffusersPipeline
-from noisepolicy.frozen.denoisers import flat_inputs
 from noisepolicy.policies import NoisePolicy
 
 Axes = tuple[str | None, ...]
@@ -63,7 +62,7 @@ FLOAT32_INPUTS = ("timestep", "guidance")
 """Inputs that stay float32 whatever the module computes in."""
 _WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.bool)
-"""Of buffers, e.g. the positions of tokens."""
+"""Dtypes that buffers may have beside those of weights, e.g. for the positions of tokens."""
 
 
 @dataclass(frozen=True)
@@ -169,6 +168,29 @@ def denoiser_part(frozen: FrozenDiffusersPipeline, *, guidance_scale: float = 1.
     sample = next(iter(inputs))
     module = _Denoiser(denoiser, axes, parameters).eval()
     return Part(kind, module, inputs, axes, "out_sample", axes[sample], denoiser.config)
+
+
+def flat_inputs(parameters: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors of a call of a denoiser, by name; those in `added_cond_kwargs` by their own.
+
+    Args:
+        parameters: names of the parameters of the denoiser's `forward`, in order.
+
+    Raises:
+        ValueError: if the call holds something that is neither a tensor nor nothing.
+    """
+    named = {**dict(zip(parameters, args, strict=False)), **kwargs}
+    named.pop("return_dict", None)
+    named |= named.pop("added_cond_kwargs", None) or {}
+    tensors = {}
+    for name, value in named.items():
+        if isinstance(value, torch.Tensor):
+            tensors[name] = value
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            tensors[name] = torch.tensor(float(value))
+        elif value is not None and value != {}:
+            raise ValueError(f"the denoiser was called with {name}={value!r}, which an exported one does not take")
+    return tensors
 
 
 def vae_decoder_part(frozen: FrozenDiffusersPipeline, *, dynamic_size: bool = False) -> Part:

@@ -1,6 +1,7 @@
 """A part to an ONNX file: PyTorch's exporter, weights beside the graph where protobuf's 2 GB would not hold them."""
 
 import copy
+import importlib.metadata
 import logging
 import os
 import shutil
@@ -9,17 +10,21 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from noisepolicy.export.cache import Entry, cached
+from noisepolicy.export.fingerprint import function_sha256
+from noisepolicy.export.packages import first_line, require
 from noisepolicy.export.spec import FLOAT32_INPUTS, Part, prepared_for_export
-from noisepolicy.frozen.engines import first_line, require
 
 OPSET, OPSET_BFLOAT16 = 20, 22
 """Of the file; convolutions in bfloat16 came later, and later sets take GroupNorm apart, which is slower."""
 _INLINE_BYTES = 1_900_000_000
 _SPACE_FACTOR = 1.2
+_VERSIONS = ("noisepolicy", "torch", "diffusers", "onnx", "onnxscript")
 
 
 def export_onnx(part: Part, path: Path, *, dtype: torch.dtype | None = None) -> int:
@@ -76,6 +81,37 @@ def export_onnx(part: Part, path: Path, *, dtype: torch.dtype | None = None) -> 
                 os.fsync(handle.fileno())
             file.replace(path.parent / file.name)
         return num_bytes
+
+
+def exported_onnx(part: Part, sha256: str, dtype: torch.dtype, *, renew: bool = False) -> Entry:
+    """The cache's entry with the part's `model.onnx`, exported if it is not there.
+
+    Args:
+        sha256: hash of the part's weights.
+        renew: export it in any case.
+    """
+    name = f"{part.name}-{str(dtype).removeprefix('torch.')}"
+    return cached(
+        name,
+        made_of(part, sha256, dtype),
+        lambda folder: export_onnx(part, folder / "model.onnx", dtype=dtype),
+        renew=renew,
+    )
+
+
+def made_of(part: Part, sha256: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Everything that the content of an export follows from, as JSON."""
+    return {
+        "part": part.name,
+        "weights": sha256,
+        "function": function_sha256(part.module),
+        "dtype": str(dtype),
+        "opset": [OPSET, OPSET_BFLOAT16],
+        "axes": part.axes,
+        "inputs": {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in part.inputs.items()},
+        "config": {name: repr(value) for name, value in part.config.items() if not name.startswith("_")},
+        "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
+    }
 
 
 def weight_bytes(module: nn.Module, dtype: torch.dtype | None = None) -> int:

@@ -18,7 +18,9 @@ import onnx
 import torch
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
-from noisepolicy.frozen.tensorrt_files import (
+from noisepolicy.export.cache import Entry, cache_folder, cached
+from noisepolicy.export.spec import Part
+from noisepolicy.export.tensorrt_files import (
     DTYPES,
     EngineInfo,
     EngineMismatch,
@@ -67,6 +69,39 @@ def build_engine(
     """
     with nullcontext() if device is None else torch.cuda.device(device):  # TensorRT builds for the current GPU
         _build(Path(onnx_path), Path(engine_path), flavor, shapes, targets, refit, timings_folder)
+
+
+def exported_tensorrt(
+    onnx_entry: Entry, part: Part, flavor: str, max_rows: int, device: torch.device, *, renew: bool = False
+) -> Entry:
+    """The cache's entry with the part's `model.engine` for a GPU of this machine, built if it is not there.
+
+    Args:
+        onnx_entry: the part's ONNX file in the cache.
+        max_rows: the largest batch that the engine takes.
+        renew: build it in any case.
+    """
+    profile = part.profile((1, max_rows, max_rows))
+    made_of = {
+        "onnx": onnx_entry.folder.name,
+        "flavor": flavor,
+        "version": load_tensorrt(flavor).__version__,
+        "gpu": torch.cuda.get_device_name(device),
+        "profile": profile,
+    }
+
+    def build(folder: Path) -> None:
+        build_engine(
+            onnx_entry.folder / "model.onnx",
+            folder / "model.engine",
+            flavor=flavor,
+            shapes=profile,
+            device=device,
+            timings_folder=cache_folder(),
+        )
+
+    entry = cached(f"{part.name}-{flavor}", made_of, build, renew=renew)
+    return Entry(entry.folder, is_new=entry.is_new and onnx_entry.is_new)
 
 
 def _build(

@@ -48,14 +48,14 @@ def main(argv: list[str] | None = None) -> int:
 def _list_backends() -> None:
     import torch
 
-    from noisepolicy.export import available_denoisers
+    from noisepolicy.engines import available_engines
     from noisepolicy.ops import available_backends
 
     for name, reason in available_backends().items():
         print(f"{name:8s} {reason or _available(name)}")
     for place in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         print(f"denoiser engines on {place}")
-        for name, reason in available_denoisers(torch.device(place)).items():
+        for name, reason in available_engines(torch.device(place)).items():
             print(f"  {name:12s} {reason or 'available'}")
 
 

@@ -41,9 +41,9 @@ def with_denoiser(config: "TrainConfig", arguments: argparse.Namespace, device: 
 
 
 def _with_available_denoiser(config: "TrainConfig", device: "torch.device") -> "TrainConfig":
-    from noisepolicy.export import available_denoisers
+    from noisepolicy.engines import available_engines
 
-    if (reason := available_denoisers(device)[config.denoiser]) is None:
+    if (reason := available_engines(device)[config.denoiser]) is None:
         return config
     warnings.warn(f"the run's denoiser, {config.denoiser}, does not run here ({reason}); using PyTorch", stacklevel=3)
     return dataclasses.replace(config, denoiser="eager", denoiser_dtype=None)

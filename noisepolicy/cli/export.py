@@ -106,10 +106,10 @@ def _export(arguments: argparse.Namespace) -> None:
 def _export_part(part: "Part", name: str, dtype: "torch.dtype", rows: int, arguments: argparse.Namespace) -> None:
     import torch
 
+    from noisepolicy.engines.onnx_engine import OnnxEngine
     from noisepolicy.export.to_onnx import export_onnx
     from noisepolicy.export.to_tensorrt import build_engine
     from noisepolicy.export.verify import verify
-    from noisepolicy.frozen.engines import OnnxRuntimeEngine
 
     path, start = arguments.output_dir / f"{name}.onnx", time.perf_counter()
     num_bytes = export_onnx(part, path, dtype=dtype)
@@ -120,7 +120,7 @@ def _export_part(part: "Part", name: str, dtype: "torch.dtype", rows: int, argum
         if dtype == torch.bfloat16 and device.type == "cpu":
             said += "; not verified: ONNX Runtime has no bfloat16 on a CPU"
         else:
-            engine = OnnxRuntimeEngine(path, device=device, output_shape=part.output_shape())
+            engine = OnnxEngine(path, device=device, output_shape=part.output_shape())
             said += f"; differs from PyTorch by {verify(part, engine.run, dtype=dtype):.0e}"
     print(said, flush=True)
     if arguments.engine is None or name == "policy":

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from noisepolicy.frozen.denoisers import StandIn
 from noisepolicy.frozen.families import family_of
 from noisepolicy.frozen.recording import timed, weights_digest
 
@@ -17,6 +16,10 @@ if TYPE_CHECKING:
 
 _CONVOLUTIONAL = ("UNet2DConditionModel", "AutoencoderKL", "AutoencoderTiny")
 """Faster with channels last."""
+
+
+class StandIn(torch.nn.Module):
+    """A module in the place of a pipeline's denoiser or VAE, whose weights count for the model's hash as they were."""
 
 
 class PipelineComponents:
@@ -41,7 +44,7 @@ class PipelineComponents:
                 raise ValueError(f"the pipeline has no {name}")
         self.device = device
         self.engine = "eager"
-        """What denoiser and decoder run on; `noisepolicy.export.use_denoiser` changes it."""
+        """What denoiser and decoder run on; `noisepolicy.engines.use_engine` changes it."""
         self._pipeline = copy.copy(pipeline)
         self._pipeline.scheduler = copy.deepcopy(pipeline.scheduler)  # it keeps state
         self._pipeline.set_progress_bar_config(disable=True)
@@ -68,7 +71,7 @@ class PipelineComponents:
         return self._family.upcasts_vae and bool(getattr(self.vae.config, "force_upcast", False))
 
     def replace(self, *, denoiser: torch.nn.Module | None = None, vae: torch.nn.Module | None = None) -> None:
-        """Puts stand-ins (`denoisers.py`) in the place of components; those count for `weights_sha256` as they were.
+        """Puts stand-ins in the place of components; those count for `weights_sha256` as they were.
 
         Raises:
             ValueError: if the components move between devices.

@@ -155,12 +155,12 @@ def load_frozen(config: TrainConfig, device: torch.device) -> FrozenDiffusersPip
         raise ValueError(f"cannot load --model {config.model}: {' '.join(str(error).split())}") from error
     if config.denoiser == "eager" and config.denoiser_dtype is None:
         return frozen
-    from noisepolicy.export import choose_denoiser, use_denoiser  # torch's exporter and more
+    from noisepolicy.engines import choose_engine, use_engine
 
     if config.denoiser != "auto":
-        use_denoiser(frozen, config.denoiser, dtype=config.denoiser_dtype)
+        use_engine(frozen, config.denoiser, dtype=config.denoiser_dtype)
         return frozen
-    choice = choose_denoiser(
+    choice = choose_engine(
         frozen,
         frozen.encode([""]),
         num_inference_steps=config.num_inference_steps[0],

@@ -23,11 +23,11 @@ from noisepolicy.benchmarks.latency_timing import SPLIT
 from noisepolicy.benchmarks.machine import MemoryMeter
 from noisepolicy.benchmarks.timing import measure
 from noisepolicy.cli.bench import main
-from noisepolicy.export import available_denoisers
+from noisepolicy.engines import available_engines
 
 CPU = torch.device("cpu")
 SHORT = ["--device", "cpu", "--steps", "1", "--seconds", "0.02"]
-ENGINES = ["eager", *(["onnx"] if available_denoisers(CPU)["onnx"] is None else [])]
+ENGINES = ["eager", *(["onnx"] if available_engines(CPU)["onnx"] is None else [])]
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_the_numbers(result):
         assert row["loop_overhead_fraction"] == pytest.approx(split["scheduler"] / row["median_ms"])
         assert 0 <= row["loop_overhead_fraction"] < 0.6 and row["num_inference_steps"] == 1
         assert row["speedup_over_diffusers"] == pytest.approx(row["diffusers_ms"] / row["median_ms"])
-    assert result["backends"]["denoisers"] == available_denoisers(CPU)
+    assert result["backends"]["denoisers"] == available_engines(CPU)
     assert result["machine"]["threads"] == 1 and result["machine"]["versions"]["torch"] == torch.__version__
     assert result["next_gain"].startswith("a rollout of 2 images at 1 step on ")
 
@@ -262,7 +262,7 @@ def _plant(monkeypatch, spoil):
     def never(*arguments, **settings):
         raise AssertionError("a wrong engine was timed")
 
-    monkeypatch.setattr(latency_cases, "use_denoiser", lambda frozen, name, dtype=None: spoil(frozen))
+    monkeypatch.setattr(latency_cases, "use_engine", lambda frozen, name, dtype=None: spoil(frozen))
     monkeypatch.setattr(latency_timing, "measure", never)
 
 

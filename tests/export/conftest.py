@@ -1,51 +1,17 @@
-"""The embedded model on every engine that runs here, exported once into a cache of the session's own."""
+"""Tiny pipelines, rows of the embedded model, and an ONNX file that is built in a tenth of a second."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
-from noisepolicy.export import available_denoisers, use_denoiser
-from noisepolicy.frozen import FrozenDiffusersPipeline
-from noisepolicy.worlds.shapes import held_out_scenes, model_folder
-
-from ..frozen.conftest import family_folder  # noqa: F401  a fixture here too
-
-NUM_ROWS = 16
-
-
-@pytest.fixture(scope="session")
-def on_engine():
-    """From an engine's name and dtype, the embedded model on it; skips where it does not run."""
-    made: dict[tuple[str, str | None], FrozenDiffusersPipeline] = {}
-
-    def get(name: str, dtype: str | None = None, **options) -> FrozenDiffusersPipeline:
-        if reason := available_denoisers(torch.device("cpu"))[name]:
-            pytest.skip(reason)
-        if options or (name, dtype) not in made:
-            frozen = FrozenDiffusersPipeline.from_pretrained(model_folder(), **options)
-            use_denoiser(frozen, name, dtype=dtype)
-            if options:
-                return frozen
-            made[name, dtype] = frozen
-        return made[name, dtype]
-
-    return get
-
-
-@pytest.fixture(scope="session")
-def prompts() -> list[str]:
-    return [scene.caption for scene in held_out_scenes()[:NUM_ROWS]]
-
-
-@pytest.fixture(scope="session")
-def latents(frozen: FrozenDiffusersPipeline) -> torch.Tensor:
-    return torch.randn(NUM_ROWS, *frozen.latent_shape, generator=torch.Generator().manual_seed(0))
+from ..engines.conftest import latents, prompts  # noqa: F401  fixtures here too
+from ..frozen.conftest import family_folder  # noqa: F401
 
 
 @pytest.fixture
 def gemm(tmp_path) -> Path:
-    """A layer in ONNX, which is built in a tenth of a second."""
+    """A layer in ONNX."""
     import onnx
     from onnx import TensorProto, helper
 

@@ -14,14 +14,14 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 from noisepolicy.cli import export as export_command
+from noisepolicy.engines.exported import EngineDenoiser
+from noisepolicy.engines.onnx_engine import OnnxEngine
 from noisepolicy.export import cache
 from noisepolicy.export.cache import cached
 from noisepolicy.export.spec import denoiser_part, policy_part, vae_decoder_part
 from noisepolicy.export.to_onnx import export_onnx
 from noisepolicy.export.verify import OutputMismatch, ShapeMismatch, verify
 from noisepolicy.frozen import FrozenDiffusersPipeline
-from noisepolicy.frozen.denoisers import EngineDenoiser, OnnxRuntimeDenoiser
-from noisepolicy.frozen.engines import OnnxRuntimeEngine
 from noisepolicy.policies import SpectralPolicy
 
 from ..frozen.tiny_pipelines import SIZE
@@ -49,7 +49,7 @@ def test_every_family_exports_and_runs_in_its_pipeline(tiny, tmp_path, name):
     eager, frozen = tiny(name), tiny(name)
     part = denoiser_part(frozen, guidance_scale=4.0)
     export_onnx(part, tmp_path / "denoiser.onnx")
-    engine = OnnxRuntimeEngine(tmp_path / "denoiser.onnx", device=CPU)
+    engine = OnnxEngine(tmp_path / "denoiser.onnx", device=CPU)
     assert set(engine.input_names) == set(part.inputs)
     verify(part, engine.run, batches=(1, 2, 7))
     frozen.replace(denoiser=EngineDenoiser(engine, frozen.denoiser))
@@ -70,7 +70,7 @@ def test_half_precision_files_of_sdxl_hold_together(tiny, tmp_path, dtype):
     onnx.checker.check_model(tmp_path / "unet.onnx", full_check=True)
     if dtype == torch.float16:
         part = denoiser_part(tiny("StableDiffusionXLPipeline"))
-        verify(part, OnnxRuntimeEngine(tmp_path / "unet.onnx", device=CPU).run, dtype=dtype)
+        verify(part, OnnxEngine(tmp_path / "unet.onnx", device=CPU).run, dtype=dtype)
 
 
 @pytest.mark.slow
@@ -81,7 +81,7 @@ def test_height_and_width_change_when_asked(tiny, tmp_path):
         (vae_decoder_part(frozen, dynamic_size=True), "latents"),
     ):
         export_onnx(part, tmp_path / "part.onnx")
-        engine = OnnxRuntimeEngine(tmp_path / "part.onnx", device=CPU)
+        engine = OnnxEngine(tmp_path / "part.onnx", device=CPU)
         inputs = part.sample_inputs(2) | {name: torch.randn(2, 4, 8, 24)}
         torch.testing.assert_close(engine.run(inputs), part.module(*inputs.values()), rtol=1e-4, atol=1e-4)
         assert part.profile((1, 2, 4), (0.5, 1, 2))[name] == ((1, 4, 8, 8), (2, 4, 16, 16), (4, 4, 32, 32))
@@ -97,7 +97,7 @@ def decoder(tiny, tmp_path_factory):
 
 def test_verification_says_what_differs(decoder):
     part, path = decoder
-    run = OnnxRuntimeEngine(path, device=CPU).run
+    run = OnnxEngine(path, device=CPU).run
     assert verify(part, run) < 1e-5
     with pytest.raises(OutputMismatch, match=r"batch 1: the engine differs from PyTorch by \d.*tolerance 1e-04"):
         verify(part, lambda inputs: run(inputs) * 1.001)
@@ -112,7 +112,7 @@ def test_verification_says_what_differs(decoder):
 def test_bound_tensors_give_the_same_numbers(decoder):
     """What CUDA uses, here on the CPU's memory: names, types, shapes and addresses."""
     part, path = decoder
-    engine = OnnxRuntimeEngine(path, device=CPU, output_shape=part.output_shape())
+    engine = OnnxEngine(path, device=CPU, output_shape=part.output_shape())
     for batch in (1, 5):
         inputs = part.sample_inputs(batch)
         torch.testing.assert_close(engine._run_bound(inputs), engine.run(inputs), rtol=0, atol=0)
@@ -122,12 +122,12 @@ def test_a_file_that_is_cut_short_is_named(decoder, tmp_path):
     path = tmp_path / "cut.onnx"
     path.write_bytes(decoder[1].read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"ONNX Runtime cannot load .*cut\.onnx.*export it again"):
-        OnnxRuntimeEngine(path, device=CPU)
+        OnnxEngine(path, device=CPU)
 
 
 def test_what_onnx_runtime_says_while_it_runs_is_one_line(decoder):
     """Its exceptions are RuntimeErrors of this package's, which every command reports in one line."""
-    engine = OnnxRuntimeEngine(decoder[1], device=CPU, output_shape=lambda shapes: (1, 3, 16, 24))
+    engine = OnnxEngine(decoder[1], device=CPU, output_shape=lambda shapes: (1, 3, 16, 24))
     for run in (engine.run, engine._run_bound):
         with pytest.raises(RuntimeError, match=r"ONNX Runtime cannot run .*decoder\.onnx: .*nvalid") as error:
             run({"latents": torch.zeros(1, 5, 8, 12)})
@@ -145,7 +145,7 @@ def test_what_onnx_runtime_says_while_it_runs_is_one_line(decoder):
 )
 def test_an_engine_that_runs_out_of_memory_is_known_for_it(decoder, text, kind):
     """Rollouts halve their batch for it."""
-    engine = OnnxRuntimeEngine(decoder[1], device=CPU)
+    engine = OnnxEngine(decoder[1], device=CPU)
 
     class Session:
         def run(self, names, arrays):
@@ -159,18 +159,18 @@ def test_an_engine_that_runs_out_of_memory_is_known_for_it(decoder, text, kind):
 
 def test_a_provider_that_is_not_there_is_never_replaced(decoder, monkeypatch):
     with pytest.raises(RuntimeError, match=r"no CUDAExecutionProvider.*noisepolicy\[onnx-gpu\]"):
-        OnnxRuntimeEngine(decoder[1], device=CPU, provider="CUDAExecutionProvider")
+        OnnxEngine(decoder[1], device=CPU, provider="CUDAExecutionProvider")
     import onnxruntime
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: namedtuple("Stream", "cuda_stream")(0))
     # The real session logs, and takes the CPU.
     with pytest.raises((RuntimeError, ValueError), match="CUDAExecutionProvider"):
-        OnnxRuntimeEngine(decoder[1], device=CPU, provider="CUDAExecutionProvider")
+        OnnxEngine(decoder[1], device=CPU, provider="CUDAExecutionProvider")
 
 
 def test_other_inputs_than_exported_are_refused(frozen, decoder):
-    denoiser = OnnxRuntimeDenoiser(decoder[1], frozen.denoiser)
+    denoiser = EngineDenoiser(OnnxEngine(decoder[1], device=CPU), frozen.denoiser)
     with pytest.raises(ValueError, match="takes latents; it was called with sample, timestep, encoder_hidden_states"):
         denoiser(torch.zeros(1, 4, 8, 8), 5, encoder_hidden_states=torch.zeros(1, 20, 128))
     with pytest.raises(ValueError, match="cross_attention_kwargs="):
@@ -187,7 +187,7 @@ def test_a_users_own_pipeline_takes_it(tiny, family_folder, tmp_path):
     images = []
     for replaces in (False, True):
         if replaces:
-            pipeline.unet = OnnxRuntimeDenoiser(tmp_path / "unet.onnx", pipeline.unet)
+            pipeline.unet = EngineDenoiser(OnnxEngine(tmp_path / "unet.onnx", device=CPU), pipeline.unet)
         images.append(pipeline(**settings, generator=torch.Generator().manual_seed(0)).images)
     torch.testing.assert_close(*images, rtol=0, atol=1e-3)
 
@@ -197,7 +197,7 @@ def test_policy_exports(tmp_path):
     torch.nn.init.normal_(policy.mean.weight)
     part = policy_part(policy)
     export_onnx(part, tmp_path / "policy.onnx")
-    assert verify(part, OnnxRuntimeEngine(tmp_path / "policy.onnx", device=CPU).run) < 1e-5
+    assert verify(part, OnnxEngine(tmp_path / "policy.onnx", device=CPU).run) < 1e-5
 
 
 def test_no_space_is_said_before_the_work(decoder, tmp_path, monkeypatch):

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
+from noisepolicy.export import tensorrt_files
 from noisepolicy.export.to_tensorrt import EngineMismatch, build_engine, check_engine, load_tensorrt, read_sidecar
-from noisepolicy.frozen import tensorrt_files
 from noisepolicy.worlds.shapes import model_folder
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: no engine is built")

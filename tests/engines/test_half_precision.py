@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from noisepolicy.cli import export as export_command
-from noisepolicy.export import use_denoiser
-from noisepolicy.frozen import FrozenDiffusersPipeline, denoisers
-from noisepolicy.frozen.denoisers import CompiledDenoiser, CompiledVae, EngineDenoiser, EngineVae
+from noisepolicy.engines import compiled, use_engine
+from noisepolicy.engines.compiled import CompiledDenoiser, CompiledVae
+from noisepolicy.engines.exported import EngineDenoiser, EngineVae
+from noisepolicy.frozen import FrozenDiffusersPipeline
 
 from ..frozen.tiny_pipelines import SIZE
 
@@ -33,9 +34,9 @@ def test_a_float16_model_runs_on_an_engine(tiny, name):
     """On a CPU in float32, which ONNX Runtime has there: nearer to the float32 model than the model itself is."""
     pytest.importorskip("onnxruntime")
     exact, eager, frozen = tiny(name), tiny(name, dtype=torch.float16), tiny(name, dtype=torch.float16)
-    with pytest.raises(ValueError, match=r"computes in float32 on a CPU, which --denoiser-dtype float32 asks for"):
-        use_denoiser(frozen, "onnx")
-    use_denoiser(frozen, "onnx", dtype="float32")
+    with pytest.raises(ValueError, match=r"computes in float32 on a CPU, which --engine-dtype float32 asks for"):
+        use_engine(frozen, "onnx")
+    use_engine(frozen, "onnx", dtype="float32")
     images, expected = call(frozen), call(eager)
     assert images.isfinite().all()
     assert (images - expected).square().mean().sqrt() < 2e-2
@@ -98,7 +99,7 @@ class OnPyTorch:
 @pytest.mark.parametrize("name", SIZE)
 def test_compiled_stand_ins_have_all_that_pipelines_ask(tiny, name, dtype, monkeypatch):
     """Compiled by nobody, for that takes a minute a shape: what counts here is what the pipeline asks of them."""
-    monkeypatch.setattr(denoisers, "compile_for_each_shape", lambda function, device, mode: function)
+    monkeypatch.setattr(compiled, "compile_for_each_shape", lambda function, device: function)
     eager, frozen = tiny(name, dtype=dtype), tiny(name, dtype=dtype)
     vae = CompiledVae(frozen.vae, upcasts=frozen.upcasts_vae and dtype == torch.float16)
     if len(frozen.latent_shape) != 3:
@@ -140,5 +141,5 @@ def test_compile_runs_sdxl_in_float16(tiny, monkeypatch):
         tiny("StableDiffusionXLPipeline", dtype=torch.float16),
         tiny("StableDiffusionXLPipeline", dtype=torch.float16),
     )
-    use_denoiser(frozen, "compile")
+    use_engine(frozen, "compile")
     torch.testing.assert_close(call(frozen), call(eager), rtol=0, atol=5e-3)

@@ -1,7 +1,7 @@
-"""TensorRT and TensorRT-RTX on torch tensors, on the caller's stream, replayed as CUDA graphs.
+"""TensorRT on torch tensors, on the caller's stream, replayed as CUDA graphs.
 
-The two share every line but the import and the kernel strategy of TensorRT-RTX. Verified against the API's signatures
-and by emulation of the buffers; not yet run on a GPU.
+TensorRT-RTX (`tensorrt_rtx_engine.py`) is another flavor of it: the two share every line but the import and the kernel
+strategy of TensorRT-RTX. Verified against the API's signatures and by emulation of the buffers; not yet run on a GPU.
 """
 
 import warnings
@@ -14,11 +14,47 @@ from typing import Any
 
 import torch
 
-from noisepolicy.frozen.tensorrt_files import DTYPES, Shape, check_engine, load_tensorrt, the_log
+from noisepolicy.engines.exported import StandIns, open_exported
+from noisepolicy.export.cache import Entry
+from noisepolicy.export.packages import missing
+from noisepolicy.export.spec import Part
+from noisepolicy.export.tensorrt_files import DTYPES, Shape, check_engine, load_tensorrt, the_log
+from noisepolicy.export.to_onnx import exported_onnx
+from noisepolicy.frozen import FrozenDiffusersPipeline
 
 _MAX_GRAPHS = 8
 _ALIGNMENT = 256
 """Bytes, of every address TensorRT is given."""
+
+
+def unavailable_reason(device: torch.device, *, flavor: str = "tensorrt") -> str | None:
+    """The reason why TensorRT does not run on `device` here, or None."""
+    if device.type != "cuda":
+        return "it needs an NVIDIA GPU"
+    try:
+        load_tensorrt(flavor)
+    except RuntimeError as error:
+        return str(error)
+    return missing("onnx", "onnxscript", extra=flavor)
+
+
+def open(frozen: FrozenDiffusersPipeline, dtype: torch.dtype | None, *, flavor: str = "tensorrt") -> StandIns:
+    """Exports and builds the model's denoiser and decoder, unless the cache has them, and loads them.
+
+    Raises:
+        ValueError, VerificationError: as `open_exported`.
+        RuntimeError: if the build fails.
+    """
+
+    def load(part: Part, dtype: torch.dtype, max_rows: int, sha256: str, renew: bool) -> tuple["TensorRTEngine", Entry]:
+        from noisepolicy.export.to_tensorrt import exported_tensorrt  # needs the package onnx
+
+        entry = exported_onnx(part, sha256, dtype, renew=renew)
+        entry = exported_tensorrt(entry, part, flavor, max_rows, frozen.device, renew=renew)
+        path, use_cuda_graph = entry.folder / "model.engine", not frozen.uses_cuda_graph
+        return TensorRTEngine(path, flavor=flavor, device=frozen.device, use_cuda_graph=use_cuda_graph), entry
+
+    return open_exported(frozen, dtype or frozen.denoiser.dtype, load)
 
 
 class _Stream:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from noisepolicy.frozen import tensorrt_engine, tensorrt_files
+from noisepolicy.engines import tensorrt_engine
+from noisepolicy.export import tensorrt_files
 
 from .fake_tensorrt import FakeContext, FakeEngine
 

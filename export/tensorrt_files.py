@@ -1,7 +1,6 @@
 """Files of TensorRT and TensorRT-RTX engines: what each was built for and from, and whether it can be run here.
 
-The two share every line but the import. Building is in `noisepolicy.export.to_tensorrt`, running in
-`tensorrt_engine.py`.
+The two share every line but the import. `to_tensorrt.py` builds the files, `noisepolicy.engines` runs them.
 """
 
 import functools
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-from noisepolicy.frozen.engines import require
+from noisepolicy.export.packages import require
 from noisepolicy.storage import file_sha256
 
 Shape = tuple[int, ...]

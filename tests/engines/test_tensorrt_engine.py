@@ -7,9 +7,10 @@ from hashlib import sha256
 import pytest
 import torch
 
-from noisepolicy.frozen import tensorrt_engine, tensorrt_files
-from noisepolicy.frozen.tensorrt_engine import TensorRTEngine
-from noisepolicy.frozen.tensorrt_files import EngineInfo, EngineMismatch
+from noisepolicy.engines import tensorrt_engine
+from noisepolicy.engines.tensorrt_engine import TensorRTEngine
+from noisepolicy.export import tensorrt_files
+from noisepolicy.export.tensorrt_files import EngineInfo, EngineMismatch
 
 from .fake_tensorrt import CPU_ALIGNMENT, DTYPES, FakeContext, FakeStream, FakeTensorRT, compute
 

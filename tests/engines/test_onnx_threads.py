@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from noisepolicy.frozen.engines import OnnxRuntimeEngine
+from noisepolicy.engines.onnx_engine import OnnxEngine
 
 NUM_CALLS = 10
 
@@ -29,7 +29,7 @@ def test_idle_threads_take_no_time(tmp_path, two_threads):
     graph = make.make_graph([make.make_node("MatMul", ["x", "weight"], ["y"])], "layer", [x], [y], [weight])
     model = make.make_model(graph, opset_imports=[make.make_opsetid("", 17)], ir_version=9)
     onnx.save(model, tmp_path / "model.onnx")
-    engine = OnnxRuntimeEngine(tmp_path / "model.onnx", device=torch.device("cpu"))
+    engine = OnnxEngine(tmp_path / "model.onnx", device=torch.device("cpu"))
     inputs, used = torch.rand(256, 256), 0.0
     for _ in range(NUM_CALLS):
         torch.testing.assert_close(engine.run({"x": inputs}), inputs)

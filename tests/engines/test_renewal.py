@@ -1,4 +1,4 @@
-"""What `use_denoiser` does with a cached export that is not of the model, and with engines that fail."""
+"""What `use_engine` does with a cached export that is not of the model, and with engines that fail."""
 
 import warnings
 from pathlib import Path
@@ -7,11 +7,13 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from noisepolicy.export import apply, choose_denoiser, use_denoiser
+from noisepolicy import engines
+from noisepolicy.engines import choose_engine, exported, use_engine
+from noisepolicy.engines.exported import EngineDenoiser
+from noisepolicy.export import to_onnx
 from noisepolicy.export.cache import Entry
 from noisepolicy.export.verify import OutputMismatch
 from noisepolicy.frozen import FrozenDiffusersPipeline
-from noisepolicy.frozen.denoisers import EngineDenoiser
 
 from ..frozen.tiny_pipelines import SIZE
 
@@ -46,18 +48,18 @@ def test_another_strength_of_a_lora_is_another_export(tiny, tmp_path, monkeypatc
         warnings.simplefilter("error", UserWarning)  # nothing is made again
         for strength in (4.0, 0.3, 4.0):
             eager, frozen = with_lora(tiny(), strength), with_lora(tiny(), strength)
-            use_denoiser(frozen, "onnx")
+            use_engine(frozen, "onnx")
             images[strength] = generate(frozen)
             torch.testing.assert_close(images[strength], generate(eager), rtol=0, atol=1e-3)
     assert (images[4.0] - images[0.3]).abs().max() > 1e-2
     assert len(list(tmp_path.glob("UNet2DConditionModel-*"))) == 2
 
     # And where the key misses something: the file that does not fit is made again.
-    monkeypatch.setattr(apply, "function_sha256", lambda module: "the same")
-    use_denoiser(with_lora(tiny(), 4.0), "onnx")
+    monkeypatch.setattr(to_onnx, "function_sha256", lambda module: "the same")
+    use_engine(with_lora(tiny(), 4.0), "onnx")
     frozen = with_lora(tiny(), 0.3)
     with pytest.warns(UserWarning, match="the cached export .* does not fit this model and is made again: UNet2D"):
-        use_denoiser(frozen, "onnx")
+        use_engine(frozen, "onnx")
     torch.testing.assert_close(generate(frozen), images[0.3], rtol=0, atol=1e-3)
 
 
@@ -80,22 +82,21 @@ class Engine:
 def test_an_export_is_made_again_once(monkeypatch, was_cached, is_right_then, loads):
     loaded = []
 
-    def load(*arguments):
-        loaded.append(arguments[-1] if isinstance(arguments[-1], bool) else None)
+    def load(*arguments, renew):
+        loaded.append(renew)
         return Engine(), Entry(Path("entry"), is_new=not was_cached or len(loaded) > 1)
 
     def verify(part, run, **options):
         if len(loaded) == 1 or not is_right_then:
             raise OutputMismatch("the engine differs")
 
-    monkeypatch.setattr(apply, "_load", lambda *args, renew: load(*args, renew))
-    monkeypatch.setattr(apply, "verify", verify)
-    arguments = (None, None, "onnx", torch.float32, 4, "weights")
+    monkeypatch.setattr(exported, "verify", verify)
+    arguments = (load, None, torch.float32, 4, "weights")
     if is_right_then:
-        assert isinstance(apply._engine(*arguments), Engine)
+        assert isinstance(exported.checked_engine(*arguments), Engine)
     else:
         with pytest.raises(OutputMismatch):
-            apply._engine(*arguments)
+            exported.checked_engine(*arguments)
     assert loaded == loads
 
 
@@ -106,7 +107,7 @@ class Strange(Exception):  # noqa: N818
 @pytest.mark.parametrize("fails_at", ["made", "first call"])
 def test_auto_leaves_out_what_fails_and_says_why(tiny, monkeypatch, fails_at):
     frozen, expected = tiny(rollout_batch_size=4), generate(tiny())
-    stand_ins = apply._stand_ins
+    open_engine = engines._open
 
     class Failing(EngineDenoiser):
         def forward(self, *args, **kwargs):
@@ -114,16 +115,16 @@ def test_auto_leaves_out_what_fails_and_says_why(tiny, monkeypatch, fails_at):
 
     def make(frozen, name, dtype):
         if name != "onnx":
-            return stand_ins(frozen, name, dtype)
+            return open_engine(frozen, name, dtype)
         if fails_at == "made":
             raise Strange("no kernel for this")
         return Failing(Engine(), frozen.denoiser), None
 
-    monkeypatch.setattr(apply, "_stand_ins", make)
-    monkeypatch.setattr(apply, "available_denoisers", lambda device: {"eager": None, "onnx": None})
-    monkeypatch.setattr(apply, "_MAX_CHOOSING_SECONDS", 0.0)
+    monkeypatch.setattr(engines, "_open", make)
+    monkeypatch.setattr(engines, "available_engines", lambda device: {"eager": None, "onnx": None})
+    monkeypatch.setattr(engines, "_MAX_CHOOSING_SECONDS", 0.0)
     before = frozen.denoiser
-    choice = choose_denoiser(frozen, frozen.encode(["a red circle"]), **SETTINGS)
+    choice = choose_engine(frozen, frozen.encode(["a red circle"]), **SETTINGS)
     assert choice.name == frozen.engine == "eager" and "not onnx: no kernel for this" in str(choice)
     assert frozen.denoiser is before
     assert torch.equal(generate(frozen), expected)
@@ -132,7 +133,7 @@ def test_auto_leaves_out_what_fails_and_says_why(tiny, monkeypatch, fails_at):
 def test_auto_halves_the_batch_of_an_engine_that_runs_out_of_memory_alone(tiny, monkeypatch):
     frozen = tiny(rollout_batch_size=8)
     eager_batches = []
-    stand_ins = apply._stand_ins
+    open_engine = engines._open
 
     class Large(EngineDenoiser):
         def forward(self, sample, *args, **kwargs):
@@ -143,21 +144,21 @@ def test_auto_halves_the_batch_of_an_engine_that_runs_out_of_memory_alone(tiny, 
     def make(frozen, name, dtype):
         if name == "eager":
             eager_batches.append(frozen.rollout_batch_size)
-        return (Large(Engine(), frozen.denoiser), None) if name == "onnx" else stand_ins(frozen, name, dtype)
+        return (Large(Engine(), frozen.denoiser), None) if name == "onnx" else open_engine(frozen, name, dtype)
 
-    monkeypatch.setattr(apply, "_stand_ins", make)
-    monkeypatch.setattr(apply, "available_denoisers", lambda device: {"onnx": None, "eager": None})
-    monkeypatch.setattr(apply, "_seconds", lambda call, device: call() or (1.0 if eager_batches else 2.0))
+    monkeypatch.setattr(engines, "_open", make)
+    monkeypatch.setattr(engines, "available_engines", lambda device: {"onnx": None, "eager": None})
+    monkeypatch.setattr(engines, "_seconds", lambda call, device: call() or (1.0 if eager_batches else 2.0))
     before = frozen.denoiser
     with pytest.warns(UserWarning, match="out of memory"):
-        assert choose_denoiser(frozen, frozen.encode([""]), **SETTINGS).name == "eager"
+        assert choose_engine(frozen, frozen.encode([""]), **SETTINGS).name == "eager"
     assert eager_batches == [8] and frozen.rollout_batch_size == 8
 
 
 def test_what_cannot_be_exported_is_told_before_anything_is_built(tiny, monkeypatch):
-    monkeypatch.setattr(apply, "export_onnx", lambda *_, **__: pytest.fail("exported"))
+    monkeypatch.setattr(to_onnx, "export_onnx", lambda *_, **__: pytest.fail("exported"))
     frozen = tiny()
     weight = frozen.vae.decoder.conv_in.weight.data.to(torch.int8)
     frozen.vae.decoder.conv_in.weight = torch.nn.Parameter(weight, requires_grad=False)
     with pytest.raises(ValueError, match="AutoencoderKL cannot be exported: its weights are quantised"):
-        use_denoiser(frozen, "onnx")
+        use_engine(frozen, "onnx")

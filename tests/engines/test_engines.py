@@ -13,11 +13,13 @@ import pytest
 import torch
 import yaml
 
-from noisepolicy.export import apply, available_denoisers, choose_denoiser, use_denoiser
+from noisepolicy import engines
+from noisepolicy.engines import available_engines, choose_engine, compiled, openvino_engine, use_engine
+from noisepolicy.engines.compiled import CompiledDenoiser, compile_for_each_shape
+from noisepolicy.export import packages, to_onnx
 from noisepolicy.export.spec import denoiser_part
 from noisepolicy.export.to_onnx import weight_bytes
-from noisepolicy.frozen import FrozenDiffusersPipeline, engines
-from noisepolicy.frozen.denoisers import CompiledDenoiser, compile_for_each_shape
+from noisepolicy.frozen import FrozenDiffusersPipeline
 from noisepolicy.rewards import load_reward
 from noisepolicy.storage import read_tensors
 from noisepolicy.worlds.shapes import model_folder
@@ -91,10 +93,10 @@ def test_bfloat16_scores_as_well(on_engine, frozen, prompts):
 @pytest.mark.slow
 def test_second_start_takes_everything_from_the_cache(on_engine, monkeypatch):
     on_engine("openvino")
-    monkeypatch.setattr(apply, "export_onnx", lambda *_, **__: pytest.fail("exported again"))
+    monkeypatch.setattr(to_onnx, "export_onnx", lambda *_, **__: pytest.fail("exported again"))
     frozen = FrozenDiffusersPipeline.from_pretrained(model_folder())
     start = time.perf_counter()
-    use_denoiser(frozen, "openvino")
+    use_engine(frozen, "openvino")
     frozen.generate(torch.randn(1, *frozen.latent_shape), frozen.encode(["a red circle"]), **SETTINGS)
     assert time.perf_counter() - start < 10  # three seconds on a quiet machine
 
@@ -104,10 +106,10 @@ def test_openvino_keeps_one_copy_of_the_weights(tmp_path, monkeypatch):
     """Whatever batches it meets, and nothing that only the check needed."""
     pytest.importorskip("openvino")
     monkeypatch.setenv("NOISEPOLICY_CACHE", str(tmp_path))
-    monkeypatch.setattr(engines, "_MAX_BLOBS", 3)
+    monkeypatch.setattr(openvino_engine, "_MAX_BLOBS", 3)
     for batches in ((1, 2, 3, 4, 5), (5,)):
         frozen = FrozenDiffusersPipeline.from_pretrained(model_folder())
-        use_denoiser(frozen, "openvino")
+        use_engine(frozen, "openvino")
         engine = frozen.denoiser.engine
         for batch in batches:
             inputs = {
@@ -134,16 +136,16 @@ def frozen_weights():
 
 @pytest.mark.slow
 def test_auto_takes_the_fastest_and_says_why(frozen, monkeypatch):
-    monkeypatch.setattr(apply, "_MAX_CHOOSING_SECONDS", 0.2)
+    monkeypatch.setattr(engines, "_MAX_CHOOSING_SECONDS", 0.2)
     model = FrozenDiffusersPipeline.from_pretrained(model_folder(), rollout_batch_size=4)
-    choice = choose_denoiser(model, model.encode(["a red circle"]), **SETTINGS)
+    choice = choose_engine(model, model.encode(["a red circle"]), **SETTINGS)
     assert choice.name == max(choice.images_per_s, key=choice.images_per_s.get) == model.engine
-    assert set(choice.images_per_s) == {"eager", *(n for n in ("onnx", "openvino") if not available_denoisers(CPU)[n])}
+    assert set(choice.images_per_s) == {"eager", *(n for n in ("onnx", "openvino") if not available_engines(CPU)[n])}
     assert "not compile: compiling takes minutes on a CPU" in str(choice)
     assert "not tensorrt: it needs an NVIDIA GPU" in str(choice)
     # Planted: an engine that sleeps is not taken.
     slow = FrozenDiffusersPipeline.from_pretrained(model_folder(), rollout_batch_size=2)
-    original = apply._stand_ins
+    original = engines._open
 
     def sleepy(frozen, name, dtype):
         denoiser, vae = original(frozen, name, dtype)
@@ -152,8 +154,8 @@ def test_auto_takes_the_fastest_and_says_why(frozen, monkeypatch):
             denoiser.forward = lambda *a, **k: (time.sleep(0.3), forward(*a, **k))[1]
         return denoiser, vae
 
-    monkeypatch.setattr(apply, "_stand_ins", sleepy)
-    assert choose_denoiser(slow, slow.encode(["a red circle"]), **SETTINGS).name == "eager"
+    monkeypatch.setattr(engines, "_open", sleepy)
+    assert choose_engine(slow, slow.encode(["a red circle"]), **SETTINGS).name == "eager"
     assert slow.weights_sha256() == frozen.weights_sha256()
 
 
@@ -188,25 +190,25 @@ def test_training_sees_the_same_rewards_and_resumes_to_the_same_bits(run_train, 
 @pytest.mark.parametrize(
     ("name", "dtype", "error", "message"),
     [
-        ("quick", None, ValueError, "unknown denoiser 'quick'; choose from auto, eager, compile, onnx"),
-        ("tensorrt", None, RuntimeError, "--denoiser tensorrt does not run here: it needs an NVIDIA GPU"),
-        ("tensorrt-rtx", None, RuntimeError, "--denoiser tensorrt-rtx does not run here: it needs an NVIDIA GPU"),
-        ("eager", "bfloat16", ValueError, "--denoiser eager computes in the model's own dtype, not in bfloat16"),
-        ("onnx", "float16", ValueError, "--denoiser onnx computes in float32 on a CPU, which --denoiser-dtype float32"),
+        ("quick", None, ValueError, "unknown engine 'quick'; choose from auto, eager, compile, onnx"),
+        ("tensorrt", None, RuntimeError, "--engine tensorrt does not run here: it needs an NVIDIA GPU"),
+        ("tensorrt-rtx", None, RuntimeError, "--engine tensorrt-rtx does not run here: it needs an NVIDIA GPU"),
+        ("eager", "bfloat16", ValueError, "--engine eager computes in the model's own dtype, not in bfloat16"),
+        ("onnx", "float16", ValueError, "--engine onnx computes in float32 on a CPU, which --engine-dtype float32"),
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_what_cannot_be_is_said_and_nothing_moves(frozen, name, dtype, error, message):
     before = frozen.denoiser
     with pytest.raises(error, match=message):
-        use_denoiser(frozen, name, dtype=dtype)
+        use_engine(frozen, name, dtype=dtype)
     assert frozen.denoiser is before and frozen.engine == "eager"
 
 
 @pytest.mark.slow
 def test_a_model_moves_once(on_engine):
     with pytest.raises(ValueError, match="the model is on onnx already; load it again for another engine"):
-        use_denoiser(on_engine("onnx"), "eager")
+        use_engine(on_engine("onnx"), "eager")
 
 
 def test_the_cache_tells_settings_apart(frozen):
@@ -215,9 +217,9 @@ def test_the_cache_tells_settings_apart(frozen):
     other = dataclasses.replace(part, config={**part.config, "attention_head_dim": 8})
     made_of = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(apply, "cached", lambda name, made, make, renew: made_of.append(made))
+        patch.setattr(to_onnx, "cached", lambda name, made, make, renew: made_of.append(made))
         for each in (part, part, other):
-            apply.exported_onnx(each, "weights", torch.float32)
+            to_onnx.exported_onnx(each, "weights", torch.float32)
     assert made_of[0] == made_of[1] != made_of[2]
     json.dumps(made_of)
 
@@ -229,11 +231,11 @@ def test_engines_do_not_hold_the_models_weights(frozen):
 
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch):
-    find_spec = apply.importlib.util.find_spec
+    find_spec = packages.importlib.util.find_spec
     monkeypatch.setattr(
-        apply.importlib.util, "find_spec", lambda name: None if name in ("onnxruntime", "onnx") else find_spec(name)
+        packages.importlib.util, "find_spec", lambda name: None if name in ("onnxruntime", "onnx") else find_spec(name)
     )
-    reasons = available_denoisers(CPU)
+    reasons = available_engines(CPU)
     assert reasons["onnx"] == "onnxruntime is not installed; pip install 'noisepolicy[onnx]'"
     assert "noisepolicy[openvino]" in reasons["openvino"]
     assert reasons["eager"] is None
@@ -244,17 +246,15 @@ def test_families_that_cannot_be_exported_say_so(family_folder):
     with pytest.raises(
         ValueError, match="the denoiser SanaTransformer2DModel cannot be exported; those that can: UNet2D"
     ):
-        use_denoiser(frozen, "onnx")
+        use_engine(frozen, "onnx")
 
 
 def test_compiling_never_falls_back_to_eager(monkeypatch):
-    from noisepolicy.frozen import denoisers
-
-    monkeypatch.setattr(denoisers, "_MAX_COMPILED_SHAPES", 1)
-    compiled = compile_for_each_shape(lambda tensor: tensor * 2, CPU)
-    compiled(torch.ones(2))
+    monkeypatch.setattr(compiled, "_MAX_COMPILED_SHAPES", 1)
+    double = compile_for_each_shape(lambda tensor: tensor * 2, CPU)
+    double(torch.ones(2))
     with pytest.raises(RuntimeError, match=r"torch.compile cannot run .*lambda.* \(FailOnRecompileLimitHit: "):
-        compiled(torch.ones(3))
+        double(torch.ones(3))
 
 
 def test_compiled_modules_say_what_pipelines_ask(frozen):
@@ -266,9 +266,9 @@ def test_compiled_modules_say_what_pipelines_ask(frozen):
 @pytest.mark.parametrize(
     ("command", "arguments", "code", "message"),
     [
-        ("train", ["--denoiser", "tensorrt"], 1, "--denoiser tensorrt does not run here: it needs an NVIDIA GPU"),
+        ("train", ["--denoiser", "tensorrt"], 1, "--engine tensorrt does not run here: it needs an NVIDIA GPU"),
         ("train", ["--denoiser", "quick"], 2, "denoiser"),
-        ("train", ["--denoiser-dtype", "bfloat16"], 2, "--denoiser eager computes in the model's own dtype"),
+        ("train", ["--denoiser-dtype", "bfloat16"], 2, "--engine eager computes in the model's own dtype"),
     ],
 )
 def test_the_command_line_is_told_in_one_line(tmp_path, command, arguments, code, message):
