@@ -16,7 +16,7 @@ from PIL import Image
 
 
 def score(image: Image.Image, prompt: str) -> float:
-    """How well the RGB image does; higher is better. Replace this: a detector, a VLM judge, ..."""
+    """Score an RGB image; higher is better. Replace this by a detector, a VLM judge, ..."""
     return image.resize((1, 1)).convert("L").getpixel((0, 0)) / 255
 
 

@@ -1,4 +1,4 @@
-"""Prompt embeddings to pictures with ONNX Runtime and numpy alone: what a service needs of `noisepolicy-export`.
+"""Make pictures of prompt embeddings with ONNX Runtime and numpy alone, from the files of `noisepolicy-export`.
 
 noisepolicy-export runs/first --output-dir exported
 python examples/without_torch.py exported prompt_embeds.npy pictures.npy --steps 2
@@ -26,7 +26,7 @@ class Exported:
         }
 
     def start(self, prompt_embeds: np.ndarray, seed: int = 0) -> np.ndarray:
-        """Latents of the policy: the low band is its own, the rest is the prior's."""
+        """Return the policy's latents: the low band is the policy's, the rest the prior's."""
         shape = (len(prompt_embeds), *self.settings["latent_shape"])
         noise = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
         if "policy" not in self._sessions:
@@ -38,7 +38,7 @@ class Exported:
         return idctn(spectrum, axes=(-2, -1), norm="ortho").astype(np.float32)
 
     def generate(self, latents: np.ndarray, prompt_embeds: np.ndarray, steps: int) -> np.ndarray:
-        """Pictures in [0, 1], `(batch, 3, height, width)`."""
+        """Make pictures in [0, 1], `(batch, 3, height, width)`."""
         guidance, schedule = self.settings["guidance_scale"], self.settings["steps"][str(steps)]
         is_guided = guidance > 1
         embeds = prompt_embeds

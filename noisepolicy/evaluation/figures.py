@@ -32,7 +32,7 @@ def _figure(width: float, num_axes: int) -> tuple[Figure, Any]:
 
 
 def figure_svg(figure: Figure) -> str:
-    """The figure as an `<svg>` element, the same bytes for the same figure."""
+    """Render a figure as an `<svg>` element. The same figure gives the same bytes."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
     text = buffer.getvalue()
@@ -40,7 +40,7 @@ def figure_svg(figure: Figure) -> str:
 
 
 def training_curves(metrics: Sequence[dict[str, Any]]) -> str:
-    """Reward and KL to the prior against images generated; SVG."""
+    """Plot reward and KL to the prior against images generated, as SVG."""
     with matplotlib.rc_context(PLOT_STYLE):
         figure, (reward_axes, kl_axes) = _figure(10, 2)
         images = [row["images"] for row in metrics]
@@ -55,7 +55,7 @@ def training_curves(metrics: Sequence[dict[str, Any]]) -> str:
 
 
 def sweep_plot(rows: Sequence[dict[str, Any]], train_steps: Sequence[int]) -> str:
-    """The Noise PPO figure: gain against denoising steps, with intervals, beside the rewards themselves; SVG."""
+    """Plot gain against denoising steps, with intervals, beside the rewards, as SVG: Noise PPO's figure."""
     with matplotlib.rc_context(PLOT_STYLE):
         figure, (gain_axes, reward_axes) = _figure(10, 2)
         steps = [row["num_inference_steps"] for row in rows]
@@ -91,7 +91,7 @@ def sweep_plot(rows: Sequence[dict[str, Any]], train_steps: Sequence[int]) -> st
 
 
 def to_pil(image: torch.Tensor, size: int | None = None) -> Image.Image:
-    """`(3, height, width)` in [0, 1] as a picture, enlarged without smoothing to `size` if given."""
+    """Convert `(3, height, width)` in [0, 1] to a picture, enlarged to `size`, if given, without smoothing."""
     array = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
     picture = Image.fromarray(array)
     return picture if size is None else picture.resize((size, size), Image.Resampling.NEAREST)
@@ -104,7 +104,7 @@ def png(picture: Image.Image) -> bytes:
 
 
 def picture_bytes(image: torch.Tensor) -> tuple[bytes, str]:
-    """A file and its suffix: PNG of `(3, height, width)`, animated GIF of video `(frames, 3, height, width)`."""
+    """Encode `(3, height, width)` as PNG, video `(frames, 3, height, width)` as GIF. Returns bytes and suffix."""
     if image.ndim == 3:
         return png(to_pil(image)), "png"
     frames = [to_pil(frame) for frame in image]
@@ -114,17 +114,17 @@ def picture_bytes(image: torch.Tensor) -> tuple[bytes, str]:
 
 
 def still(image: torch.Tensor) -> torch.Tensor:
-    """An image as it is, and a video's middle frame."""
+    """Return an image as it is, or a video's middle frame."""
     return image if image.ndim == 3 else image[len(image) // 2]
 
 
 def base_above_policy(base: Sequence[torch.Tensor], policy: Sequence[torch.Tensor]) -> bytes:
-    """A PNG grid of two rows, a pair a column."""
+    """Draw a PNG grid with a column for each pair: the base model above, the policy below."""
     return image_grid([*base, *policy], len(base))
 
 
 def image_grid(images: Sequence[torch.Tensor], columns: int) -> bytes:
-    """A PNG of images side by side, row by row."""
+    """Draw a PNG of images side by side, row by row."""
     tiles = [to_pil(still(image)) for image in images]
     width, height = tiles[0].size
     sheet = Image.new("RGB", (columns * width, -(-len(tiles) // columns) * height), "white")
@@ -134,7 +134,7 @@ def image_grid(images: Sequence[torch.Tensor], columns: int) -> bytes:
 
 
 def before_after(pairs: Sequence[Pair], tile: int = 128) -> bytes:
-    """A PNG of same-seed pairs: the base model above, the policy below, framed green where wholly right."""
+    """Draw a PNG of same-seed pairs: the base model above, the policy below; wholly right images get a green frame."""
     gap, margin, label = 6, 6, 96
     width, height = label + len(pairs) * (tile + gap) + margin, margin + 2 * (tile + gap)
     sheet = Image.new("RGB", (width, height), "white")

@@ -1,4 +1,4 @@
-"""The model card that a policy is shared with: what it was trained on and what it gains, from the run's own numbers."""
+"""The model card of a policy: its training and its gain, in the run's own numbers."""
 
 import re
 from pathlib import Path
@@ -17,8 +17,8 @@ def write_model_card(folder: Path, *, config: dict[str, Any], summary: dict[str,
     """Writes `README.md` beside the policy, atomically, with `before_after.png` if the folder has one.
 
     Args:
-        config: the run's settings, plain values.
-        summary: what `summary.json` holds.
+        config: The run's settings as plain values.
+        summary: The content of `summary.json`.
     """
     rows = summary["sweep"]
     trained = config["num_inference_steps"]
@@ -39,5 +39,5 @@ def write_model_card(folder: Path, *, config: dict[str, Any], summary: dict[str,
 
 
 def _code(text: str) -> str:
-    """As Markdown code in one line, whatever it holds."""
+    """Format any text as Markdown code on one line."""
     return "`" + " ".join(text.replace("`", "'").split()) + "`"

@@ -26,10 +26,10 @@ def write_report(
     """Writes the report atomically.
 
     Args:
-        config: the run's settings, plain values.
-        summary: what `summary.json` holds.
-        metrics: the lines of `metrics.jsonl`.
-        pairs: same-seed pictures of the sweep, at every step count.
+        config: The run's settings as plain values.
+        summary: The content of `summary.json`.
+        metrics: The lines of `metrics.jsonl`.
+        pairs: Same-seed pictures of the sweep, at every step count.
     """
     trained = list(config["num_inference_steps"])
     rows = summary["sweep"]

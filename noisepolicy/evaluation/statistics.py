@@ -6,13 +6,13 @@ import torch
 
 
 def bootstrap_mean_ci95(values: torch.Tensor, *, num_resamples: int = 2000) -> tuple[float, float]:
-    """The 95% percentile interval of the mean of paired differences.
+    """Compute the 95% percentile interval of the mean of paired differences. Deterministic.
 
-    Prompts are resampled, not images: images of one prompt are not independent. Of a single prompt, whose images are
-    all there is to say, the images are. Deterministic.
+    Prompts are resampled, not images, because images of one prompt are not independent. With a single prompt, its
+    images are resampled.
 
     Args:
-        values: differences, `(prompts, images)`.
+        values: Differences, `(prompts, images)`.
     """
     per_prompt = values.double().mean(1) if len(values) > 1 else values.double()[0]
     generator = torch.Generator().manual_seed(0)
@@ -22,7 +22,7 @@ def bootstrap_mean_ci95(values: torch.Tensor, *, num_resamples: int = 2000) -> t
 
 
 def expected_best_of(rewards: torch.Tensor, n: int) -> float:
-    """The expected best of `n` images of a prompt: exact over all subsets of the `(prompts, images)` at hand.
+    """Compute the expected best of `n` images of a prompt, exactly, over all subsets of `(prompts, images)`.
 
     A sorted row's i-th value (from 1) is the best of C(i - 1, n - 1) of the C(images, n) subsets.
 
@@ -37,7 +37,7 @@ def expected_best_of(rewards: torch.Tensor, n: int) -> float:
 
 
 def mean_pairwise_distance(images: torch.Tensor) -> float:
-    """Root-mean-square pixel difference between two images of one prompt, averaged over pairs and prompts.
+    """Compute the root-mean-square pixel difference between two images of a prompt, averaged over pairs and prompts.
 
     Args:
         images: `(prompts, images, ...)`; fewer than two images of a prompt give 0.

@@ -11,5 +11,5 @@ WORLDS = ("shapes", "moving_shapes")
 
 
 def find_world(name: str) -> ModuleType | None:
-    """The world of this name, or None if `name` is another model's."""
+    """Return the world of this name, or None if `name` is another model's."""
     return importlib.import_module(f"noisepolicy.worlds.{name}") if name in WORLDS else None

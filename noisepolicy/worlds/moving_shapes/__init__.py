@@ -13,5 +13,5 @@ __all__ = ["NUM_FRAMES", "MovingScene", "held_out_scenes", "model_folder", "pars
 
 
 def model_folder() -> Path:
-    """Where the shipped pipeline lies, for `TextToVideoSDPipeline.from_pretrained`."""
+    """Return the folder of the shipped pipeline, for `TextToVideoSDPipeline.from_pretrained`."""
     return Path(__file__).parent / "model"

@@ -21,7 +21,7 @@ _CAPTION = re.compile(rf"{_OBJECT} and {_OBJECT}")
 
 @dataclass(frozen=True)
 class MovingScene:
-    """What a caption says. Indices into `COLORS`, `SHAPES` and `WAYS`; objects in reading order."""
+    """The content of a caption, as indices into `COLORS`, `SHAPES` and `WAYS`; objects in reading order."""
 
     colors: tuple[int, ...]
     shapes: tuple[int, ...]
@@ -41,7 +41,7 @@ class MovingScene:
 
 @cache
 def parse_caption(caption: str) -> MovingScene:
-    """The scene a caption describes.
+    """Return the scene that a caption describes.
 
     Raises:
         ValueError: if the caption is not of this world's form.
@@ -72,10 +72,10 @@ def _split() -> tuple[tuple[MovingScene, ...], tuple[MovingScene, ...]]:
 
 
 def train_scenes() -> tuple[MovingScene, ...]:
-    """The 1,472 combinations used for training."""
+    """Return the 1,472 combinations used for training."""
     return _split()[0]
 
 
 def held_out_scenes() -> tuple[MovingScene, ...]:
-    """The 256 combinations that nothing here is trained on."""
+    """Return the 256 combinations that nothing here is trained on."""
     return _split()[1]

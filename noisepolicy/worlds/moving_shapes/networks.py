@@ -10,11 +10,11 @@ from noisepolicy.worlds.shapes.networks import LATENT_CHANNELS
 LATENT_SIZE = 6
 TEXT_WIDTH = 96
 MAX_TOKENS = 16
-"""Start token, 11 words, end token, and more end tokens: readers of the whole caption."""
+"""Length of a prompt: start token, 11 words, end token, and more end tokens, which have read the whole caption."""
 
 
 def build_unet() -> UNet3DConditionModel:
-    """4.2 M parameters."""
+    """Make the UNet; it has 4.2 M parameters."""
     return UNet3DConditionModel(
         sample_size=LATENT_SIZE,
         in_channels=LATENT_CHANNELS,

@@ -10,7 +10,7 @@ from noisepolicy.worlds.shapes.renderer import paint
 FRAME_SIZE = 48
 NUM_FRAMES = 6
 WAY_VECTORS = torch.tensor([(-1.0, 0.0), (1.0, 0.0), (0.0, -1.0), (0.0, 1.0)])
-"""x and y of each way of `captions.WAYS`."""
+"""Directions (x, y) of `captions.WAYS`."""
 
 _NUM_TRIES = 32  # of places, of which the first without a collision is drawn
 

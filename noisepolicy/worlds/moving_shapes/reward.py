@@ -50,7 +50,7 @@ def score(clips: torch.Tensor, prompts: Sequence[str]) -> ShapesScore:
     regions = largest_regions(clips.flatten(0, 1))
 
     def of_objects(values: np.ndarray) -> np.ndarray:
-        """`(batch, frames, objects)` of `(batch * frames, colours)`."""
+        """Pick the objects' values, `(batch, frames, objects)`, from `(batch * frames, colours)`."""
         return np.take_along_axis(values.reshape(batch, frames, -1), colors[:, None], 2)
 
     area = of_objects(regions.area)

@@ -9,11 +9,11 @@ from pathlib import Path
 from noisepolicy.worlds.shapes.captions import Scene, held_out_scenes, parse_caption, train_scenes
 
 NUM_FRAMES = None
-"""The model makes pictures, not clips."""
+"""None: the model makes pictures, not clips."""
 
 __all__ = ["NUM_FRAMES", "Scene", "held_out_scenes", "model_folder", "parse_caption", "train_scenes"]
 
 
 def model_folder() -> Path:
-    """Where the shipped pipeline lies, for `StableDiffusionPipeline.from_pretrained`."""
+    """Return the folder of the shipped pipeline, for `StableDiffusionPipeline.from_pretrained`."""
     return Path(__file__).parent / "model"

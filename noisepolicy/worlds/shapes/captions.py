@@ -26,7 +26,7 @@ SceneT = TypeVar("SceneT")
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption says. Indices into `COLORS`, `SHAPES` and `DIRECTIONS`; objects in reading order."""
+    """The content of a caption, as indices into `COLORS`, `SHAPES` and `DIRECTIONS`; objects in reading order."""
 
     colors: tuple[int, ...]
     shapes: tuple[int, ...]
@@ -44,7 +44,7 @@ class Scene:
 
 @cache
 def parse_caption(caption: str) -> Scene:
-    """The scene a caption describes.
+    """Return the scene that a caption describes.
 
     Raises:
         ValueError: if the caption is not of this world's form.
@@ -73,16 +73,16 @@ def _split() -> tuple[tuple[Scene, ...], tuple[Scene, ...]]:
 
 
 def split_by_caption(scenes: Iterable[SceneT], num_held_out: int) -> tuple[tuple[SceneT, ...], tuple[SceneT, ...]]:
-    """For training and held out, by a hash of the caption: it depends on no random generator and never changes."""
+    """Split scenes into training and held-out ones by a hash of the caption, which never changes."""
     ordered = sorted(scenes, key=lambda scene: hashlib.sha256(scene.caption.encode()).digest())
     return tuple(ordered[num_held_out:]), tuple(ordered[:num_held_out])
 
 
 def train_scenes() -> tuple[Scene, ...]:
-    """The 1,040 combinations used for training."""
+    """Return the 1,040 combinations used for training."""
     return _split()[0]
 
 
 def held_out_scenes() -> tuple[Scene, ...]:
-    """The 256 combinations that nothing here is trained on."""
+    """Return the 256 combinations that nothing here is trained on."""
     return _split()[1]

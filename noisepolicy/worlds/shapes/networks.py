@@ -13,7 +13,7 @@ TEXT_WIDTH = 128
 
 
 def build_vae() -> AutoencoderTiny:
-    """0.28 M parameters."""
+    """Make the autoencoder; it has 0.28 M parameters."""
     return AutoencoderTiny(
         latent_channels=LATENT_CHANNELS,
         encoder_block_out_channels=(32, 32, 32, 32),
@@ -24,7 +24,10 @@ def build_vae() -> AutoencoderTiny:
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer, width: int = TEXT_WIDTH) -> CLIPTextModel:
-    """0.7 M parameters at width 128; causal, as CLIP's: every token from the end token on has read the caption."""
+    """Make the text encoder; at width 128 it has 0.7 M parameters.
+
+    It is causal, as CLIP's: every token from the end token on has read the whole caption.
+    """
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -42,7 +45,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer, width: int = TEXT_WIDTH) -> CLI
 
 
 def build_unet() -> UNet2DConditionModel:
-    """4.3 M parameters."""
+    """Make the UNet; it has 4.3 M parameters."""
     return UNet2DConditionModel(
         sample_size=LATENT_SIZE,
         in_channels=LATENT_CHANNELS,
@@ -59,7 +62,7 @@ def build_unet() -> UNet2DConditionModel:
 
 
 def build_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's noise schedule, left as it is: with zero terminal SNR the first step ignores its noise."""
+    """Make Stable Diffusion's scheduler, unchanged: with zero terminal SNR the first step would ignore its noise."""
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_schedule="scaled_linear",
@@ -73,7 +76,7 @@ def build_scheduler() -> DDIMScheduler:
 
 
 def name_weights_for_every_transformers(folder: Path) -> None:
-    """Renames the weights of the CLIP text encoder saved in `folder` as transformers 4 and 5 both read them.
+    """Rename the saved weights of the CLIP text encoder in `folder`, so that transformers 4 and 5 both read them.
 
     Transformers 5 saves them without the prefix `text_model.`. Transformers 4 then finds none of them, and leaves the
     encoder at its random initialisation with no more than a warning.

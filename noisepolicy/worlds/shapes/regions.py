@@ -29,7 +29,7 @@ class Regions:
 
 
 def largest_regions(images: torch.Tensor) -> Regions:
-    """Of pictures in [0, 1], `(batch, 3, height, width)`."""
+    """Measure pictures in [0, 1], `(batch, 3, height, width)`."""
     pixels = images.detach().float().cpu()
     distance = ((pixels[:, None] - PALETTE[None, :, :, None, None]) ** 2).sum(2)
     nearest_distance, nearest = distance.min(1)

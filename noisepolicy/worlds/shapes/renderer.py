@@ -44,14 +44,14 @@ def paint(
     *,
     size: int,
 ) -> torch.Tensor:
-    """Anti-aliased objects on a plain background, the later ones over the earlier.
+    """Paint anti-aliased objects on a plain background, the later ones over the earlier.
 
     Args:
-        background: grey levels, `(batch, 1, 1, 1)`.
+        background: Grey levels, `(batch, 1, 1, 1)`.
         centers: x and y in pixels, `(batch, objects, 2)`.
-        radius: in pixels, `(batch, objects)`.
-        colors, shapes: indices into `captions.COLORS` and `captions.SHAPES`, `(batch, objects)`.
-        size: of a picture's edge, in pixels.
+        radius: Radii in pixels, `(batch, objects)`.
+        colors, shapes: Indices into `captions.COLORS` and `captions.SHAPES`, `(batch, objects)`.
+        size: Edge of a picture, in pixels.
 
     Returns:
         Pictures in [0, 1], `(batch, 3, size, size)`.

@@ -26,7 +26,7 @@ class ShapesScore:
     """Scores of a batch, each `(batch,)` float32 on the CPU, in [0, 1]."""
 
     reward: torch.Tensor
-    """Dense: 0.25 presence + 0.35 places + 0.25 shapes + 0.15 cleanliness."""
+    """Dense score: 0.25 presence + 0.35 places + 0.25 shapes + 0.15 cleanliness."""
     strict: torch.Tensor
     """1 where every object is there, in its shape and order, and nothing else is; else 0."""
 

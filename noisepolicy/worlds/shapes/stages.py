@@ -33,12 +33,12 @@ _CHECKPOINT_EVERY = 250
 
 @dataclass(frozen=True)
 class World:
-    """What a model is trained on."""
+    """The scenes that a model is trained on, and how to draw them."""
 
     scenes: Sequence[Any]
-    """For training; each has a `caption` and `labels`, what the caption says as class numbers."""
+    """Scenes for training; each has a `caption`, and `labels`, its content as class numbers."""
     num_classes: Sequence[int]
-    """Of each label."""
+    """Number of classes of each label."""
     render: Callable[[Sequence[Any], torch.Generator], torch.Tensor]
     """Draws scenes: images `(batch, 3, height, width)` or clips `(batch, frames, 3, height, width)`, in [0, 1]."""
 
@@ -64,7 +64,7 @@ class Stages:
         self._run("text_encoder", encoder, lambda: self._train_text_encoder(encoder, tokenizer, num_steps))
 
     def latents(self, vae: AutoencoderTiny, *, num_scenes: int) -> dict[str, torch.Tensor]:
-        """Encoded scenes, scaled to unit variance, with their scenes' numbers; the VAE is told the scale."""
+        """Encode scenes, scaled to unit variance, and set the VAE's scale. Returns latents and the scenes' numbers."""
         path = self.folder / "latents.safetensors"
         if not path.exists():
             write_tensors(path, self._encode_scenes(vae, num_scenes))
@@ -100,7 +100,7 @@ class Stages:
         module.eval().requires_grad_(False)
 
     def _generator(self, step: int) -> torch.Generator:
-        """A fresh generator per step, so that a resumed stage draws what an uninterrupted one would."""
+        """Make a fresh generator for a step, so that a resumed stage draws the same as an uninterrupted one."""
         return torch.Generator().manual_seed((self.seed << 32) + step)
 
     def _train_vae(self, vae: AutoencoderTiny, num_steps: int, *, use_bf16: bool, learning_rate: float) -> None:
@@ -167,7 +167,7 @@ class Stages:
         num_steps: int,
         batch_size: int,
     ) -> None:
-        """Leaves the moving average of the weights in `unet`."""
+        """Train `unet` and leave the moving average of its weights in it."""
         checkpoint = self.folder / "unet_checkpoint.safetensors"
         scheduler = build_scheduler()
         is_video = data["latents"].ndim == 5
@@ -219,7 +219,7 @@ class Stages:
 
 
 def _frames(pictures: torch.Tensor) -> torch.Tensor:
-    """Images as they are, clips as a batch of their frames."""
+    """Return images as they are, and clips as a batch of their frames."""
     return pictures if pictures.ndim == 4 else pictures.flatten(0, 1)
 
 

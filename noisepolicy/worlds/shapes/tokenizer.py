@@ -15,7 +15,7 @@ from noisepolicy.worlds.shapes.captions import COLORS, DIRECTIONS, SHAPES
 
 WORDS = ("a", "and", *COLORS, *SHAPES, *(word for text in DIRECTIONS for word in text.split()))
 MAX_TOKENS = 20
-"""Start token, 15 words and commas, end token, and three more end tokens: readers of the whole caption."""
+"""Length of a prompt: start token, 15 words and commas, end token, and three more, which have read the caption."""
 
 _START, _END, _WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 
@@ -24,8 +24,8 @@ def build_tokenizer(folder: Path, words: Iterable[str] = WORDS, *, max_tokens: i
     """Writes `vocab.json` and `merges.txt` to `folder` and loads them as a `CLIPTokenizer`.
 
     Args:
-        words: that are to be one token each; the image world's.
-        max_tokens: of a prompt.
+        words: Words that are to be one token each. Default: the image world's.
+        max_tokens: Length of a prompt in tokens.
     """
     merges = _learn_merges([[*word[:-1], word[-1] + _WORD_END] for word in dict.fromkeys(words)])
 
@@ -45,7 +45,7 @@ def build_tokenizer(folder: Path, words: Iterable[str] = WORDS, *, max_tokens: i
 
 
 def _learn_merges(words: list[list[str]]) -> list[tuple[str, str]]:
-    """Byte-pair encoding (Sennrich et al., arXiv 1508.07909) run until every word is one symbol."""
+    """Run byte-pair encoding (Sennrich et al., arXiv 1508.07909) until every word is one symbol."""
     merges = []
     while pairs := Counter(pair for word in words for pair in pairwise(word)):
         best = max(pairs, key=lambda pair: (pairs[pair], pair))
@@ -65,7 +65,7 @@ def _merge(word: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def _byte_symbols() -> list[str]:
-    """GPT-2's printable stand-ins for the 256 bytes: printable bytes are themselves, the rest follow from U+0100."""
+    """Return GPT-2's printable symbols of the 256 bytes: printable bytes are themselves, the others start at U+0100."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(len(others))]
