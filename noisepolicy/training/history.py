@@ -13,14 +13,15 @@ from noisepolicy.training.row_file import RowFile
 
 
 class History:
-    """What a critic is trained on.
+    """The rows that a critic is trained on.
 
     Args:
-        folder: RUN/history; None for a process that is not the main.
-        action_shape: of one action, float32.
-        picture_shape: of one small picture, kept as float16.
-        num_parts: of the reward, kept as float64 before they are weighted; their units are a matter of the present.
-        device: where drawn rows go, but for the prompts' rows, which stay on the CPU.
+        folder: RUN/history; None for a process that is not the main one.
+        action_shape: Shape of one action, float32.
+        picture_shape: Shape of one small picture, kept as float16.
+        num_parts: Number of parts of the reward. They are kept as float64 before they are weighted, since the scale
+            that brings them to one unit changes during a run.
+        device: Device of drawn rows, except for the prompts' row numbers, which stay on the CPU.
     """
 
     def __init__(
@@ -48,31 +49,31 @@ class History:
         return self._rows.size
 
     def append(self, **rows: torch.Tensor) -> None:
-        """Adds a batch; one tensor for each column.
+        """Add a batch, given as one tensor for each column.
 
         Raises:
-            OSError: if the disk is full; the rows before are as they were.
+            OSError: if the disk is full; earlier rows are unharmed.
         """
         self._rows.append(len(rows["parts"]), {name: values.cpu().numpy() for name, values in rows.items()})
 
     def draw(self, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """`count` rows, uniformly and with replacement.
+        """Draw `count` rows, uniformly and with replacement.
 
         Raises:
-            DamagedFileError: if a row is not what was written.
+            DamagedFileError: if a row is not as it was written.
         """
         table = self._rows.read(torch.randint(self.size, (count,), generator=generator).tolist())
         rows = {name: torch.from_numpy(np.ascontiguousarray(table[name])) for name, _, _ in self._rows.columns}
         return {name: rows[name] if name == "prompt_row" else rows[name].to(self._device) for name in rows}
 
     def state(self) -> dict[str, int]:
-        """What a checkpoint holds of it. The rows are on the disk when this returns."""
+        """Flush the rows to disk and return the state for a checkpoint."""
         return self._rows.state()
 
     def load_state(self, state: dict[str, int], folder: Path) -> None:
-        """Goes back to the rows of a checkpoint in RUN/history, and forgets those beyond them.
+        """Go back to a checkpoint's rows in RUN/history, and forget later ones.
 
         Raises:
-            DamagedFileError: if they are not all there, as they were written.
+            DamagedFileError: if a row is missing or not as it was written.
         """
         self._rows.load_state(state, folder)

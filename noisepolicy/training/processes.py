@@ -1,4 +1,4 @@
-"""The processes of a run: what they tell one another, and which of them is missing when one does not come.
+"""The processes of a run: how they exchange values, and name the one that is missing.
 
 An image's action, reward and small picture are all that processes exchange, so it goes through the host's memory by
 gloo, whatever device the images are made on. Every meeting has a name and a time limit.
@@ -22,19 +22,19 @@ _group_numbers = itertools.count()
 
 
 class Processes:
-    """One process's view of all; every process makes it, and calls its methods in the same order.
+    """The meetings of all processes. Every process makes one object and calls its methods in the same order.
 
     Args:
-        accelerator: knows who this process is; has started torch.distributed if there are several.
-        timeout_s: how long the others are waited for.
+        accelerator: Accelerate's object, which has started torch.distributed if there are several processes.
+        timeout_s: Seconds to wait for the other processes.
 
-    All methods raise RuntimeError, naming the ranks that did not come, if some did not in time.
+    If some processes do not come in time, every method raises RuntimeError, naming their ranks.
     """
 
     def __init__(self, accelerator: Accelerator, timeout_s: float) -> None:
         self.index, self.count = accelerator.process_index, accelerator.num_processes
         self.bytes_received = 0
-        """By `gather_rows`, from all processes with this one."""
+        """Bytes received by `gather_rows`, from all processes including this one."""
         self._timeout_s = timeout_s
         self._num_meetings = 0
         if self.count == 1:
@@ -51,11 +51,11 @@ class Processes:
         return self.index == 0
 
     def wait(self, phase: str) -> None:
-        """Until every process has come."""
+        """Wait until every process has come."""
         self.exchange(phase, None)
 
     def broadcast(self, phase: str, value: Any) -> Any:
-        """The main process's `value`, which others may leave None."""
+        """Return the main process's `value`; the others may pass None."""
         if self.count == 1:
             return value
         box = [value]
@@ -65,12 +65,12 @@ class Processes:
     def gather_rows(
         self, phase: str, rows: torch.Tensor, columns: Sequence[torch.Tensor], *, counts: Sequence[int]
     ) -> list[torch.Tensor]:
-        """A batch's columns in the order of its rows, of which each process has some.
+        """Gather a batch's columns in the order of its rows, of which each process has some.
 
         Args:
-            rows: numbers of this process's rows, int64 `(mine,)` on the CPU; all processes' together are 0 and on.
-            columns: `(mine, ...)`, on any device.
-            counts: rows of each process.
+            rows: Numbers of this process's rows, int64 `(mine,)` on the CPU. Those of all processes are 0, 1, 2, ...
+            columns: This process's columns, `(mine, ...)`, on any device.
+            counts: Number of rows of each process.
 
         Raises:
             RuntimeError: if a row came twice or not at all.
@@ -98,7 +98,7 @@ class Processes:
         ]
 
     def check_same_weights(self, module: torch.nn.Module, phase: str) -> None:
-        """Raises RuntimeError, naming ranks, if a process's weights are not those of most, to the bit."""
+        """Raise RuntimeError, naming ranks, if a process's weights differ from those of most by a single bit."""
         if self.count == 1:
             return
         digest = hashlib.blake2b(digest_size=8)
@@ -113,7 +113,7 @@ class Processes:
             )
 
     def exchange(self, phase: str, value: Any) -> list[Any]:
-        """Each process's `value`."""
+        """Return every process's `value`, in all processes."""
         if self.count == 1:
             return [value]
         values = [None] * self.count
@@ -121,7 +121,7 @@ class Processes:
         return values
 
     def collect(self, phase: str, value: Any) -> list[Any] | None:
-        """Each process's `value`, in the main process; None in the others."""
+        """Return every process's `value` in the main process, and None in the others."""
         if self.count == 1:
             return [value]
         values = [None] * self.count if self.is_main else None
@@ -154,7 +154,7 @@ class Processes:
 
 
 def _as_bytes(rows: torch.Tensor) -> torch.Tensor:
-    """`(rows, bytes)`, uint8 on the CPU."""
+    """View a tensor as `(rows, bytes)`, uint8 on the CPU."""
     width = math.prod(rows.shape[1:])  # -1 says nothing of no rows
     return rows.detach().cpu().reshape(len(rows), width).contiguous().view(torch.uint8)
 

@@ -61,7 +61,7 @@ _OTHERS = (
     ".sqlite",
 )
 FILE_SUFFIXES = (*_TEXT[1:], *_JSON, *_DELIMITER, *_PARQUET, *_OTHERS)
-"""Endings by which a single word is taken for the name of a file, whether there is one or not."""
+"""Suffixes of prompt files. A single word that ends in one is a file's name, whether the file exists or not."""
 
 _FORMATS = "text (.txt, one prompt a line), .jsonl, .json, .csv, .tsv or .parquet"
 _SIGNATURES = {
@@ -77,14 +77,14 @@ _SIGNATURES = {
 
 
 def open_prompt_file(path: Path, column: str | None) -> "StreamedFile | list[str]":
-    """Opens a prompt file. What cannot be streamed (a JSON list, Parquet) is read at once.
+    """Open a prompt file. A file that cannot be streamed (a JSON list, Parquet) is read at once.
 
     Args:
-        path: its suffix says what it holds, unless the content shows that it is another of the formats.
-        column: the field or column that holds the prompt. By default it is found by its usual names.
+        path: The file. Its suffix tells the format, unless the content shows another one.
+        column: Field or column that holds the prompt. Default: found by its usual names.
 
     Raises:
-        ValueError: if it cannot be read, or is in none of the formats.
+        ValueError: if the file cannot be read, or is in none of the formats.
     """
     suffix = path.suffix.lower()
     if not any(suffix in suffixes for suffixes in (_TEXT, _JSON, _DELIMITER, _PARQUET)):
@@ -130,7 +130,7 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _open_table(file: BinaryIO, delimiter: str, column: str | None) -> Table:
-    """Opens it with the first delimiter by which the header has the prompt's column; the suffix names the likeliest."""
+    """Open a table with the first delimiter that gives the prompt's column; the suffix tells the likeliest one."""
     problem = None
     for tried in dict.fromkeys((delimiter, *",\t;")):
         try:
@@ -152,14 +152,14 @@ def _read_whole(file: BinaryIO, read: Callable[[], list[str]]) -> list[str]:
 
 
 def _read_json(file: BinaryIO, column: str | None) -> list[str]:
-    """A list of strings or objects, or an object that holds one."""
+    """Read a list of strings or objects, or an object that holds such a list."""
     file.seek(0)
     value = load_json(file.read().removeprefix(BYTE_ORDER_MARK).decode())
     return read_prompts(value, column)
 
 
 def _read_parquet(file: BinaryIO, column: str | None) -> list[str]:
-    """All its columns but those that hold bytes, such as pictures."""
+    """Read all columns except those that hold bytes, such as pictures."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -175,14 +175,14 @@ def _read_parquet(file: BinaryIO, column: str | None) -> list[str]:
 
 
 def _first_contents(file: BinaryIO, *, has_comments: bool) -> tuple[str, str]:
-    """The first two lines that are not blank, without white space around them; empty where there is none."""
+    """Return the first two lines that are not blank, stripped; an empty string stands for a missing line."""
     contents = (line.strip() for line in Lines(file))
     first, second, *_ = *itertools.islice((c for c in contents if c and not (has_comments and c[0] == "#")), 2), "", ""
     return first, second
 
 
 def _is_json_strings(file: BinaryIO, first: str) -> bool:
-    """Whether every line is in double quotes, as JSON writes them."""
+    """Tell whether every line is in double quotes, as JSON writes them."""
     return first[0] == '"' and all(_is_json_string(line) for line in Lines(file) if line.strip())
 
 
@@ -194,7 +194,7 @@ def _is_json_string(text: str) -> bool:
 
 
 def _is_document(first: str, second: str, *, is_lines: bool) -> bool:
-    """Whether the file is one JSON value over all its lines. A lone object on a line is a record in JSON lines only."""
+    """Tell whether the whole file is one JSON value. A file with a lone object on one line is JSON lines."""
     if first[0] != "{":
         return first[0] == "["
     try:
@@ -205,7 +205,7 @@ def _is_document(first: str, second: str, *, is_lines: bool) -> bool:
 
 
 def _refuse_header(path: Path, first: str, column: str | None) -> None:
-    """Raises ValueError where the first line of a text file is the header of a table."""
+    """Raise ValueError if the first line of a text file is the header of a table."""
     wanted = {*USUAL_COLUMNS, *([] if column is None else [normalized(column)])}
     for delimiter in ",\t;":
         for name in first.split(delimiter):

@@ -18,7 +18,7 @@ _HUB = re.compile(r"hf:(?P<name>\w[\w.-]*/\w[\w.-]*)(:(?P<split>\S+))?")
 
 
 def is_prompt_file(source: str) -> bool:
-    """Whether the command line takes `source` for a file rather than for a prompt.
+    """Tell whether the command line takes `source` for a file rather than for a prompt.
 
     It does so if there is such a file, or if `source` is a single word that ends like a file's name (`prompts.txt`),
     starts like a path (`./`, `../`, `/`, `~/`), is an address (`https://`), or names a place in a folder that exists.
@@ -38,25 +38,25 @@ def is_prompt_file(source: str) -> bool:
 
 
 def is_hub_dataset(source: str) -> bool:
-    """Whether the command line takes `source` for a dataset of the hub: `hf:owner/name` or `hf:owner/name:split`."""
+    """Tell whether `source` names a dataset of the hub: `hf:owner/name` or `hf:owner/name:split`."""
     return source.startswith("hf:") and len(source.split()) == 1
 
 
 class PromptList(Sequence[str]):
-    """The prompts of several sources. Those of text, JSON lines, CSV and TSV files stay on disk.
+    """The prompts of several sources. Prompts of text, JSON lines, CSV and TSV files stay on disk.
 
-    A prompt of a record, such as a row of a table, is a `noisepolicy.prompt.Prompt`: its `metadata` are the record's
-    other fields.
+    The prompt of a record, such as a row of a table, is a `noisepolicy.prompt.Prompt`, whose `metadata` holds the
+    record's other fields.
 
     Args:
-        sources: each a prompt file, a dataset of the hub (`hf:owner/name`), or a prompt. From Python also a `datasets`
-            dataset, or any iterable of text or of records.
-        column: the field or column that holds the prompt. By default it is found by its usual names: prompt, prompts,
-            caption, captions, text.
+        sources: Prompt files, datasets of the hub (`hf:owner/name`) and prompts; from Python also `datasets` datasets
+            and any iterables of text or of records.
+        column: Field or column that holds the prompt. Default: found by its usual names: prompt, prompts, caption,
+            captions, text.
 
     Raises:
-        ValueError: if a source cannot be read, or holds no prompt or something else. An item raises it if its file has
-            been changed since.
+        ValueError: if a source cannot be read, holds no prompt, or holds something else. Reading an item raises it too
+            if the file has changed since.
         RuntimeError: if the hub cannot be reached.
     """
 
@@ -81,7 +81,7 @@ class PromptList(Sequence[str]):
         self._source, self._start, self._length, self._record_crc32, self.crc32 = arrays
 
     def select(self, is_wanted: np.ndarray) -> "PromptList":
-        """Those of them where `is_wanted`, bool `(prompts,)`."""
+        """Return the prompts where `is_wanted`, bool `(prompts,)`, is true."""
         chosen = object.__new__(PromptList)
         chosen._sources = self._sources
         for name in ("_source", "_start", "_length", "_record_crc32", "crc32"):
@@ -149,7 +149,7 @@ def _read_hub(source: str, column: str | None) -> list[str]:
 
 
 def _one_line(error: Exception) -> str:
-    """With its cause: `datasets` says of many errors only that one occurred."""
+    """Format an error with its cause on one line: `datasets` often says only that an error occurred."""
     return " ".join(f"{error} ({error.__cause__})".split() if error.__cause__ else str(error).split())
 
 

@@ -1,4 +1,4 @@
-"""Prompts from records: which field holds the text, what is no prompt, and what other fields may hold."""
+"""Prompts from records: the field that holds the text, the checks of it, and the other fields."""
 
 import json
 import reprlib
@@ -17,10 +17,10 @@ _BATCH_ROWS = 1000
 
 
 def find_column(names: Iterable[Any], column: str | None) -> str:
-    """Returns the one of `names` that holds the prompt: `column`, or else the first of `USUAL_COLUMNS` that is there.
+    """Return the one of `names` that holds the prompt: `column`, or else the first of `USUAL_COLUMNS` that is there.
 
     Raises:
-        ValueError: if there is none, or if several names differ in upper and lower case only.
+        ValueError: if no name fits, or several names differ in upper and lower case only.
     """
     names = [name for name in names if isinstance(name, str)]
     if column in names:
@@ -42,14 +42,14 @@ def normalized(name: str) -> str:
 
 
 def text_of(value: Any, name: str = "prompt") -> str:
-    """Returns a prompt's text without the white space around it.
+    """Return a prompt's text without the white space around it.
 
     Args:
-        value: is checked to be text.
-        name: of the field, for messages.
+        value: The field's value, which must be text.
+        name: Name of the field, for messages.
 
     Raises:
-        ValueError: if it is no text, or empty.
+        ValueError: if the value is not text, or is empty.
     """
     if not isinstance(value, str | None):
         raise ValueError(f"{name} is {_kind(value)}, not text")
@@ -64,10 +64,10 @@ def text_of(value: Any, name: str = "prompt") -> str:
 
 
 def prompt_of(record: Mapping[str, Any], column: str) -> Prompt:
-    """Returns the record's prompt; its other fields are the metadata.
+    """Return the record's prompt; its other fields are the metadata.
 
     Raises:
-        ValueError: if `column` is missing, empty or no text.
+        ValueError: if `column` is missing, empty or not text.
     """
     if column not in record:
         raise ValueError(f"the field {reprlib.repr(column)} is missing; the fields are {_listed(record)}")
@@ -76,15 +76,15 @@ def prompt_of(record: Mapping[str, Any], column: str) -> Prompt:
 
 
 def read_prompts(source: Any, column: str | None = None, unit: str = "prompt") -> list[str]:
-    """Reads prompts that are in memory: text stays text, and a record becomes a `Prompt` with its other fields.
+    """Read prompts that are in memory: text stays text, and a record becomes a `Prompt` with its other fields.
 
     Args:
-        source: texts or records (mappings), a `datasets` dataset, a pandas DataFrame, or a mapping that holds one list.
-        column: the field of the records that holds the prompt. By default it is found by its usual names.
-        unit: the word for one of them in messages.
+        source: Texts or records (mappings), a `datasets` dataset, a pandas DataFrame, or a mapping that holds one list.
+        column: Field of the records that holds the prompt. Default: found by its usual names.
+        unit: Word for one item of the source, for messages.
 
     Raises:
-        ValueError: if one of them is no prompt; the message says which.
+        ValueError: if an item is not a prompt; the message says which.
     """
     prompts: list[str] = []
     found: str | None = None
@@ -106,7 +106,7 @@ def read_prompts(source: Any, column: str | None = None, unit: str = "prompt") -
 
 
 def _items(source: Any, column: str | None) -> Iterable[Any]:
-    """The texts or records that a container holds, where iterating over it would give something else."""
+    """Return a container's texts or records, where iterating over it would give something else."""
     if isinstance(source, str | bytes):
         raise ValueError(f"prompts must be a list of text or of records, got {_kind(source)}")
     if isinstance(source, Mapping):
@@ -123,7 +123,7 @@ def _items(source: Any, column: str | None) -> Iterable[Any]:
 
 
 def _items_of_mapping(mapping: Mapping[Any, Any], column: str | None) -> list[Any]:
-    """The list of prompts in it, or the mapping itself where it is one record."""
+    """Return the list of prompts in a mapping, or the mapping itself if it is one record."""
     if any(hasattr(value, "with_format") for value in mapping.values()):
         raise ValueError(f"these are the splits {_listed(mapping)} of a dataset; give one of them")
     lists = {name: value for name, value in mapping.items() if isinstance(value, list)}
@@ -142,7 +142,7 @@ def _items_of_mapping(mapping: Mapping[Any, Any], column: str | None) -> list[An
 
 
 def dataset_records(dataset: Any, column: str | None) -> Iterator[dict[str, Any]]:
-    """The rows of a `datasets` dataset, streamed or not, without its columns of pictures and other bytes."""
+    """Return the rows of a `datasets` dataset, streamed or not, without its columns of pictures and other bytes."""
     if dataset.features is not None:
         schema = dataset.features.arrow_schema
         dataset = dataset.select_columns(plain_columns(schema, column))
@@ -151,10 +151,10 @@ def dataset_records(dataset: Any, column: str | None) -> Iterator[dict[str, Any]
 
 
 def plain_columns(schema: Any, column: str | None) -> list[str]:
-    """Names of the columns of a pyarrow schema that hold no bytes, and of the prompt's.
+    """Return the names of a pyarrow schema's columns that hold no bytes, and the name of the prompt's column.
 
     Raises:
-        ValueError: if no column is the prompt's, or two have the same name.
+        ValueError: if no column holds prompts, or two columns have the same name.
     """
     if twice := [name for name in schema.names if schema.names.count(name) > 1]:
         raise ValueError(f"two columns are named {reprlib.repr(twice[0])}")
@@ -163,7 +163,7 @@ def plain_columns(schema: Any, column: str | None) -> list[str]:
 
 
 def _holds_bytes(kind: Any) -> bool:
-    """Whether values of the pyarrow type have bytes in them, at any depth."""
+    """Tell whether values of the pyarrow type have bytes in them, at any depth."""
     kind = getattr(kind, "storage_type", kind)
     if kind.num_fields:
         return any(_holds_bytes(kind.field(index).type) for index in range(kind.num_fields))
@@ -171,7 +171,7 @@ def _holds_bytes(kind: Any) -> bool:
 
 
 def identity(prompt: str) -> bytes:
-    """Returns bytes that are the same for the same text and metadata only; those of a line of text are the text."""
+    """Return bytes that identify a prompt's text and metadata; without metadata they are the text itself."""
     metadata = metadata_of(prompt)
     if not metadata and "\n" not in prompt:
         return prompt.encode()
@@ -179,7 +179,7 @@ def identity(prompt: str) -> bytes:
 
 
 def _check_plain(metadata: Mapping[str, Any]) -> None:
-    """Raises ValueError for values that are not written the same way by every run."""
+    """Raise ValueError for values that different runs would write in different ways."""
     for name, value in metadata.items():
         if not isinstance(name, str):
             raise ValueError(f"a field's name must be text, got {reprlib.repr(name)}")
@@ -199,7 +199,7 @@ def _as_text(value: Any) -> str:
 
 
 def _kind(value: Any) -> str:
-    """The value's type in a newcomer's words."""
+    """Name the value's type in words for users."""
     names = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
     return names.get(type(value), f"a value of type {type(value).__name__}")
 

@@ -16,15 +16,15 @@ _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
 
 class StreamedFile(Protocol):
-    """A prompt file that is read record by record, and again where a record is needed."""
+    """A prompt file that is read record by record; a record can be read again later."""
 
     file: BinaryIO
 
     def records(self) -> Iterator[tuple[int, bytes, str]]:
-        """Yields each record's place in the file, its bytes, and its prompt."""
+        """Yield each record's place in the file, its bytes, and its prompt."""
 
     def parse(self, record: bytes) -> str:
-        """Returns the prompt of a record's bytes."""
+        """Return the prompt of a record's bytes."""
 
 
 class Lines:
@@ -36,7 +36,7 @@ class Lines:
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._position = file, 0
         self.number = 0
-        """Number of the last line, counted from 1."""
+        """Number of the line read last, counted from 1."""
         file.seek(0)
         self.begin_record()
 
@@ -69,7 +69,7 @@ class Lines:
             ) from error
 
     def error(self, message: object, number: int | None = None) -> ValueError:
-        """For a line; the last one if no other is named."""
+        """Make an error about a line; by default, the line read last."""
         return ValueError(f"prompt file {self._file.name}, line {number or self.number}: {message}")
 
 
@@ -165,7 +165,7 @@ class Table:
             yield lines.start, lines.data, prompt
 
     def _is_quoted(self) -> bool:
-        """Whether double quotes enclose fields. In many TSV files they are text, like any other character."""
+        """Tell whether double quotes enclose fields. In many TSV files they are text, like any other character."""
         try:
             return not any("\t" in cell for row in csv.reader(Lines(self.file), **self._format) for cell in row)
         except csv.Error:
@@ -198,7 +198,7 @@ def _is_blank(row: list[str]) -> bool:
 
 
 def load_json(text: str) -> Any:
-    """Raises ValueError with the reason in one line if it is not JSON."""
+    """Parse JSON; raise ValueError with the reason on one line if it is none."""
     try:
         return json.loads(text)
     except RecursionError:

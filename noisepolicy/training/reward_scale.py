@@ -22,13 +22,13 @@ _ENOUGH_TO_JUDGE = 64  # images
 
 
 class Spread(NamedTuple):
-    """Centre and spreads of some numbers, robust against a few outliers."""
+    """Centre and spreads of a set of numbers, robust against a few outliers."""
 
     center: float
     total: float
-    """Standard deviation over all."""
+    """Standard deviation of all of the numbers."""
     within: float
-    """Standard deviation between images of one prompt; `total` where a prompt has one image."""
+    """Standard deviation between images of one prompt; equal to `total` if prompts have one image each."""
 
 
 class RewardScale:
@@ -38,7 +38,7 @@ class RewardScale:
     has the whole batch, has the same scale. Rewards are float64: see `Reward`.
 
     Args:
-        weights: of the parts of the reward, by name.
+        weights: Weights of the reward's parts, by name.
         normalisation: "each" divides every part by its own spread before it is weighted (GDPO, arXiv 2601.05242);
             "sum" leaves the parts in their own units and standardises their weighted sum; "none" standardises nothing.
     """
@@ -48,12 +48,12 @@ class RewardScale:
         self._window = torch.zeros(0, len(weights), dtype=torch.float64)
         self._parts = [Spread(0.0, 0.0, 0.0)] * len(weights)
         self.spread = Spread(0.0, 0.0, 0.0)
-        """Of the weighted sum, after `normalisation` of its parts."""
+        """Spread of the weighted sum, after `normalisation` of its parts."""
         self._num_images = 0
         self._has_warned = False
 
     def update(self, parts: torch.Tensor) -> None:
-        """Takes a batch into account: `(batch, parts)` of `Reward.parts`, groups of one prompt adjacent."""
+        """Update the scale with a batch of `Reward.parts`, `(batch, parts)`; groups of one prompt are adjacent."""
         self._num_images += len(parts)
         size = max(_WINDOW - _WINDOW % self._group_size, len(parts))
         self._window = torch.cat([self._window, parts.to("cpu", torch.float64)])[-size:]
@@ -67,9 +67,9 @@ class RewardScale:
         self.spread = measure_spread(self._combine(self._window), self._group_size)
 
     def standardise(self, parts: torch.Tensor) -> torch.Tensor:
-        """`(batch,)` float32 from `(batch, parts)`: the weighted sum less its centre, in units of its total spread.
+        """Standardise `(batch, parts)` to `(batch,)` float32: the weighted sum less its centre, in units of its spread.
 
-        Cut at five spreads on either side: one outlier must not outweigh everything else that is learned from.
+        Values are cut at five spreads on either side, so that one outlier does not outweigh everything else.
         """
         standardised = self.standardise_sum(self._combine(parts.double()))
         if self._normalisation == "none":
@@ -77,23 +77,23 @@ class RewardScale:
         return standardised.clamp(-_MAX_STANDARDISED, _MAX_STANDARDISED)
 
     def standardise_sum(self, total: torch.Tensor) -> torch.Tensor:
-        """The same of weighted sums, float64 of any shape, without the cut."""
+        """Standardise weighted sums, float64 of any shape, without the cut."""
         return _ratio(total - self.spread.center, self.spread.total).float()
 
     @property
     def within_share(self) -> float:
-        """The spread between images of one prompt, in standardised units; 0 where there is nothing to learn."""
+        """Return the spread between images of one prompt, in standardised units; 0 if there is nothing to learn."""
         return self.spread.within / self.spread.total if self.spread.total else 0.0
 
     def _combine(self, parts: torch.Tensor) -> torch.Tensor:
-        """The weighted sum, `(batch,)`, of parts that are brought to one unit first where each is normalised."""
+        """Weight and sum the parts to `(batch,)`, after bringing them to one unit if each is normalised."""
         if self._normalisation == "each":
             columns = zip(parts.unbind(1), self._parts, strict=True)
             parts = torch.stack([_ratio(part - spread.center, spread.within) for part, spread in columns], 1)
         return weigh(parts, self._weights)
 
     def warn_if_nothing_to_learn(self) -> None:
-        """Warns once where a part of the reward has not told apart two images of a prompt so far."""
+        """Warn once if a part of the reward has given all images of each prompt the same value so far."""
         if self._has_warned or self._num_images < _ENOUGH_TO_JUDGE:
             return
         for name, part in zip(self._weights, self._window.unbind(1), strict=True):
@@ -110,17 +110,17 @@ class RewardScale:
             )
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Tensors for a checkpoint."""
+        """Return the state as tensors, for a checkpoint."""
         return {"window": self._window, "num_images": torch.tensor(self._num_images)}
 
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
-        """The inverse of `state`."""
+        """Restore what `state` returned."""
         self._window, self._num_images = state["window"], int(state["num_images"])
         self._measure()
 
 
 def measure_spread(values: torch.Tensor, group_size: int) -> Spread:
-    """Centre and spreads of `(groups * group_size,)` numbers, float64, groups adjacent.
+    """Measure centre and spreads of `(groups * group_size,)` numbers, float64, groups adjacent.
 
     The outermost 2.5% on either side count as the next number further in. Every step commutes with a multiplication by
     a power of two: the scale of `2 * reward` is exactly twice that of `reward`.
@@ -135,7 +135,7 @@ def measure_spread(values: torch.Tensor, group_size: int) -> Spread:
 
 
 def _within(values: torch.Tensor, group_size: int) -> float:
-    """Standard deviation within groups, unbiased."""
+    """Compute the unbiased standard deviation within groups."""
     groups = values.unflatten(0, (-1, group_size))
     is_equal = (groups == groups[:, :1]).all(1, keepdim=True)
     deviations = (groups - groups.mean(1, keepdim=True)).masked_fill(is_equal, 0.0)
@@ -143,5 +143,5 @@ def _within(values: torch.Tensor, group_size: int) -> float:
 
 
 def _ratio(values: torch.Tensor, spread: float) -> torch.Tensor:
-    """`values / spread`; zeros where there is no spread."""
+    """Divide `values` by `spread`; without a spread the result is zeros."""
     return values / spread if spread else torch.zeros_like(values)

@@ -24,8 +24,8 @@ class RowFile:
     """A growing table of rows in a file.
 
     Args:
-        folder: None is a file of this process' own that goes with it, for a process that is not the main.
-        columns: name, NumPy type and shape of each.
+        folder: Folder of the file. None makes a temporary file, for a process that is not the main one.
+        columns: Name, NumPy type and shape of each column.
     """
 
     def __init__(self, folder: Path | None, columns: Sequence[tuple[str, str, tuple[int, ...]]]) -> None:
@@ -39,10 +39,10 @@ class RowFile:
         self._path = folder / "rows.bin" if folder else "a file of this process' own"
 
     def append(self, count: int, rows: Mapping[str, np.ndarray]) -> None:
-        """Adds `count` rows; one array for each column.
+        """Add `count` rows, given as one array for each column.
 
         Raises:
-            OSError: if the disk is full; the rows before are as they were.
+            OSError: if the disk is full; earlier rows are unharmed.
         """
         table = np.empty(count, self._row)
         for name, _, _ in self.columns:
@@ -58,10 +58,10 @@ class RowFile:
         self.size, self._digest = self.size + count, digest
 
     def read(self, index: Sequence[int]) -> np.ndarray:
-        """Rows by their numbers, as an array with a field for each column.
+        """Read rows by their numbers, as an array with a field for each column.
 
         Raises:
-            DamagedFileError: if a row is not what was written.
+            DamagedFileError: if a row is not as it was written.
         """
         size = self._row.itemsize
         data = bytearray(len(index) * size)
@@ -73,23 +73,23 @@ class RowFile:
         return np.frombuffer(data, self._row)
 
     def column(self, name: str) -> np.ndarray:
-        """One column of all rows."""
+        """Read one column of all rows."""
         return np.memmap(self._file, self._row, "r", shape=(self.size,))[name].copy() if self.size else np.empty(0)
 
     def state(self) -> dict[str, int]:
-        """What a checkpoint holds of it. The rows are on the disk when this returns."""
+        """Flush the rows to disk and return the state for a checkpoint."""
         if self._file is not None:
             os.fsync(self._file.fileno())
         return {"rows": self.size, "digest": self._digest}
 
     def load_state(self, state: Mapping[str, int], folder: Path) -> None:
-        """Goes back to the rows of a checkpoint, and forgets those beyond them.
+        """Go back to a checkpoint's rows, and forget later ones.
 
         Args:
-            folder: the main process', which others copy.
+            folder: Folder of the main process, whose file the others copy.
 
         Raises:
-            DamagedFileError: if they are not all there, as they were written.
+            DamagedFileError: if a row is missing or not as it was written.
         """
         if not isinstance(state, dict) or not all(type(state.get(name)) is int for name in ("rows", "digest")):
             raise DamagedFileError(f"the checkpoint does not say what {folder} held")
@@ -113,14 +113,14 @@ class RowFile:
             self._open()
 
     def copy_from(self, other: "RowFile") -> None:
-        """Takes over the rows of another file, in place of its own."""
+        """Replace the rows by those of another file."""
         self.size = 0
         self._open()
         other._file.seek(0)
         self._take(other._file, other._path, other.size, is_copied=True)
 
     def _take(self, file: Any, path: Path | str, count: int, *, is_copied: bool) -> None:
-        """Checks the first `count` rows of a file, and has them in place of its own."""
+        """Check the first `count` rows of a file, and replace the rows by them."""
         size = self._row.itemsize
         self.size = self._digest = 0
         while self.size < count:
@@ -145,7 +145,7 @@ class RowFile:
             position, rest = position + written, rest[written:]
 
     def _open(self) -> None:
-        """Opens the file to add to, without what lies beyond the rows there are."""
+        """Open the file for appending; cut off anything beyond the last row."""
         if self.folder is None:
             self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  # as long as the run
             return

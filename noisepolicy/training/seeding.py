@@ -9,10 +9,10 @@ import torch
 
 
 def stream_seed(seed: int, purpose: str) -> int:
-    """A 64-bit key for one purpose of a run."""
+    """Return a 64-bit key for one purpose of a run."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest(), "little")
 
 
 def stream_generator(seed: int, purpose: str, number: int) -> torch.Generator:
-    """A fresh CPU generator for draw `number` of a purpose."""
+    """Return a fresh CPU generator for draw `number` of a purpose."""
     return torch.Generator().manual_seed(stream_seed(seed, f"{purpose}/{number}") >> 1)
