@@ -1,1 +1,1 @@
-"""What the numbers in the README come from; run through `noisepolicy-bench`."""
+"""Measurements, run through `noisepolicy-bench`; the numbers in the README come from them."""

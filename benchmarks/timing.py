@@ -19,6 +19,10 @@ SLOW_SECONDS, MIN_SLOW_CALLS = 1.5, 3
 _SLOW_CALL = SLOW_SECONDS / MIN_SLOW_CALLS
 
 
+_QUIET = 0.05
+"""Share of a processor that others may have before a user is warned."""
+
+
 class Timing(NamedTuple):
     """Microseconds of one call."""
 
@@ -66,6 +70,33 @@ def measure(
             if (index + 1) * targets[name] // num_rounds > len(samples[name]):
                 samples[name].append(sample(call, calls_per_sample))
     return {name: _summary(values) for name, values in samples.items()}
+
+
+class Timer:
+    """Calls `measure` on one device, and knows what share of the processor other jobs had meanwhile."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._wall = self._own = 0.0
+
+    def measure(self, callables: Mapping[str, Callable[[], Any]], **options: Any) -> dict[str, Timing]:
+        start = time.perf_counter(), time.process_time()
+        timings = measure(callables, self._device, **options)
+        self._wall += time.perf_counter() - start[0]
+        self._own += time.process_time() - start[1]
+        return timings
+
+    def other_jobs(self) -> float | None:
+        """The share, with a warning where it is not small; None where more than one thread did the work."""
+        if self._device.type != "cpu" or torch.get_num_threads() > 1 or not self._wall:
+            return None
+        share = max(0.0, 1 - self._own / self._wall)
+        if share > _QUIET:
+            print(
+                f"warning: other jobs had {share:.0%} of this processor. They hit long calls, so mostly the baselines, "
+                "hardest: repeat on a quiet machine before quoting a number"
+            )
+        return share
 
 
 def _summary(seconds: list[float]) -> Timing:

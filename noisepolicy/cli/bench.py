@@ -9,7 +9,7 @@ from typing import Any
 
 from noisepolicy.cli.bench_arguments import parse_arguments
 from noisepolicy.cli.failures import prepare, quiet_loading
-from noisepolicy.storage import write_json
+from noisepolicy.storage import make_new_folder, write_json
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,6 +20,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments.list_backends:
             _list_backends()
+            return 0
+        if arguments.command == "report":
+            _report(arguments)
             return 0
         if arguments.command == "latency":
             result, code = _run_latency(arguments)
@@ -32,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.json:
             write_json(arguments.json, result)
         if arguments.command == "kernels" and arguments.output:
-            from noisepolicy.benchmarks.kernel_report import write_report
+            from noisepolicy.benchmarks.report import write_report
 
             write_report(arguments.output, result)
     except KeyboardInterrupt:
@@ -59,6 +62,20 @@ def _list_backends() -> None:
             print(f"  {name:12s} {reason or 'available'}")
 
 
+def _report(arguments: argparse.Namespace) -> None:
+    from noisepolicy.benchmarks.report import write_report
+
+    path = arguments.output or arguments.result.with_suffix(".html")
+    try:
+        result = json.loads(arguments.result.read_text("utf-8"))
+        if not isinstance(result, dict):
+            raise ValueError("it holds no result of noisepolicy-bench")
+        write_report(path, result)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"cannot make a report of {arguments.result} ({type(error).__name__}: {error})") from error
+    print(f"report   {path}")
+
+
 def _available(backend: str) -> str:
     if backend != "cpp":
         return "available"
@@ -69,22 +86,21 @@ def _available(backend: str) -> str:
 
 def _run_latency(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     """The result, and 1 if --compare found something slower."""
-    output = arguments.output or Path("runs") / time.strftime("bench-%Y%m%d-%H%M%S")
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"--output {output} is a file; give a folder")
+    if arguments.output is not None and arguments.output.exists() and not arguments.output.is_dir():
+        raise ValueError(f"--output {arguments.output} is a file; give a folder")
     quiet_loading()
-    from noisepolicy.benchmarks import bench_latency
-    from noisepolicy.benchmarks.latency_compare import compare_reports, read_report
-    from noisepolicy.benchmarks.latency_report import write_latency_report
+    from noisepolicy.benchmarks.latency import bench
+    from noisepolicy.benchmarks.latency.compare import compare_reports, read_report
+    from noisepolicy.benchmarks.report import write_report
     from noisepolicy.cli.devices import make_accelerator
 
     old = read_report(arguments.compare) if arguments.compare else None
-    result = bench_latency.run(
+    result = bench.run(
         model=arguments.model,
         denoisers=arguments.denoiser,
         denoiser_dtypes=arguments.denoiser_dtype or (None,),
-        batch_sizes=arguments.batch_sizes or bench_latency.BATCH_SIZES,
-        step_counts=arguments.steps or bench_latency.STEP_COUNTS,
+        batch_sizes=arguments.batch_sizes or bench.BATCH_SIZES,
+        step_counts=arguments.steps or bench.STEP_COUNTS,
         dtype=arguments.dtype,
         device=make_accelerator(arguments.device).device,
         threads=arguments.threads,
@@ -95,8 +111,9 @@ def _run_latency(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
         skip=arguments.skip,
         seconds=arguments.seconds,
     )
+    output = arguments.output or make_new_folder(Path("runs") / time.strftime("bench-%Y%m%d-%H%M%S"))
     write_json(output / "latency.json", result)
-    write_latency_report(output / "latency.html", result)
+    write_report(output / "latency.html", result)
     print(f"\nnumbers  {output / 'latency.json'}\nreport   {output / 'latency.html'}")
     if old is None:
         return result, 0
@@ -113,13 +130,14 @@ def _run_latency(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
 
 def _run_algorithms(arguments: argparse.Namespace) -> dict[str, Any]:
     quiet_loading()
-    from noisepolicy.benchmarks import bench_algorithms
-    from noisepolicy.benchmarks.algorithms_report import write_algorithms_report, write_story
+    from noisepolicy.benchmarks.algorithms import bench
+    from noisepolicy.benchmarks.algorithms.report import write_story
     from noisepolicy.benchmarks.machine import describe_machine
+    from noisepolicy.benchmarks.report import write_report
     from noisepolicy.cli.devices import make_accelerator
 
     device = make_accelerator(arguments.device).device
-    result = bench_algorithms.run(
+    result = bench.run(
         arguments.output,
         seeds=arguments.seeds[:1] if arguments.quick else arguments.seeds,
         methods=arguments.methods,
@@ -133,41 +151,37 @@ def _run_algorithms(arguments: argparse.Namespace) -> dict[str, Any]:
     result = {"machine": describe_machine(device), **result}
     numbers = arguments.output / ("ablations.json" if arguments.ablations else "algorithms.json")
     write_json(numbers, result)
-    write_algorithms_report(numbers.with_suffix(".html"), result)
+    write_report(numbers.with_suffix(".html"), result)
     write_story(numbers.with_suffix(".png"), result)
     print(f"\nnumbers  {numbers}\nreport   {numbers.with_suffix('.html')}")
     return result
 
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:
-    if arguments.command == "world":
-        from noisepolicy.benchmarks import bench_world
-
-        return bench_world.run(arguments.guidance_scale)
     if arguments.command == "kernels":
-        from noisepolicy.benchmarks import bench_kernels
+        from noisepolicy.benchmarks.kernels import bench
 
-        return bench_kernels.run(
-            op_names=arguments.op or bench_kernels.OPS,
+        return bench.run(
+            op_names=arguments.op or bench.OPS,
             backends=arguments.backend,
             dtypes=arguments.dtype,
-            batches=arguments.batch or bench_kernels.BATCHES,
-            dims=arguments.dim or bench_kernels.DIMS,
+            batches=arguments.batch or bench.BATCHES,
+            dims=arguments.dim or bench.DIMS,
             threads=arguments.threads,
             device=arguments.device,
             use_compile=not arguments.no_compile,
         )
     if arguments.command == "scale":
-        from noisepolicy.benchmarks import bench_scale
+        from noisepolicy.benchmarks.scale import bench
 
-        return bench_scale.run(arguments.processes, arguments.iterations)
+        return bench.run(arguments.processes, arguments.iterations)
     if arguments.command == "sharing":
-        from noisepolicy.benchmarks import bench_sharing
+        from noisepolicy.benchmarks.scale import sharing
 
-        return bench_sharing.run(arguments.situations, arguments.spin_counts, arguments.repetitions)
-    from noisepolicy.benchmarks import bench_training
+        return sharing.run(arguments.situations, arguments.spin_counts, arguments.repetitions)
+    from noisepolicy.benchmarks.algorithms import training
 
-    return bench_training.run(arguments.output_dir, arguments.seeds, arguments.train_arguments)
+    return training.run(arguments.output_dir, arguments.seeds, arguments.train_arguments, arguments.rewards)
 
 
 if __name__ == "__main__":

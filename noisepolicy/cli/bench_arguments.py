@@ -30,11 +30,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command")
     _add_latency(commands)
     _add_kernels(commands)
-    world = commands.add_parser("world", help="the embedded model: scores by steps, best-of-n, images/s")
-    world.add_argument("--guidance-scale", type=float, default=1.5)
-    training = commands.add_parser("training", help="the default recipe on several seeds")
-    training.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    training.add_argument("--output-dir", type=Path, default=Path("runs/bench"))
+    training = commands.add_parser("training", help="the default recipe on several seeds, and on several rewards")
+    training.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
+    training.add_argument(
+        "--rewards", nargs="+", metavar="REWARD", help="a table for each, as noisepolicy-train --reward reads them"
+    )
+    training.add_argument("--output-dir", type=Path, default=Path("runs/bench"), help="default: runs/bench")
     training.add_argument("train_arguments", nargs="*", help="after --, flags for noisepolicy-train")
     scale = commands.add_parser("scale", help="images/s of several processes on the embedded model, a thread each")
     scale.add_argument("--processes", type=int, nargs="+", default=[1, 2], metavar="N", help="default: 1 2")
@@ -53,6 +54,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     sharing.add_argument("--repetitions", type=int, default=3, help="runs of each, whose median is printed; default: 3")
     _add_algorithms(commands)
+    report = commands.add_parser("report", help="an HTML file of a result of kernels, latency or algorithms")
+    report.add_argument("result", type=Path, metavar="RESULT.json")
+    report.add_argument("--output", type=Path, metavar="REPORT.html", help="default: beside the result")
     return parser.parse_args(_with_command(argv))
 
 

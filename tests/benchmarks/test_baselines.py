@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from noisepolicy.benchmarks.baselines import cross_entropy, random_search
-from noisepolicy.benchmarks.baselines.cross_entropy import CrossEntropyConfig, draw_population, score_population
+from noisepolicy.benchmarks.algorithms import cross_entropy, random_search
+from noisepolicy.benchmarks.algorithms.cross_entropy import CrossEntropyConfig, draw_population, score_population
 from noisepolicy.frozen import FrozenDiffusersPipeline
 from noisepolicy.frozen.loading import load_pipeline
 from noisepolicy.ops import gaussian_sample
@@ -25,7 +25,7 @@ SMALL_SEARCH = CrossEntropyConfig(population_size=16, num_elites=4)
 @pytest.fixture(scope="module")
 def ddpo_module():
     pytest.importorskip("peft", reason="DDPO needs peft")
-    from noisepolicy.benchmarks.baselines import ddpo
+    from noisepolicy.benchmarks.algorithms import ddpo
 
     return ddpo
 

@@ -5,19 +5,19 @@ import json
 
 import pytest
 
-from noisepolicy.benchmarks import algorithms_jobs, bench_algorithms
-from noisepolicy.benchmarks.algorithms_methods import ABLATIONS, METHODS, QUICK
-from noisepolicy.benchmarks.algorithms_report import write_algorithms_report
-from noisepolicy.cli import bench
+from noisepolicy.benchmarks.algorithms import bench, jobs
+from noisepolicy.benchmarks.algorithms.methods import ABLATIONS, METHODS, QUICK
+from noisepolicy.benchmarks.report import write_report
+from noisepolicy.cli.bench import main
 from noisepolicy.training.config import TrainConfig
 
 
 def test_images_to_a_gain():
     points = ((100, 0.52), (200, 0.58), (400, 0.70))
     curve = [{"images": images, "reward": reward, "base_reward": 0.5} for images, reward in points]
-    assert bench_algorithms.images_to_gain(curve, 0.04) == pytest.approx(100 + 100 / 3)
-    assert bench_algorithms.images_to_gain(curve, 0.01) == 100
-    assert bench_algorithms.images_to_gain(curve, 0.3) is None
+    assert bench.images_to_gain(curve, 0.04) == pytest.approx(100 + 100 / 3)
+    assert bench.images_to_gain(curve, 0.01) == 100
+    assert bench.images_to_gain(curve, 0.3) is None
 
 
 def test_methods_are_known_by_name():
@@ -38,7 +38,7 @@ def test_an_ablation_changes_one_setting_that_there_is():
 
 @pytest.mark.parametrize(("flags", "first"), [([], "default"), (["--ablations"], "recipe")])
 def test_an_unknown_method_is_one_line(capsys, flags, first):
-    assert bench.main(["algorithms", "--methods", "magic", *flags]) == 2
+    assert main(["algorithms", "--methods", "magic", *flags]) == 2
     assert f"unknown method 'magic'; choose from {first}" in capsys.readouterr().err
 
 
@@ -47,10 +47,10 @@ def test_every_kind_of_job_and_the_report(tmp_path, monkeypatch, capsys):
     tiny = dataclasses.replace(
         QUICK["shapes"], share=0.0, least=192, num_prompts=4, group_size=2, num_searched=2, step_counts=(1, 2)
     )
-    monkeypatch.setattr(bench_algorithms, "QUICK", {"shapes": tiny})
+    monkeypatch.setattr(bench, "QUICK", {"shapes": tiny})
     names = ["default", "ddpo", "find", "find_amortised", "cross_entropy", "random_search"]
     command = ["algorithms", "--quick", "--output", str(tmp_path), "--methods", *names]
-    assert bench.main([*command, "--workers", "2"]) == 0
+    assert main([*command, "--workers", "2"]) == 0
     printed = capsys.readouterr().out
     result = json.loads(printed.splitlines()[-1])
     assert [method["name"] for method in result["methods"]] == names
@@ -66,27 +66,27 @@ def test_every_kind_of_job_and_the_report(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "algorithms.png").read_bytes().startswith(b"\x89PNG")
 
     # Made with other settings, a job is not taken for this one's.
-    monkeypatch.setattr(bench_algorithms, "QUICK", {"shapes": dataclasses.replace(tiny, group_size=3)})
-    assert bench.main(command) == 2
+    monkeypatch.setattr(bench, "QUICK", {"shapes": dataclasses.replace(tiny, group_size=3)})
+    assert main(command) == 2
     assert "was made with other settings" in capsys.readouterr().err
-    monkeypatch.setattr(bench_algorithms, "QUICK", {"shapes": tiny})
+    monkeypatch.setattr(bench, "QUICK", {"shapes": tiny})
 
     # Again: every job is read, none is run.
-    monkeypatch.setattr(algorithms_jobs, "_train", None)
-    monkeypatch.setattr(algorithms_jobs, "_search", None)
-    monkeypatch.setattr(algorithms_jobs, "_train_ddpo", None)
-    assert bench.main(command) == 0
-    write_algorithms_report(tmp_path / "again.html", {"machine": None, **result})
+    monkeypatch.setattr(jobs, "_train", None)
+    monkeypatch.setattr(jobs, "_search", None)
+    monkeypatch.setattr(jobs, "_train_ddpo", None)
+    assert main(command) == 0
+    write_report(tmp_path / "again.html", {"machine": None, **result})
 
 
 @pytest.mark.slow
 def test_a_killed_training_job_goes_on(tmp_path, monkeypatch):
     tiny = dataclasses.replace(QUICK["shapes"], share=0.0, least=1440, num_prompts=2, group_size=2, step_counts=(2,))
-    monkeypatch.setattr(bench_algorithms, "QUICK", {"shapes": tiny})
+    monkeypatch.setattr(bench, "QUICK", {"shapes": tiny})
     options = {"seeds": [0], "methods": ["spectral_ppo"], "is_quick": True, "denoiser": "eager", "denoiser_dtype": None}
-    whole = bench_algorithms.run(tmp_path / "whole", **options)
+    whole = bench.run(tmp_path / "whole", **options)
 
-    real = algorithms_jobs.World.measure
+    real = jobs.World.measure
 
     def stop(self, policy, *arguments):
         if policy is not None and policy.kind == "spectral" and (tmp_path / "stopped" / "once").exists():
@@ -95,11 +95,11 @@ def test_a_killed_training_job_goes_on(tmp_path, monkeypatch):
             (tmp_path / "stopped" / "once").touch()
         return real(self, policy, *arguments)
 
-    monkeypatch.setattr(algorithms_jobs.World, "measure", stop)
+    monkeypatch.setattr(jobs.World, "measure", stop)
     with pytest.raises(KeyboardInterrupt):
-        bench_algorithms.run(tmp_path / "stopped", **options)
-    monkeypatch.setattr(algorithms_jobs.World, "measure", real)
-    resumed = bench_algorithms.run(tmp_path / "stopped", **options)
+        bench.run(tmp_path / "stopped", **options)
+    monkeypatch.setattr(jobs.World, "measure", real)
+    resumed = bench.run(tmp_path / "stopped", **options)
     for one, other in zip(whole["methods"], resumed["methods"], strict=True):
         assert one["runs"][0]["sweep"] == other["runs"][0]["sweep"]
         rewards = [[row["reward"] for row in method["runs"][0]["curve"]] for method in (one, other)]

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from noisepolicy.benchmarks import bench_kernels, kernel_extras
-from noisepolicy.benchmarks.kernel_cases import OPS, make_case
+from noisepolicy.benchmarks.kernels import bench, extras
+from noisepolicy.benchmarks.kernels.cases import OPS, make_case
 from noisepolicy.benchmarks.timing import MAX_CALLS, MIN_CALLS, measure
 from noisepolicy.cli.bench import main
 from noisepolicy.ops import native
@@ -68,8 +68,8 @@ def test_a_compiler_that_fails_is_named(monkeypatch, capsys):
     def fail(case):
         raise RuntimeError("no working C++ compiler\nand a long explanation")
 
-    monkeypatch.setattr(bench_kernels, "compile_baseline", fail)
-    monkeypatch.setattr(kernel_extras, "call_overhead", dict)
+    monkeypatch.setattr(bench, "compile_baseline", fail)
+    monkeypatch.setattr(extras, "call_overhead", dict)
     assert main(["kernels", "--op", "gaussian_log_prob", "--dim", "64", "--batch", "2", "--backend", "cpp"]) == 0
     out = capsys.readouterr().out
     assert "no torch.compile baseline where the table says '-': RuntimeError: no working C++ compiler" in out
@@ -149,7 +149,7 @@ def test_callables_take_turns():
 
 
 def test_two_threads_against_one():
-    rows = kernel_extras.thread_scaling(["gaussian_log_prob"], [65_536])
+    rows = extras.thread_scaling(["gaussian_log_prob"], [65_536])
     assert [row["dim"] for row in rows] == [65_536] and rows[0]["speedup"] == pytest.approx(
         rows[0]["one_thread_us"] / rows[0]["two_threads_us"]
     )

@@ -3,25 +3,21 @@
 import copy
 import json
 import subprocess
+import time
 
 import pytest
 import torch
 
-from noisepolicy.benchmarks import (
-    bench_kernels,
-    bench_latency,
-    kernel_extras,
-    latency_cases,
-    latency_timing,
-    latency_training,
-)
-from noisepolicy.benchmarks.bench_latency import next_gain
-from noisepolicy.benchmarks.latency_cases import IMAGE_TOLERANCE, check_output
-from noisepolicy.benchmarks.latency_compare import compare_reports, read_report
-from noisepolicy.benchmarks.latency_report import write_latency_report
-from noisepolicy.benchmarks.latency_timing import SPLIT
+from noisepolicy.benchmarks.kernels import bench as kernels
+from noisepolicy.benchmarks.kernels import extras
+from noisepolicy.benchmarks.latency import bench, cases, training
+from noisepolicy.benchmarks.latency.bench import next_gain
+from noisepolicy.benchmarks.latency.cases import IMAGE_TOLERANCE, check_output
+from noisepolicy.benchmarks.latency.compare import compare_reports, read_report
+from noisepolicy.benchmarks.latency.engines import SPLIT
 from noisepolicy.benchmarks.machine import MemoryMeter
-from noisepolicy.benchmarks.timing import measure
+from noisepolicy.benchmarks.report import write_report
+from noisepolicy.benchmarks.timing import Timer, measure
 from noisepolicy.cli.bench import main
 from noisepolicy.engines import available_engines
 
@@ -47,7 +43,7 @@ def result(folder):
 @pytest.fixture
 def measured(result, monkeypatch):
     """The command without its minutes: it measures what was measured before."""
-    monkeypatch.setattr(bench_latency, "run", lambda **settings: copy.deepcopy(result))
+    monkeypatch.setattr(bench, "run", lambda **settings: copy.deepcopy(result))
     return result
 
 
@@ -97,10 +93,37 @@ def test_the_report_is_one_file(folder):
 
 
 @pytest.mark.slow
+def test_the_report_is_made_from_the_numbers(folder, tmp_path, capsys):
+    (tmp_path / "latency.json").write_bytes((folder / "latency.json").read_bytes())
+    assert main(["report", str(tmp_path / "latency.json")]) == 0
+    assert f"report   {tmp_path / 'latency.html'}" in capsys.readouterr().out
+    assert main(["report", str(tmp_path / "latency.json"), "--output", str(tmp_path / "again.html")]) == 0
+    tables = [path.read_text("utf-8").count("<td>") for path in tmp_path.glob("*.html")]
+    assert tables == [(folder / "latency.html").read_text("utf-8").count("<td>")] * 2
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"scale": []}', '{"rollout": []}', '{"results": [{"batch": 1}]}'])
+def test_there_is_no_report_of_something_else(tmp_path, capsys, content):
+    (tmp_path / "other.json").write_text(content)
+    assert main(["report", str(tmp_path / "other.json")]) == 2
+    error = capsys.readouterr().err
+    assert f"cannot make a report of {tmp_path / 'other.json'}" in error and error.count("\n") == 1
+    assert not (tmp_path / "other.html").exists()
+
+
+@pytest.mark.slow
+def test_two_at_once_have_folders_of_their_own(measured, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "strftime", lambda form: "bench-now")
+    assert main([]) == main([]) == 0
+    assert [path.parent.name for path in sorted(tmp_path.glob("runs/*/latency.json"))] == ["bench-now", "bench-now-2"]
+
+
+@pytest.mark.slow
 def test_what_is_read_from_outside_is_escaped(result, tmp_path):
     result["model"] = result["machine"]["processor"] = "<script>alert(1)</script>"
     result["backends"]["denoisers"]["onnx"] = "<b>reason</b>"
-    write_latency_report(tmp_path / "latency.html", result)
+    write_report(tmp_path / "latency.html", result)
     html = (tmp_path / "latency.html").read_text("utf-8")
     assert "<script" not in html and "<b>reason" not in html and html.count("&lt;script&gt;") >= 2
 
@@ -130,12 +153,10 @@ def test_the_report_opens(folder, tmp_path, browser):
 @pytest.mark.slow
 def test_every_part_is_measured(tmp_path, monkeypatch, capsys):
     # Less of each than a user gets.
-    run_kernels = bench_kernels.run
-    monkeypatch.setattr(
-        bench_kernels, "run", lambda **settings: run_kernels(op_names=["gaussian_log_prob"], **settings)
-    )
-    monkeypatch.setattr(kernel_extras, "run", lambda *arguments: {})
-    monkeypatch.setattr(latency_training, "NUM_ITERATIONS", 1)
+    run_kernels = kernels.run
+    monkeypatch.setattr(kernels, "run", lambda **settings: run_kernels(op_names=["gaussian_log_prob"], **settings))
+    monkeypatch.setattr(extras, "run", lambda *arguments: {})
+    monkeypatch.setattr(training, "NUM_ITERATIONS", 1)
     output = tmp_path / "report"
     arguments = ["--denoiser", "eager", "--batch-sizes", "1", "--output", str(output), "--json", str(tmp_path / "copy")]
     assert main([*SHORT, *arguments]) == 0
@@ -262,8 +283,8 @@ def _plant(monkeypatch, spoil):
     def never(*arguments, **settings):
         raise AssertionError("a wrong engine was timed")
 
-    monkeypatch.setattr(latency_cases, "use_engine", lambda frozen, name, dtype=None: spoil(frozen))
-    monkeypatch.setattr(latency_timing, "measure", never)
+    monkeypatch.setattr(cases, "use_engine", lambda frozen, name, dtype=None: spoil(frozen))
+    monkeypatch.setattr(Timer, "measure", never)
 
 
 def test_a_wrong_denoiser_is_not_timed(monkeypatch, tmp_path, capsys):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from noisepolicy.benchmarks.bench_sharing import group_of_one_cpu
+from noisepolicy.benchmarks.scale.sharing import group_of_one_cpu
 from noisepolicy.cli import threads
 
 OWN = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")

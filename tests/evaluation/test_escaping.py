@@ -8,9 +8,7 @@ import pytest
 import torch
 import yaml
 
-from noisepolicy.benchmarks.algorithms_report import write_algorithms_report
-from noisepolicy.benchmarks.kernel_report import write_report as write_kernels_report
-from noisepolicy.benchmarks.latency_report import write_latency_report
+from noisepolicy.benchmarks.report import write_report as write_benchmark_report
 from noisepolicy.evaluation import write_model_card, write_report
 from noisepolicy.evaluation.sweep import Pair
 from noisepolicy.training.config import TrainConfig
@@ -72,9 +70,9 @@ def result_of(name: str) -> dict:
 
 REPORTS = {
     "report": write_run_report,
-    "algorithms": lambda path: write_algorithms_report(path, result_of("algorithms")),
-    "kernels": lambda path: write_kernels_report(path, result_of("kernels")),
-    "latency": lambda path: write_latency_report(path, result_of("latency")),
+    "algorithms": lambda path: write_benchmark_report(path, result_of("algorithms")),
+    "kernels": lambda path: write_benchmark_report(path, result_of("kernels")),
+    "latency": lambda path: write_benchmark_report(path, result_of("latency")),
 }
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from noisepolicy.benchmarks.algorithms_methods import (
+from noisepolicy.benchmarks.algorithms.methods import (
     CURVE,
     GUIDANCE_SCALE,
     NUM_INFERENCE_STEPS,
@@ -23,6 +23,7 @@ from noisepolicy.benchmarks.algorithms_methods import (
     Method,
     Scale,
 )
+from noisepolicy.benchmarks.timing import measure as measure_time
 from noisepolicy.evaluation.statistics import bootstrap_mean_ci95, expected_best_of
 from noisepolicy.evaluation.sweep import Results, measure
 from noisepolicy.frozen import FrozenModel, PromptEmbeds
@@ -245,7 +246,7 @@ def _train_ddpo(
     config: TrainConfig,
     measured: int,
 ) -> Iterator[_Point]:
-    from noisepolicy.benchmarks.baselines.ddpo import Ddpo
+    from noisepolicy.benchmarks.algorithms.ddpo import Ddpo
 
     ddpo = Ddpo(load_pipeline(model_folder()).to(world.device), world.task.reward, world.task.train_prompts, seed=seed)
     checkpoint, times = folder / "ddpo.safetensors", folder / "seconds.json"
@@ -276,7 +277,7 @@ def _search(
     config: TrainConfig,
     measured: int,
 ) -> Iterator[_Point]:
-    from noisepolicy.benchmarks.baselines import cross_entropy, random_search
+    from noisepolicy.benchmarks.algorithms import cross_entropy, random_search
 
     prompts, frozen = world.prompts(method), world.task.frozen
     embeds = world.embeds[: len(prompts)].prompt_embeds
@@ -331,19 +332,17 @@ def _kl(policy: NoisePolicy, embeds: PromptEmbeds) -> float:
 
 @torch.no_grad()
 def _time(policy: NoisePolicy | None, world: World, steps: int) -> float:
-    """Milliseconds an image at inference, in batches of 32; median of 5."""
+    """Milliseconds an image at inference, in batches of 32."""
     frozen = world.task.frozen
     embeds = world.embeds[torch.arange(2).repeat_interleave(16)]
     prior = torch.randn(len(embeds), *frozen.latent_shape, generator=torch.Generator().manual_seed(0))
     prior = prior.to(world.device)
-    seconds = []
-    for number in range(6):
-        start = time.perf_counter()
+
+    def make_images() -> None:
         latents = prior
         if policy is not None:
-            latents = policy.choose(embeds.prompt_embeds, seed=number, num_inference_steps=steps)
+            latents = policy.choose(embeds.prompt_embeds, seed=0, num_inference_steps=steps)
         frozen.generate(latents, embeds, num_inference_steps=steps, guidance_scale=GUIDANCE_SCALE)
-        if world.device.type == "cuda":
-            torch.cuda.synchronize(world.device)
-        seconds.append(time.perf_counter() - start)
-    return 1000 * sorted(seconds[1:])[2] / len(embeds)
+
+    timing = measure_time({"images": make_images}, world.device, use_graphs=False)["images"]
+    return timing.median_us / 1e3 / len(embeds)

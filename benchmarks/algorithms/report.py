@@ -1,4 +1,4 @@
-"""The self-contained HTML report of `noisepolicy-bench algorithms`, and its figure."""
+"""The figures of the report of `noisepolicy-bench algorithms`, and the one of the README."""
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from jinja2 import Environment, PackageLoader
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from noisepolicy.benchmarks.algorithms_methods import ABLATIONS, METHODS, NUM_INFERENCE_STEPS
+from noisepolicy.benchmarks.algorithms.methods import ABLATIONS, METHODS, NUM_INFERENCE_STEPS
 from noisepolicy.evaluation.figures import PLOT_STYLE, figure_svg
-from noisepolicy.storage import write_bytes, write_text
+from noisepolicy.storage import write_bytes
 
 _COLORS = (
     "#2563eb",
@@ -33,8 +32,8 @@ _BASE = "#6b7280"
 Rows = Sequence[Mapping[str, Any]]
 
 
-def write_algorithms_report(path: Path, result: Mapping[str, Any]) -> None:
-    """Writes what `bench_algorithms.run` returned, atomically."""
+def algorithms_values(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The template's values, of what `bench.run` returned."""
     methods = result["methods"]
     learned = [method for method in methods if not method["is_per_prompt"] and method["model"] == "shapes"]
     searched = [method for method in methods if method["is_per_prompt"] and method["model"] == "shapes"]
@@ -52,15 +51,8 @@ def write_algorithms_report(path: Path, result: Mapping[str, Any]) -> None:
         if videos:
             plots["video"] = _steps_figure(videos)
         svgs = {name: figure_svg(figure) for name, figure in plots.items()}
-    environment = Environment(
-        loader=PackageLoader("noisepolicy.benchmarks", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    html = environment.get_template("algorithms.html.j2").render(
-        result=result,
-        plots=svgs,
-        tables=[(model, rows, [m for m in methods if m["model"] == model]) for model, rows in result["base"].items()],
-    )
-    write_text(path, html)
+    tables = [(model, rows, [m for m in methods if m["model"] == model]) for model, rows in result["base"].items()]
+    return {"plots": svgs, "tables": tables}
 
 
 def write_story(path: Path, result: Mapping[str, Any]) -> None:

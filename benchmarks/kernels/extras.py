@@ -9,7 +9,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from noisepolicy import ops
-from noisepolicy.benchmarks.kernel_cases import OPS, make_case
+from noisepolicy.benchmarks.kernels.cases import OPS, make_case
 from noisepolicy.benchmarks.timing import measure
 from noisepolicy.ops.layout import row_sizes
 

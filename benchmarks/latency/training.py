@@ -10,7 +10,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from noisepolicy.benchmarks.latency_cases import Engine, ModelSpec
+from noisepolicy.benchmarks.latency.cases import Engine, ModelSpec
 from noisepolicy.rewards import load_reward
 from noisepolicy.training.config import TrainConfig
 from noisepolicy.training.run_folder import RunFolder

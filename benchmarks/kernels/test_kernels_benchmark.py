@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from noisepolicy.benchmarks.kernel_cases import OPS, make_case
+from noisepolicy.benchmarks.kernels.cases import OPS, make_case
 from noisepolicy.ops import available_backends
 from noisepolicy.ops.dispatch import choose
 

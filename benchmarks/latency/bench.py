@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from noisepolicy.benchmarks import bench_kernels
-from noisepolicy.benchmarks.latency_cases import EMBEDDED, Engine, ModelSpec, choose_denoisers, engine_name
-from noisepolicy.benchmarks.latency_timing import LatencyBench
-from noisepolicy.benchmarks.latency_training import time_training
+from noisepolicy.benchmarks.kernels import bench as kernels
+from noisepolicy.benchmarks.latency.cases import EMBEDDED, Engine, ModelSpec, choose_denoisers, engine_name
+from noisepolicy.benchmarks.latency.engines import LatencyBench
+from noisepolicy.benchmarks.latency.training import time_training
 from noisepolicy.benchmarks.machine import describe_machine
 from noisepolicy.ops import available_backends
 
@@ -100,7 +100,7 @@ def run(
             result["denoiser"] = bench.time_denoiser()
         if "rollout" not in skip:
             result["rollout"] = bench.time_rollouts(sorted(set(step_counts)))
-        result["other_jobs"] = bench.other_jobs()
+        result["other_jobs"] = bench.timer.other_jobs()
         if "training" not in skip:
             result["training"] = _time_training(bench.engines, spec)
         result["next_gain"] = next_gain(result["rollout"], result["training"])
@@ -136,7 +136,7 @@ def _largest(split_ms: Mapping[str, float | None]) -> str:
 
 def _time_kernels(device: torch.device) -> list[dict[str, Any]]:
     print("\nkernels, in short (`noisepolicy-bench kernels` measures more)")
-    return bench_kernels.run(
+    return kernels.run(
         batches=(8,), dims=(16_384,), threads=torch.get_num_threads(), device=device.type, use_compile=False
     )["results"]
 

@@ -1,15 +1,12 @@
-"""The self-contained HTML report of `noisepolicy-bench kernels`."""
+"""The plot and the cards of the report of `noisepolicy-bench kernels`."""
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
-from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
 
 from noisepolicy.evaluation.figures import PLOT_STYLE, figure_svg
-from noisepolicy.storage import write_text
 
 _COLORS = {
     "cpp": "#2563eb",
@@ -29,25 +26,20 @@ _LABELS = {
 _PREFERRED_BATCH = 8
 
 
-def write_report(path: Path, result: dict[str, Any]) -> None:
-    """Writes what `bench_kernels.run` returned, with the machine under `machine`, atomically."""
+def kernels_values(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The template's values, of what `bench.run` returned, with the machine under `machine`."""
     rows = result["results"]
     batches = {row["batch"] for row in rows}
     batch = _PREFERRED_BATCH if _PREFERRED_BATCH in batches else max(batches)
     dtype = rows[0]["dtype"]
     shown = [row for row in rows if row["batch"] == batch and row["dtype"] == dtype]
-    template = Environment(loader=PackageLoader("noisepolicy.benchmarks", "."), autoescape=True).get_template(
-        "kernels.html.j2"
-    )
-    html = template.render(
-        result=result,
-        batch=batch,
-        dtype=dtype,
-        cards=_cards(shown),
-        svg=time_plot(shown),
-        failures=sorted({failure["reason"] for failure in result["compile_failures"]}),
-    )
-    write_text(path, html)
+    return {
+        "batch": batch,
+        "dtype": dtype,
+        "cards": _cards(shown),
+        "svg": time_plot(shown),
+        "failures": sorted({failure["reason"] for failure in result["compile_failures"]}),
+    }
 
 
 def _cards(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -9,21 +9,19 @@ ops do.
 """
 
 import contextlib
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from noisepolicy.benchmarks import kernel_extras
-from noisepolicy.benchmarks.kernel_cases import OPS, SAMPLING_OPS, Case, machine_limit, make_case
-from noisepolicy.benchmarks.timing import Timing, measure
+from noisepolicy.benchmarks.kernels import extras
+from noisepolicy.benchmarks.kernels.cases import OPS, SAMPLING_OPS, Case, machine_limit, make_case
+from noisepolicy.benchmarks.timing import Timer, Timing
 from noisepolicy.ops import available_backends
 from noisepolicy.ops.dispatch import choose
 
 BATCHES, DIMS = (1, 8, 64), (4_096, 16_384, 65_536, 262_144)
 
-_QUIET = 0.05
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _HEADER = (
     f"{'op':17s} {'backend':7s} {'dtype':8s} {'batch':>5s} {'dim':>7s} {'thr':>3s} {'median us':>10s} {'p20':>9s} "
@@ -67,32 +65,19 @@ def run(
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        result = {
-            "device": _describe(place),
-            "results": [],
-            "compile_failures": [],
-            "wall_seconds": 0.0,
-            "cpu_seconds": 0.0,
-        }
+        result = {"device": _describe(place), "results": [], "compile_failures": []}
+        timer = Timer(place)
         print(f"{result['device']}; {threads} thread{'s' if threads > 1 else ''}\n{_HEADER}")
         for op in op_names:
             for dtype in dtypes:
                 for batch in batches:
                     for dim in dims:
                         case = make_case(op, batch, dim, _DTYPES[dtype], place)
-                        _bench(case, names, use_compile, result)
+                        _bench(case, names, use_compile, timer, result)
         for reason in sorted({failure["reason"] for failure in result["compile_failures"]}):
             print(f"no torch.compile baseline where the table says '-': {reason}")
-        # Where one thread does all the work, what it did not get of the clock went to other jobs.
-        result["other_jobs"] = max(0.0, 1 - result.pop("cpu_seconds") / result.pop("wall_seconds"))
-        if place.type != "cpu" or threads > 1:
-            result["other_jobs"] = None
-        elif result["other_jobs"] > _QUIET:
-            print(
-                f"warning: other jobs had {result['other_jobs']:.0%} of this processor. They hit long calls, so mostly "
-                "the baselines, hardest: repeat on a quiet machine before quoting a number"
-            )
-        result |= kernel_extras.run(place, names, op_names, dims)
+        result["other_jobs"] = timer.other_jobs()
+        result |= extras.run(place, names, op_names, dims)
     finally:
         torch.set_num_threads(threads_before)
     return result
@@ -138,7 +123,7 @@ def _describe(device: torch.device) -> str:
     return f"CPU, {_C.instruction_set()} kernels"
 
 
-def _bench(case: Case, backends: Sequence[str], use_compile: bool, result: dict[str, Any]) -> None:
+def _bench(case: Case, backends: Sequence[str], use_compile: bool, timer: Timer, result: dict[str, Any]) -> None:
     expected = case.call("torch")
     for name in backends:
         case.check(f"backend {name!r}", case.call(name), expected)
@@ -160,10 +145,7 @@ def _bench(case: Case, backends: Sequence[str], use_compile: bool, result: dict[
             case.check(f"baseline {name!r}", call(), expected, slack=10)
     del expected
     limits = machine_limit(case)
-    start = time.perf_counter(), time.process_time()
-    timings = measure({**calls, **baselines, **{name: call for name, (call, _) in limits.items()}}, case.device)
-    result["wall_seconds"] += time.perf_counter() - start[0]
-    result["cpu_seconds"] += time.process_time() - start[1]
+    timings = timer.measure({**calls, **baselines, **{name: call for name, (call, _) in limits.items()}})
     bound, limit_us = max(
         ((name, timings[name].median_us * factor) for name, (_, factor) in limits.items()), key=lambda entry: entry[1]
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from noisepolicy.benchmarks.latency_cases import (
+from noisepolicy.benchmarks.latency.cases import (
     EMBEDDED,
     DiffusersBaseline,
     Engine,
@@ -17,7 +17,7 @@ from noisepolicy.benchmarks.latency_cases import (
     load_engine,
 )
 from noisepolicy.benchmarks.machine import MemoryMeter
-from noisepolicy.benchmarks.timing import Timing, measure
+from noisepolicy.benchmarks.timing import Timer, Timing
 from noisepolicy.frozen.base import PromptEmbeds
 from noisepolicy.ops import gaussian_sample
 from noisepolicy.policies import SpectralPolicy
@@ -28,7 +28,6 @@ SPLIT = ("text_encoding", "policy", "denoiser", "scheduler", "vae", "reward")
 """The parts of a rollout; the scheduler is all of the loop that is neither denoiser nor VAE."""
 
 _BASELINE = "diffusers"
-_QUIET = 0.05
 _GPU_SPLIT_CALLS = 5
 _NUM_CANDIDATES, _CRITIC_SIZE = 8, 2  # of the default recipe
 
@@ -49,7 +48,7 @@ class LatencyBench:
         reward = reward or ("shapes" if spec.model == EMBEDDED else None)
         self._reward: Reward | None = load_reward(reward, device=spec.device) if reward else None
         self._around: dict[int, dict[str, float | None]] = {}
-        self._clock = [0.0, 0.0]
+        self.timer = Timer(spec.device)
 
     @torch.no_grad()
     def add(self, backend: str, dtype: str | None) -> None:
@@ -175,25 +174,8 @@ class LatencyBench:
         timings = self._measure(calls, seconds=self._seconds / 4)
         return {"reward": None} | {name: timing.median_us / 1e3 for name, timing in timings.items()}
 
-    def other_jobs(self) -> float | None:
-        """The share of the processor that others had while one thread was timed."""
-        wall, own = self._clock
-        if self.spec.device.type != "cpu" or torch.get_num_threads() > 1 or wall == 0:
-            return None
-        share = max(0.0, 1 - own / wall)
-        if share > _QUIET:
-            print(
-                f"\nwarning: other jobs had {share:.0%} of this processor; repeat on a quiet machine before quoting a "
-                "number"
-            )
-        return share
-
     def _measure(self, calls: Mapping[str, Callable[[], Any]], **options: Any) -> dict[str, Timing]:
-        start = time.perf_counter(), time.process_time()
-        timings = measure(calls, self.spec.device, **{"seconds": self._seconds, "use_graphs": False, **options})
-        self._clock[0] += time.perf_counter() - start[0]
-        self._clock[1] += time.process_time() - start[1]
-        return timings
+        return self.timer.measure(calls, **{"seconds": self._seconds, "use_graphs": False, **options})
 
     def _inputs(self, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Of the denoiser; made once, so that every engine gets the same."""

@@ -1,18 +1,15 @@
-"""The self-contained HTML report of `noisepolicy-bench`."""
+"""The plots and the cards of the report of `noisepolicy-bench latency`."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib
-from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
-from noisepolicy.benchmarks.latency_cases import engine_name
-from noisepolicy.benchmarks.latency_timing import SPLIT
+from noisepolicy.benchmarks.latency.cases import engine_name
+from noisepolicy.benchmarks.latency.engines import SPLIT
 from noisepolicy.evaluation.figures import PLOT_STYLE, figure_svg
-from noisepolicy.storage import write_text
 
 _COLORS = {
     "eager": "#6b7280",
@@ -40,22 +37,17 @@ _BAR = 0.8
 Rows = Sequence[Mapping[str, Any]]
 
 
-def write_latency_report(path: Path, result: Mapping[str, Any]) -> None:
-    """Writes what `bench_latency.run` returned, atomically."""
-    environment = Environment(
-        loader=PackageLoader("noisepolicy.benchmarks", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    html = environment.get_template("latency.html.j2").render(
-        result=result,
-        cards=headline_cards(result),
-        plots={
+def latency_values(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The template's values, of what `bench.run` returned."""
+    return {
+        "cards": headline_cards(result),
+        "plots": {
             "denoiser": denoiser_plot(result["denoiser"]) if result["denoiser"] else None,
             "rollout": rollout_plot(result["rollout"]) if result["rollout"] else None,
         },
-        parts=SPLIT,
-        baselines=_baselines(result["rollout"]),
-    )
-    write_text(path, html)
+        "parts": SPLIT,
+        "baselines": _baselines(result["rollout"]),
+    }
 
 
 def headline_cards(result: Mapping[str, Any]) -> list[dict[str, Any]]:

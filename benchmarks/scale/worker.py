@@ -1,4 +1,4 @@
-"""One process of `noisepolicy-bench scale`, started by torchrun: `scale_worker.py RESULT.json ITERATIONS`."""
+"""One process of `noisepolicy-bench scale`, started by torchrun: `worker.py RESULT.json ITERATIONS`."""
 
 import dataclasses
 import statistics

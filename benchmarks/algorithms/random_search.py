@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from noisepolicy.benchmarks.baselines.cross_entropy import (
+from noisepolicy.benchmarks.algorithms.cross_entropy import (
     SearchState,
     check_budget,
     draw_population,

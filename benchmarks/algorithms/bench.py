@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from noisepolicy.benchmarks.algorithms_jobs import World, describe_base, make_world, run_job
-from noisepolicy.benchmarks.algorithms_methods import (
+from noisepolicy.benchmarks.algorithms.jobs import World, describe_base, make_world, run_job
+from noisepolicy.benchmarks.algorithms.methods import (
     ABLATIONS,
     FULL,
     METHODS,

@@ -59,7 +59,7 @@ def _measure(num_processes: int, num_iterations: int) -> dict[str, Any]:
             "--nproc-per-node",
             str(num_processes),
             "-m",
-            "noisepolicy.benchmarks.scale_worker",
+            "noisepolicy.benchmarks.scale.worker",
             str(result),
             str(num_iterations),
         ]

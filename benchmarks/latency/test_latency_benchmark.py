@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from noisepolicy.benchmarks.latency_cases import (
+from noisepolicy.benchmarks.latency.cases import (
     EMBEDDED,
     DiffusersBaseline,
     ModelSpec,

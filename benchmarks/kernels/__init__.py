@@ -1,0 +1,1 @@
+"""`noisepolicy-bench kernels`: the ops on every backend."""

@@ -1,0 +1,1 @@
+"""`noisepolicy-bench latency`: denoisers and whole rollouts on every engine."""
