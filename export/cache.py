@@ -1,4 +1,4 @@
-"""Exported files by the content of what they were made from, so that a file is never taken for another's.
+"""A cache of exported files, addressed by the content that they were made from: no file is taken for another.
 
 An entry is a folder named by a hash of weights, spec and versions; `entry.json`, written last, holds the size and hash
 of every file. An entry that is cut short or altered is made again, and that is said.
@@ -29,23 +29,23 @@ class Entry(NamedTuple):
 
     folder: Path
     is_new: bool
-    """Whether it was made just now."""
+    """Whether the entry was made just now."""
 
 
 def cache_folder() -> Path:
-    """`NOISEPOLICY_CACHE`, or noisepolicy/ in the user's cache."""
+    """Return `NOISEPOLICY_CACHE`, or noisepolicy/ in the user's cache folder."""
     if folder := os.environ.get("NOISEPOLICY_CACHE"):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "noisepolicy"
 
 
 def cached(name: str, made_of: Mapping[str, Any], make: Callable[[Path], None], *, renew: bool = False) -> Entry:
-    """An entry, made by `make(folder)` unless it is there and whole.
+    """Return an entry; `make(folder)` makes it unless it is there and whole.
 
     Args:
-        name: of the entry, for people.
-        made_of: everything its content follows from, as JSON.
-        renew: make it again in any case.
+        name: Name of the entry, for people.
+        made_of: Everything that determines the entry's content, as JSON.
+        renew: Make the entry again in any case.
 
     Raises:
         OSError: if the cache cannot be written.
@@ -80,7 +80,7 @@ def cached(name: str, made_of: Mapping[str, Any], make: Callable[[Path], None], 
 
 
 def _remove_abandoned(root: Path) -> None:
-    """Removes what processes left that were killed while they made an entry, long ago."""
+    """Remove unfinished entries of processes that were killed long ago."""
     for folder in root.glob(f"{_WORKING}*"):
         with suppress(OSError):  # its own process has just removed it
             last = max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
@@ -93,7 +93,7 @@ def _describe(file: Path) -> dict[str, Any]:
 
 
 def _damage(entry: Path) -> str | None:
-    """What is wrong with an entry's files, or None."""
+    """Return what is wrong with an entry's files, or None."""
     try:
         files = json.loads((entry / _MANIFEST).read_text("utf-8"))["files"]
         for name, expected in files.items():

@@ -23,10 +23,10 @@ _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.
 
 
 def function_sha256(module: nn.Module) -> str:
-    """SHA-256 over the classes, attributes, hooks and unsaved buffers of a module and its submodules.
+    """Compute the SHA-256 of the classes, attributes, hooks and unsaved buffers of a module and its submodules.
 
-    It is the same in every process for modules that were made in the same way. Parameters and saved buffers are not
-    part of it.
+    Modules that were made in the same way have the same hash in every process. Parameters and saved buffers are not
+    part of the hash.
     """
     describe = _Describer(module)
     saved = module.state_dict(keep_vars=True).keys()

@@ -9,7 +9,7 @@ def require(module: str, extra: str) -> ModuleType:
     """Imports a package.
 
     Raises:
-        RuntimeError: if it does not import; says why, and which extra installs it.
+        RuntimeError: if the package cannot be imported; the message says why, and which extra installs it.
     """
     try:
         return importlib.import_module(module)
@@ -18,7 +18,7 @@ def require(module: str, extra: str) -> ModuleType:
 
 
 def missing(*modules: str, extra: str) -> str | None:
-    """The reason why something that needs `modules` does not run, or None if all are installed."""
+    """Return the reason why something that needs `modules` does not run, or None if all are installed."""
     for module in modules:
         if importlib.util.find_spec(module) is None:
             return f"{module} is not installed; pip install 'noisepolicy[{extra}]'"
@@ -26,5 +26,5 @@ def missing(*modules: str, extra: str) -> str | None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message that says something."""
+    """Return the first line of an error's message that is not blank."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

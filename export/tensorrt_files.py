@@ -1,4 +1,4 @@
-"""Files of TensorRT and TensorRT-RTX engines: what each was built for and from, and whether it can be run here.
+"""Files of TensorRT and TensorRT-RTX engines, the record of how each was built, and the check that it can be run here.
 
 The two share every line but the import. `to_tensorrt.py` builds the files, `noisepolicy.engines` runs them.
 """
@@ -19,7 +19,7 @@ from noisepolicy.storage import file_sha256
 Shape = tuple[int, ...]
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-"""By flavor, which is also the name of the extra that brings it."""
+"""Module of each flavor. A flavor's name is also the name of the extra that installs it."""
 DTYPES = {
     "FLOAT": torch.float32,
     "HALF": torch.float16,
@@ -30,47 +30,47 @@ DTYPES = {
     "UINT8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""By the name of TensorRT's own."""
+"""Torch's dtypes by TensorRT's names."""
 
 
 class EngineMismatch(ValueError):  # noqa: N818 - it says what is wrong
-    """An engine that this machine, or this TensorRT, cannot be trusted to run."""
+    """Raised if an engine does not belong to this machine or this TensorRT."""
 
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What an engine was built for and from; it lies beside the engine as JSON."""
+    """A record of how an engine was built. It is kept as JSON beside the engine."""
 
     flavor: str
     tensorrt_version: str
     targets: list[str]
-    """GPUs it was built for by name, as "sm_89"; empty with no `capability`: every one from sm_80 on."""
+    """Targets of the build, as "sm_89". Without targets and `capability` the engine is for every GPU from sm_80 on."""
     gpu: str | None
-    """Name of the GPU it was built on and for; None where it was built for `targets`."""
+    """Name of the GPU that the engine was built on and for; None if it was built for `targets`."""
     capability: str | None
-    """Of that GPU, as "sm_89"."""
+    """Compute capability of that GPU, as "sm_89"."""
     profile: dict[str, list[list[int]]]
-    """Least, best and largest shape by input."""
+    """Smallest, best and largest shape of each input, by name."""
     inputs: dict[str, dict[str, Any]]
-    """`dtype` and `shape` by name, -1 where the shape may change."""
+    """`dtype` and `shape` of each input, by name; -1 where the shape may change."""
     outputs: dict[str, dict[str, Any]]
     refit: bool
     size: int
-    """Bytes of the engine."""
+    """Size of the engine in bytes."""
     sha256: str
     onnx_sha256: dict[str, str]
-    """By file: the ONNX file and its external data."""
+    """Hashes of the ONNX file and its external data, by file."""
     builder_seconds: float
 
 
 def load_tensorrt(flavor: str) -> ModuleType:
-    """TensorRT's module, imported when asked for.
+    """Import TensorRT's module.
 
     `"tensorrt"` takes its libraries from NVIDIA's own package index, which pip has to reach.
 
     Raises:
         ValueError: if there is no such flavor.
-        RuntimeError: if it is not installed; with the command that installs it.
+        RuntimeError: if the flavor is not installed; the message has the command that installs it.
     """
     if flavor not in MODULES:
         raise ValueError(f"unknown flavor {flavor!r} of TensorRT; expected {' or '.join(MODULES)}")
@@ -79,7 +79,7 @@ def load_tensorrt(flavor: str) -> ModuleType:
 
 @functools.cache
 def the_log(trt: ModuleType) -> Any:
-    """TensorRT's logger, which prints nothing and keeps what it was told; one for the life of the process.
+    """Return TensorRT's logger, which keeps messages and prints nothing; a process has only one.
 
     TensorRT itself knows one logger. A second one is ignored while anything of the first lives, and is told so under a
     lock that the end of a builder takes too: where the garbage collector, run by Python's own logging code, frees a
@@ -102,7 +102,7 @@ def the_log(trt: ModuleType) -> Any:
                 self.warnings.append(" ".join(msg.split()))
 
         def reason(self) -> str:
-            """The first error since the last call, or since `forget`."""
+            """Return the first error since the last call, or since `forget`."""
             said = self.errors[0][:500] if self.errors else "it gives no reason"
             self.forget()
             return said
@@ -115,7 +115,7 @@ def sidecar_path(engine_path: Path) -> Path:
 
 
 def read_sidecar(engine_path: str | Path) -> EngineInfo:
-    """What is said of an engine beside it.
+    """Read an engine's record from its sidecar.
 
     Raises:
         EngineMismatch: if there is no sidecar, or it is damaged.
@@ -132,14 +132,14 @@ def read_sidecar(engine_path: str | Path) -> EngineInfo:
 
 
 def check_engine(engine_path: str | Path, *, flavor: str, device: torch.device | str | int | None = None) -> EngineInfo:
-    """What an engine is, once it is known that it can run here. Nothing of the engine is executed.
+    """Check that an engine can run here and return its record. Nothing of the engine is executed.
 
     Args:
-        device: the GPU it shall run on; without a GPU that is not checked.
+        device: GPU that the engine is to run on; None does not check the GPU.
 
     Raises:
-        EngineMismatch: if it has no sidecar, was built for another flavor, version or GPU, or its file is cut short
-            or altered.
+        EngineMismatch: if the engine has no sidecar, was built for another flavor, version or GPU, or its file is cut
+            short or altered.
         RuntimeError: if the flavor is not installed.
     """
     path = Path(engine_path)
@@ -169,7 +169,7 @@ def check_engine(engine_path: str | Path, *, flavor: str, device: torch.device |
 
 
 def capability(device: torch.device | str | int | None = None) -> str | None:
-    """Of a GPU, as "sm_89"; None where torch finds none."""
+    """Return a GPU's compute capability, as "sm_89", or None if torch finds no GPU."""
     if not torch.cuda.is_available():
         return None
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))

@@ -1,4 +1,4 @@
-"""A part to an ONNX file: PyTorch's exporter, weights beside the graph where protobuf's 2 GB would not hold them."""
+"""Export of a part to an ONNX file by PyTorch's exporter. Weights beyond protobuf's 2 GB lie beside the graph."""
 
 import copy
 import importlib.metadata
@@ -21,20 +21,20 @@ from noisepolicy.export.packages import first_line, require
 from noisepolicy.export.spec import FLOAT32_INPUTS, Part, prepared_for_export
 
 OPSET, OPSET_BFLOAT16 = 20, 22
-"""Of the file; convolutions in bfloat16 came later, and later sets take GroupNorm apart, which is slower."""
+"""Operator sets of the file. Convolutions in bfloat16 need a later set; later sets split GroupNorm, which is slower."""
 _INLINE_BYTES = 1_900_000_000
 _SPACE_FACTOR = 1.2
 _VERSIONS = ("noisepolicy", "torch", "diffusers", "onnx", "onnxscript")
 
 
 def export_onnx(part: Part, path: Path, *, dtype: torch.dtype | None = None) -> int:
-    """Writes `part` to `path`, and with much weight to `path` + ".data" beside it; whole or not at all.
+    """Write `part` to `path`, and large weights to `path` + ".data" beside it; whole or not at all.
 
     Args:
-        dtype: of weights and inputs; None is the module's own. Timesteps stay float32.
+        dtype: Data type of weights and inputs. Default: the module's own. Timesteps stay float32.
 
     Returns:
-        The bytes written, those beside the file included.
+        The number of bytes written to both files.
 
     Raises:
         RuntimeError: if the exporter is not installed, or cannot export the part.
@@ -84,11 +84,11 @@ def export_onnx(part: Part, path: Path, *, dtype: torch.dtype | None = None) -> 
 
 
 def exported_onnx(part: Part, sha256: str, dtype: torch.dtype, *, renew: bool = False) -> Entry:
-    """The cache's entry with the part's `model.onnx`, exported if it is not there.
+    """Return the cache's entry with the part's `model.onnx`, which is exported if it is not there.
 
     Args:
-        sha256: hash of the part's weights.
-        renew: export it in any case.
+        sha256: Hash of the part's weights.
+        renew: Export the part in any case.
     """
     name = f"{part.name}-{str(dtype).removeprefix('torch.')}"
     return cached(
@@ -100,7 +100,7 @@ def exported_onnx(part: Part, sha256: str, dtype: torch.dtype, *, renew: bool = 
 
 
 def made_of(part: Part, sha256: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Everything that the content of an export follows from, as JSON."""
+    """Return everything that determines the content of an export, as JSON."""
     return {
         "part": part.name,
         "weights": sha256,
@@ -115,13 +115,13 @@ def made_of(part: Part, sha256: str, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def weight_bytes(module: nn.Module, dtype: torch.dtype | None = None) -> int:
-    """Of the module's parameters and buffers, in `dtype`."""
+    """Return the size of the module's parameters and buffers in bytes, in `dtype`."""
     tensors = [*module.parameters(), *module.buffers()]
     return sum(tensor.numel() * (dtype or tensor.dtype).itemsize for tensor in tensors)
 
 
 def check_space(folder: Path, num_bytes: int) -> None:
-    """Raises OSError if `folder`'s disk does not hold `num_bytes` and a little more."""
+    """Raise OSError if `folder`'s disk does not hold `num_bytes` and a little more."""
     free, needed = shutil.disk_usage(folder).free, int(num_bytes * _SPACE_FACTOR)
     if free < needed:
         raise OSError(
@@ -131,7 +131,7 @@ def check_space(folder: Path, num_bytes: int) -> None:
 
 
 def _drop_empty_squeezes(program: torch.onnx.ONNXProgram) -> None:
-    """PixArt squeezes an axis of many elements, which PyTorch lets be and ONNX refuses."""
+    """Drop squeezes of axes with many elements, as PixArt has them: PyTorch ignores them, ONNX refuses them."""
     for node in list(program.model.graph):
         if node.op_type != "Squeeze" or len(node.inputs) < 2 or node.inputs[0].shape is None:
             continue
@@ -143,7 +143,7 @@ def _drop_empty_squeezes(program: torch.onnx.ONNXProgram) -> None:
 
 
 def _name_axes(program: torch.onnx.ONNXProgram, part: Part) -> None:
-    """Gives dynamic axes the names of the spec; the exporter's own are numbered symbols."""
+    """Give dynamic axes the names of the spec; the exporter names them by numbered symbols."""
     for value, axes in zip(program.model.graph.inputs, part.axes.values(), strict=True):
         for index, axis in enumerate(axes):
             if axis is not None:
@@ -152,7 +152,7 @@ def _name_axes(program: torch.onnx.ONNXProgram, part: Part) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter speaks of packages that are not there and of its own future."""
+    """Silence the exporter's messages about packages that are not installed and about its own future."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

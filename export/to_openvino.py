@@ -1,4 +1,4 @@
-"""A part to OpenVINO's own format, by way of ONNX."""
+"""Export of a part to OpenVINO's own format, by way of ONNX."""
 
 import os
 import shutil
@@ -14,23 +14,23 @@ from noisepolicy.export.to_onnx import exported_onnx, made_of
 
 
 def load_openvino() -> ModuleType:
-    """OpenVINO's module, which reports nothing to its makers unless the user has asked for it.
+    """Import OpenVINO's module, with telemetry off unless the user has asked for it.
 
     Raises:
-        RuntimeError: if it is not installed.
+        RuntimeError: if OpenVINO is not installed.
     """
     os.environ.setdefault("OPENVINO_TELEMETRY", "0")
     return require("openvino", "openvino")
 
 
 def exported_openvino(part: Part, sha256: str, *, renew: bool = False) -> Entry:
-    """The cache's entry with the part's `model.xml` and `model.bin` in float32; OpenVINO rounds by itself.
+    """Return the cache's entry with the part's `model.xml` and `model.bin` in float32; OpenVINO rounds by itself.
 
     Only a model in this format can be compiled for several shapes without a copy of the weights for each on the disk.
 
     Args:
-        sha256: hash of the part's weights.
-        renew: export it in any case.
+        sha256: Hash of the part's weights.
+        renew: Export the part in any case.
     """
     openvino = load_openvino()
     exported: list[Entry] = []

@@ -1,4 +1,4 @@
-"""ONNX to engines of TensorRT and TensorRT-RTX; they share every line but the import.
+"""Builds of TensorRT and TensorRT-RTX engines from ONNX files; both share every line but the import.
 
 TensorRT builds for the GPU of this machine, TensorRT-RTX also ahead of time for others, on a machine without a GPU.
 An engine lies beside a sidecar, `<engine>.json`, that says what it is; `check_engine` trusts no engine without.
@@ -48,20 +48,20 @@ def build_engine(
     device: torch.device | None = None,
     timings_folder: Path | None = None,
 ) -> None:
-    """Builds an engine that computes in the types of the ONNX file, float32 without TF32, and writes its sidecar.
+    """Build an engine that computes in the types of the ONNX file, float32 without TF32, and write its sidecar.
 
     Args:
-        onnx_path: the ONNX file, its external data beside it.
-        engine_path: what to write; a build that is killed leaves no engine with a sidecar.
+        onnx_path: ONNX file, with its external data beside it.
+        engine_path: File to write. A build that is killed leaves no engine with a sidecar.
         flavor: "tensorrt" or "tensorrt-rtx".
-        shapes: least, best and largest shape of each input, of each that may change its shape at least; `()` thrice
-            for an input of no axes.
-        targets: GPUs to build for, as `("sm_89", "sm_120")`; TensorRT-RTX only. By default the GPU of this machine;
-            on a machine without one TensorRT-RTX builds for all from sm_80 on.
-        refit: let the weights be replaced later. TensorRT-RTX 1.7 cannot do that on a machine without a GPU.
-        device: the GPU of this machine to build on and for; by default the current one.
-        timings_folder: where kernel timings are kept for later builds, a file for each GPU and release of TensorRT.
-            TensorRT-RTX times nothing while it builds: it reads and writes none.
+        shapes: Smallest, best and largest shape of each input whose shape may change; others may be given too. An
+            input of no axes has `()` thrice.
+        targets: GPUs to build for, as `("sm_89", "sm_120")`; TensorRT-RTX only. Default: the GPU of this machine; on
+            a machine without one TensorRT-RTX builds for all from sm_80 on.
+        refit: Let the weights be replaced later. TensorRT-RTX 1.7 cannot do that on a machine without a GPU.
+        device: GPU of this machine to build on and for. Default: the current one.
+        timings_folder: Folder of kernel timings for later builds, a file for each GPU and release of TensorRT.
+            TensorRT-RTX times nothing while it builds, so it reads and writes none.
 
     Raises:
         ValueError: if the ONNX file cannot be read, or a shape or target is wrong.
@@ -74,12 +74,12 @@ def build_engine(
 def exported_tensorrt(
     onnx_entry: Entry, part: Part, flavor: str, max_rows: int, device: torch.device, *, renew: bool = False
 ) -> Entry:
-    """The cache's entry with the part's `model.engine` for a GPU of this machine, built if it is not there.
+    """Return the cache's entry with the part's `model.engine` for a GPU of this machine, built if it is not there.
 
     Args:
-        onnx_entry: the part's ONNX file in the cache.
-        max_rows: the largest batch that the engine takes.
-        renew: build it in any case.
+        onnx_entry: The part's ONNX file in the cache.
+        max_rows: Largest batch that the engine takes.
+        renew: Build the engine in any case.
     """
     profile = part.profile((1, max_rows, max_rows))
     made_of = {
@@ -183,7 +183,7 @@ def _build(
 
 
 def capabilities_of(targets: Sequence[str], flavor: str) -> list[Any]:
-    """The builder's names of `targets`; none leaves the choice to TensorRT.
+    """Return the builder's names of `targets`. No targets leave the choice to TensorRT.
 
     Raises:
         ValueError: for a target that the flavor cannot build for.
@@ -214,7 +214,7 @@ def capabilities_of(targets: Sequence[str], flavor: str) -> list[Any]:
 
 
 def _check_shapes(shapes: Mapping[str, tuple[Shape, Shape, Shape]], inputs: Mapping[str, Shape]) -> None:
-    """Compares the profile with the network's inputs, -1 where an axis is dynamic."""
+    """Compare the profile with the network's inputs, whose dynamic axes are -1."""
     if unknown := shapes.keys() - inputs.keys():
         raise ValueError(f"shapes names {', '.join(sorted(unknown))}; the ONNX file has {', '.join(inputs)}")
     if missing := [name for name, shape in inputs.items() if -1 in shape and name not in shapes]:
@@ -235,7 +235,7 @@ def _check_shapes(shapes: Mapping[str, tuple[Shape, Shape, Shape]], inputs: Mapp
 
 
 def _timings_name(version: str) -> str:
-    """Name of the timing cache of the current GPU. Timings of another GPU or release would be refused, or wrong."""
+    """Name the timing cache of the current GPU. Timings of another GPU or release would be refused, or wrong."""
     gpu = re.sub(r"\W+", "-", torch.cuda.get_device_name())
     return f"timings-{gpu}-{capability()}-tensorrt-{version}.cache"
 
@@ -254,7 +254,7 @@ def _describe(tensor: Any) -> dict[str, Any]:
 
 
 def _onnx_files(path: Path) -> list[Path]:
-    """The ONNX file and those that hold its weights."""
+    """Return the ONNX file and the files that hold its weights."""
     tensors = onnx.load(path, load_external_data=False).graph.initializer
     names = {ExternalDataInfo(tensor).location for tensor in tensors if uses_external_data(tensor)}
     return [path, *(path.parent / name for name in sorted(names))]

@@ -1,4 +1,4 @@
-"""Whether an engine computes what PyTorch does in float32, with the numbers where it does not."""
+"""The check that an engine computes the same as PyTorch in float32; errors have the numbers."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,19 +10,19 @@ from torch import nn
 from noisepolicy.export.spec import Part
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""By what the engine computes in: the root mean square of the difference over that of PyTorch's output."""
+"""Tolerance by the engine's dtype: root mean square of the difference over that of PyTorch's output."""
 
 
 class VerificationError(RuntimeError):
-    """An engine is not to be used."""
+    """Raised if an engine must not be used."""
 
 
 class ShapeMismatch(VerificationError):  # noqa: N818  the name says it
-    """An engine's output has another shape than PyTorch's."""
+    """Raised if an engine's output has another shape than PyTorch's."""
 
 
 class OutputMismatch(VerificationError):  # noqa: N818
-    """An engine's numbers are further from PyTorch's than its precision explains."""
+    """Raised if an engine's numbers are further from PyTorch's than its precision explains."""
 
 
 def verify(
@@ -32,15 +32,15 @@ def verify(
     dtype: torch.dtype = torch.float32,
     batches: Sequence[int] = (1, 2, 5),
 ) -> float:
-    """Compares an engine with the module it was exported from, which computes in float32 whatever its own dtype.
+    """Compare an engine with the module it was exported from, which computes in float32 whatever its own dtype.
 
     Args:
-        run: the engine, from inputs by name to output.
-        dtype: the precision of the engine, which decides the tolerance.
-        batches: batch sizes to compare at.
+        run: The engine: a function from inputs by name to the output.
+        dtype: Precision of the engine, which determines the tolerance.
+        batches: Batch sizes to compare at.
 
     Returns:
-        The largest relative difference met.
+        The largest relative difference.
 
     Raises:
         VerificationError: if PyTorch itself gives NaN or infinity, so that nothing can be compared.
@@ -72,9 +72,9 @@ def verify(
 
 
 def reference_outputs(part: Part, batches: Sequence[int]) -> list[tuple[dict[str, torch.Tensor], torch.Tensor]]:
-    """Sample inputs of each batch size and what the part makes of them in float32, without TensorFloat-32.
+    """Return sample inputs of each batch size and the part's outputs in float32, without TensorFloat-32.
 
-    A part of another dtype is copied for it; the copy is on the CPU if the GPU has no memory for it.
+    A part of another dtype is copied first. The copy is on the CPU if the GPU has no memory for it.
     """
     device = next(iter(part.inputs.values())).device
     try:
@@ -99,7 +99,7 @@ def _outputs(
 
 
 def _in_float32(module: nn.Module, device: torch.device) -> nn.Module:
-    """A copy in float32; it shares the tensors that are of this dtype and on this device already."""
+    """Copy a module to float32; tensors that have this dtype and device already are shared."""
     memo: dict[int, torch.Tensor] = {}
     for tensor in [*module.parameters(), *module.buffers()]:
         dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
@@ -110,7 +110,7 @@ def _in_float32(module: nn.Module, device: torch.device) -> nn.Module:
 
 @contextmanager
 def _exact_float32() -> Iterator[None]:
-    """Keeps float32 products in float32: on recent GPUs PyTorch's convolutions are in TensorFloat-32 by default."""
+    """Keep float32 products in float32: on recent GPUs PyTorch's convolutions use TensorFloat-32 by default."""
     backends = torch.backends
     if hasattr(backends.cuda.matmul, "fp32_precision"):  # torch 2.9; the older flags cannot be mixed with it
         places = (

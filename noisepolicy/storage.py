@@ -21,7 +21,7 @@ _DIGEST = "sha256"
 
 
 class DamagedFileError(ValueError):
-    """Says that a file is not as it was written; the message names the file and what is wrong."""
+    """Raised if a file is not as it was written; the message names the file and what is wrong."""
 
 
 def write_bytes(path: Path, data: bytes) -> None:

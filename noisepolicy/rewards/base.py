@@ -18,7 +18,7 @@ from noisepolicy.prompt import metadata_of
 
 
 class RewardError(RuntimeError):
-    """Says that a reward raised, or returned something that cannot be trained on."""
+    """Raised if a reward raises, or returns something that cannot be trained on."""
 
 
 class Reward:

@@ -29,7 +29,7 @@ _MAX_PROMPT_CHARACTERS = 10_000
 
 
 class WireError(ValueError):
-    """Says that a message is not of this protocol, or beyond its limits. The text is safe to show to the other side."""
+    """Raised if a message is not of this protocol, or beyond its limits. The text is safe to show to the other side."""
 
 
 @dataclass(frozen=True)
