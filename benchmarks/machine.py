@@ -1,4 +1,4 @@
-"""What a benchmark ran on, and how much memory a call takes there."""
+"""The machine that a benchmark ran on, and the memory that a call takes there."""
 
 import ctypes
 import gc
@@ -66,7 +66,7 @@ class MemoryMeter:
         self._start_mb = None if device.type == "cuda" else _resident_mb("VmRSS")
 
     def peak_mb(self, call: Callable[[], Any]) -> float | None:
-        """Of one call; None where it cannot be measured."""
+        """Measure the peak of one call; None if it cannot be measured."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
             torch.cuda.reset_peak_memory_stats(self._device)
@@ -84,7 +84,7 @@ class MemoryMeter:
 
 
 def give_back_memory() -> None:
-    """Frees what nobody holds and hands it to the system, as far as that goes."""
+    """Free unused memory and hand it back to the system, as far as possible."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -16,14 +16,14 @@ _REPORTS = {
     "methods": ("algorithms", algorithms_values),
     "results": ("kernels", kernels_values),
 }
-"""By a key that only this benchmark's result has: the folder of the template, and what the template shows."""
+"""Folder and values of each benchmark's template, by a key that only its results have."""
 
 
 def write_report(path: Path, result: Mapping[str, Any]) -> None:
-    """Writes the report of what `noisepolicy-bench kernels`, `latency` or `algorithms` measured, atomically.
+    """Write the report of a result of `noisepolicy-bench kernels`, `latency` or `algorithms`, atomically.
 
     Raises:
-        ValueError: if the result is none of these.
+        ValueError: if the result is not one of these.
     """
     known = [entry for key, entry in _REPORTS.items() if key in result]
     if not known:

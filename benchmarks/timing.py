@@ -1,4 +1,4 @@
-"""Times callables side by side: each round calls one after the other, so a machine that drifts slows all alike.
+"""Timing of callables side by side: each round calls one after the other, so a machine that drifts slows all alike.
 
 A callable is warmed up, then called until it has used its share of time, within limits on the number of calls. Slow
 ones take part in fewer rounds, spread over all of them. On a GPU a callable is captured once in a CUDA graph and
@@ -20,7 +20,7 @@ _SLOW_CALL = SLOW_SECONDS / MIN_SLOW_CALLS
 
 
 _QUIET = 0.05
-"""Share of a processor that others may have before a user is warned."""
+"""Share of a processor that other jobs may have before the user is warned."""
 
 
 class Timing(NamedTuple):
@@ -41,13 +41,13 @@ def measure(
     use_graphs: bool = True,
     known_costs: Mapping[str, float] | None = None,
 ) -> dict[str, Timing]:
-    """Times each of `callables`, which run on `device`.
+    """Time each of `callables`, which run on `device`.
 
     Args:
-        seconds: time for each callable, warm-up aside.
-        calls_per_sample: calls between two readings of the clock, for those that are over in a few microseconds.
-        known_costs: seconds of a call that was made already, where it was slow enough to need no warm-up.
-        use_graphs: on a GPU, capture the callables, so that what Python takes to launch them does not count.
+        seconds: Seconds for each callable, without the warm-up.
+        calls_per_sample: Number of calls between two readings of the clock, for very short calls.
+        known_costs: Seconds of a call that was made already, if it was slow enough to need no warm-up.
+        use_graphs: On a GPU, capture the callables, so that Python's time to launch them does not count.
     """
     sample, timed = _sample_on_cpu, dict(callables)
     if device.type == "cuda":
@@ -73,7 +73,7 @@ def measure(
 
 
 class Timer:
-    """Calls `measure` on one device, and knows what share of the processor other jobs had meanwhile."""
+    """Calls `measure` on one device, and measures the share of the processor that other jobs had meanwhile."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -87,7 +87,7 @@ class Timer:
         return timings
 
     def other_jobs(self) -> float | None:
-        """The share, with a warning where it is not small; None where more than one thread did the work."""
+        """Return the share, and warn if it is not small; None if more than one thread did the work."""
         if self._device.type != "cpu" or torch.get_num_threads() > 1 or not self._wall:
             return None
         share = max(0.0, 1 - self._own / self._wall)
@@ -132,7 +132,7 @@ def _sample_on_gpu(call: Callable[[], Any], num_calls: int) -> float:
 
 
 def _capture(call: Callable[[], Any]) -> Callable[[], Any]:
-    """The replay of a CUDA graph of `call`, or `call` itself where it cannot be captured (it waits for the GPU)."""
+    """Return the replay of a CUDA graph of `call`, or `call` itself if it cannot be captured."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -27,7 +27,7 @@ from noisepolicy.training.config import TrainConfig
 from noisepolicy.training.task import load_task
 
 GAIN = 0.10
-"""How many images a method needs for this gain is compared."""
+"""Gain in reward; methods are compared by the number of images they need for it."""
 
 
 def run(
@@ -42,17 +42,17 @@ def run(
     device: torch.device | str = "cpu",
     workers: int = 1,
 ) -> dict[str, Any]:
-    """Runs every job that is not done, prints the table, returns the result.
+    """Run every job that is not done, print the table, and return the result.
 
     Args:
-        output: folder of the jobs.
-        methods: names of some; None for all.
-        is_quick: a twentieth of everything: whether it runs, not what it is worth.
-        denoiser, denoiser_dtype: of the image model, as in `TrainConfig`.
-        is_ablation: the default recipe with one thing changed, in place of the methods.
-        device: of everything.
-        workers: jobs side by side, each in a process of its own. More are done in an hour, but the seconds of a job
-            are then those of a shared machine.
+        output: Folder of the jobs.
+        methods: Names of methods. Default: all.
+        is_quick: Do a twentieth of everything, to see whether it runs.
+        denoiser, denoiser_dtype: Engine of the image model, as in `TrainConfig`.
+        is_ablation: Measure the default recipe with one thing changed, in place of the methods.
+        device: Device of all jobs.
+        workers: Number of jobs side by side, each in a process of its own. The seconds of a job are then those of a
+            shared machine.
 
     Raises:
         ValueError: for an unknown method, or one that starts from another which is left out and has not run.
@@ -106,7 +106,7 @@ def _make_worlds(
 def _run_side_by_side(
     methods: Sequence[Method], seeds: Sequence[int], jobs: Path, settings: tuple[Any, ...], workers: int
 ) -> None:
-    """Every job in one of `workers` processes, the longest first; one that starts from another's policy after that."""
+    """Run every job in one of `workers` processes, the longest first, and after the job whose policy it starts from."""
     threads = max(torch.get_num_threads() // workers, 1)
     names = {method.name for method in methods}
     longest_first = sorted(((seed, method) for seed in seeds for method in methods), key=lambda job: -job[1].images)
@@ -147,9 +147,9 @@ def _choose(names: Sequence[str] | None, methods: Sequence[Method]) -> list[Meth
 
 
 def images_to_gain(curve: Sequence[dict[str, Any]], gain: float = GAIN) -> float | None:
-    """Images until the measured reward is `gain` over the base model's from the same seeds.
+    """Return the images until the measured reward is `gain` over the base model's from the same seeds.
 
-    Between two points by a straight line; before the first nothing is known.
+    The curve is interpolated between points. Before the first point nothing is known.
     """
     last = None
     for row in curve:

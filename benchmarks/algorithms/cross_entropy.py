@@ -23,32 +23,32 @@ from noisepolicy.rewards import Reward
 from noisepolicy.training.seeding import stream_seed
 
 MAX_IMAGES = 2**20
-"""Of one prompt: so many rows of noise are set aside for each."""
+"""Largest number of images of a prompt: as many rows of noise are set aside for each."""
 _IMAGES_AT_A_TIME = 256
 
 
 @dataclass(frozen=True)
 class SearchState:
-    """Where a search stands; the distributions are `N(mean, exp(log_std)^2)`, one a prompt."""
+    """State of a search; each prompt's distribution is `N(mean, exp(log_std)^2)`."""
 
     num_images: int
-    """Made so far for each prompt."""
+    """Number of images made so far for each prompt."""
     mean: torch.Tensor
-    """float32 `(prompts, *latent_shape)`"""
+    """Means, float32 `(prompts, *latent_shape)`."""
     log_std: torch.Tensor
-    """The same shape; -inf everywhere where the distribution is a single point."""
+    """Log-stds of the same shape; -inf where the distribution is a single point."""
     best_reward: torch.Tensor
-    """Highest so far, float32 `(prompts,)`."""
+    """Highest reward so far, float32 `(prompts,)`."""
 
 
 @dataclass(frozen=True)
 class CrossEntropyConfig:
-    """The defaults suit a few hundred images a prompt."""
+    """Settings of a search. The defaults suit a few hundred images per prompt."""
 
     population_size: int = 40
-    """Images of a prompt in a generation."""
+    """Number of images of a prompt in a generation."""
     num_elites: int = 4
-    """Of them, those that the Gaussian is fitted to."""
+    """Number of the best images, which the Gaussian is fitted to."""
     smoothing: float = 1.0
     """Weight of the new fit against the old one, in (0, 1]."""
     min_std: float = 0.05
@@ -73,13 +73,13 @@ def search(
     seed: int,
     config: CrossEntropyConfig | None = None,
 ) -> Iterator[SearchState]:
-    """Yields after each generation. Other prompts, a larger budget or other batches change nothing of a prompt's noise.
+    """Search, and yield the state after each generation. A prompt's noise depends on nothing but its seed and index.
 
     Args:
-        num_images: for each prompt; a last generation that would be incomplete is not made.
+        num_images: Number of images for each prompt. A last generation that would be incomplete is not made.
 
     Raises:
-        ValueError: at the first generation, if there is no prompt or `num_images` is no whole generation.
+        ValueError: at the first generation, if there is no prompt or `num_images` is less than one generation.
     """
     config = config or CrossEntropyConfig()
     check_budget(prompts, num_images, config.population_size)
@@ -107,7 +107,7 @@ def search(
 
 
 def check_budget(prompts: Sequence[str], num_images: int, population_size: int) -> None:
-    """Raises `ValueError` unless there are prompts and at least one population of each is paid for."""
+    """Raise `ValueError` unless there are prompts and images for at least one population of each."""
     if len(prompts) == 0:
         raise ValueError("there are no prompts to search for")
     if not 1 <= population_size <= num_images <= MAX_IMAGES:
@@ -117,13 +117,13 @@ def check_budget(prompts: Sequence[str], num_images: int, population_size: int) 
 def draw_population(
     mean: torch.Tensor, log_std: torch.Tensor, population_size: int, *, seed: int, first_image: int
 ) -> torch.Tensor:
-    """Samples of each prompt's Gaussian, float32 `(prompts, population_size, *latent_shape)`.
+    """Draw from each prompt's Gaussian, float32 `(prompts, population_size, *latent_shape)`.
 
     Image i of prompt p has noise row `p * MAX_IMAGES + i` of the seed's stream.
 
     Args:
         mean, log_std: `(prompts, *latent_shape)`.
-        first_image: how many each prompt had before.
+        first_image: Number of images that each prompt had before.
     """
     latent_shape = tuple(mean.shape[1:])
     key, size = stream_seed(seed, "search noise"), (population_size, *latent_shape)
@@ -150,10 +150,10 @@ def score_population(
     num_inference_steps: int,
     guidance_scale: float,
 ) -> torch.Tensor:
-    """Rewards of the images that start from `latents`, float32 `(prompts, population)`.
+    """Return the rewards of the images that start from `latents`, float32 `(prompts, population)`.
 
     Args:
-        embeds: of the prompts, one row each.
+        embeds: Embeddings of the prompts, one row each.
         latents: `(prompts, population, *latent_shape)`.
     """
     rows, rewards = latents.flatten(0, 1), []

@@ -43,25 +43,25 @@ _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 @dataclass(frozen=True)
 class DdpoConfig:
-    """The defaults are those that learned fastest on the embedded model at 2 steps."""
+    """Settings of DDPO. The defaults learned fastest on the embedded model at 2 steps."""
 
     batch_size: int = 128
-    """Images of an iteration."""
+    """Number of images in an iteration."""
     minibatch_size: int = 64
-    """Of a gradient step; also how many images are sampled at a time."""
+    """Number of images in a gradient step, and of images that are sampled at a time."""
     num_epochs: int = 2
-    """Passes over an iteration's images."""
+    """Number of passes over an iteration's images."""
     num_inference_steps: int = 2
     guidance_scale: float = 1.5
-    """In sampling and in training: the density is that of the guided step."""
+    """Guidance scale of sampling and training: the density is that of the guided step."""
     eta: float = 1.0
     """DDIM's noise, in [0, 1]; 1 is DDPM's."""
     min_std: float = 0.3
-    """Least standard deviation of a step."""
+    """Smallest standard deviation of a step."""
     clip_range: float = 0.2
     max_advantage: float = 5.0
     lora_rank: int = 8
-    """Of the attention projections; the scale of the update is 1."""
+    """Rank of the LoRA weights of the attention projections; the scale of the update is 1."""
     learning_rate: float = 2e-3
     max_grad_norm: float = 1.0
 
@@ -82,26 +82,26 @@ class DdpoConfig:
 
 @dataclass(frozen=True)
 class Trajectories:
-    """What an iteration sampled."""
+    """The samples of an iteration."""
 
     prompt_row: torch.Tensor
-    """Into the training prompts, int64 `(batch,)`."""
+    """Indices into the training prompts, int64 `(batch,)`."""
     latents: torch.Tensor
-    """From the noise to what is decoded, float32 `(steps + 1, batch, *latent_shape)`."""
+    """Latents from the noise to the decoder's input, float32 `(steps + 1, batch, *latent_shape)`."""
     old_log_prob: torch.Tensor
-    """Of each step under the weights that sampled it, float32 `(steps, batch)`; 0 for a step without noise."""
+    """Log-density of each step under its own weights, float32 `(steps, batch)`; 0 for a step without noise."""
     reward: torch.Tensor
-    """float32 `(batch,)`"""
+    """Rewards, float32 `(batch,)`."""
 
 
 class Ddpo:
     """Tunes a copy of a pipeline's UNet; the pipeline's own stays as it is.
 
     Args:
-        model: a `StableDiffusionPipeline` with a `DDIMScheduler`, or the folder of one.
-        reward: of images and prompts.
-        train_prompts: what iterations draw from.
-        seed: of the LoRA weights, prompts and noise.
+        model: A `StableDiffusionPipeline` with a `DDIMScheduler`, or the folder of one.
+        reward: Reward of images and prompts.
+        train_prompts: Prompts that iterations draw from.
+        seed: Seed of the LoRA weights, prompts and noise.
 
     Raises:
         ValueError: if the pipeline or its scheduler is of another class, or there are no prompts.
@@ -145,11 +145,11 @@ class Ddpo:
             max(self._step(zeros, zeros, index, noise=1.0).max().item(), self.config.min_std)
             for index in range(self.config.num_inference_steps)
         )
-        """Of the noise that each step adds."""
+        """Standard deviations of the noise that each step adds."""
 
     @property
     def images(self) -> int:
-        """Made so far."""
+        """Number of images made so far."""
         return self.iteration * self.config.batch_size
 
     def iterate(self) -> dict[str, float]:
@@ -163,7 +163,7 @@ class Ddpo:
 
     @torch.no_grad()
     def roll_out(self) -> Trajectories:
-        """The trajectories of the next iteration, by the weights as they are."""
+        """Sample the trajectories of the next iteration with the present weights."""
         config, shape = self.config, (self.config.batch_size, *self._latent_shape)
         generator = stream_generator(self._seed, "rollout", self.iteration)
         prompt_row = torch.randint(len(self._prompts), (config.batch_size,), generator=generator)
@@ -182,7 +182,7 @@ class Ddpo:
         return Trajectories(prompt_row, latents, log_prob, reward.float().to(self._device))
 
     def step_mean(self, latents: torch.Tensor, index: int, prompt_row: torch.Tensor) -> torch.Tensor:
-        """Where step `index` leads from `latents` without its noise, float32 `(batch, *latent_shape)`, differentiable.
+        """Return the mean of step `index` from `latents`, float32 `(batch, *latent_shape)`, differentiable.
 
         Both halves of the guidance go through the UNet in one call.
         """
@@ -194,25 +194,25 @@ class Ddpo:
         return self._step(torch.lerp(away, toward, self.config.guidance_scale), latents, index, noise=0.0)
 
     def lora_weights(self) -> dict[str, torch.nn.Parameter]:
-        """What is trained, by name in `unet`."""
+        """Return the trained weights, by their names in `unet`."""
         return {name: weight for name, weight in self.unet.named_parameters() if weight.requires_grad}
 
     def frozen(self) -> FrozenDiffusersPipeline:
-        """A copy of the tuned model, LoRA weights merged, which generates as the base model does: eta 0."""
+        """Return a copy of the tuned model with merged LoRA weights; it generates like the base model, with eta 0."""
         pipeline = copy.copy(self._pipeline)
         pipeline.unet = copy.deepcopy(self.unet).merge_and_unload()
         return FrozenDiffusersPipeline(pipeline)
 
     def save(self, path: Path) -> None:
-        """Writes LoRA weights, optimizer and iteration; nothing else is needed to go on bit for bit."""
+        """Write LoRA weights, optimizer and iteration; nothing else is needed to go on bit for bit."""
         tensors = with_prefix("lora", self.lora_weights()) | optimizer_tensors(self._optimizer, "optimizer")
         write_tensors(path, {**tensors, "iteration": torch.tensor(self.iteration)}, {"settings": self._settings()})
 
     def load(self, path: Path) -> None:
-        """Restores what `save` wrote.
+        """Restore what `save` wrote.
 
         Raises:
-            ValueError: if it was written under another seed or other settings.
+            ValueError: if the file was written under another seed or other settings.
         """
         with safe_open(path, "pt") as file:
             written = file.metadata()["settings"]

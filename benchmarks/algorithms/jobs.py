@@ -45,18 +45,18 @@ _BEST_OF = (2, 4, 8, 16)
 
 @dataclass
 class World:
-    """A frozen model, its reward and captions, and what it does without any method."""
+    """A frozen model, its reward and captions, and its results without any method."""
 
     task: Task
     scale: Scale
     embeds: PromptEmbeds
-    """Of the held-out captions."""
+    """Embeddings of the held-out captions."""
     base: dict[int, Results]
-    """By denoising steps."""
+    """Results without any method, by denoising steps."""
     device: torch.device
 
     def prompts(self, method: Method) -> list[str]:
-        """That the method is measured on."""
+        """Captions that the method is measured on."""
         if not method.is_per_prompt:
             return self.task.eval_prompts[: self.scale.num_prompts]
         return self.task.eval_prompts[: self.scale.num_searched]
@@ -84,7 +84,7 @@ def make_world(task: Task, scale: Scale, device: torch.device) -> World:
 
 
 def describe_base(world: World) -> list[dict[str, Any]]:
-    """The model without any method, by denoising steps, with best-of-n."""
+    """Measure the model without any method, by denoising steps, with best-of-n."""
     rows = []
     for steps, results in world.base.items():
         rewards = results.values("reward")
@@ -101,14 +101,14 @@ def describe_base(world: World) -> list[dict[str, Any]]:
 
 
 def run_job(method: Method, seed: int, world: World, folder: Path, config: TrainConfig) -> dict[str, Any]:
-    """The job's result, made now or read.
+    """Return the job's result, made now or read from its file.
 
     Args:
-        folder: of all jobs.
-        config: settings of all methods: model and engine.
+        folder: Folder of all jobs.
+        config: Settings of all methods: model and engine.
 
     Raises:
-        ValueError: if it was made with other settings, or started from a method that has not run.
+        ValueError: if the result was made with other settings, or the job starts from a method that has not run.
     """
     settings = json.loads(
         json.dumps(
@@ -175,13 +175,13 @@ def run_job(method: Method, seed: int, world: World, folder: Path, config: Train
 
 @dataclass
 class _Point:
-    """Where a method stands."""
+    """A point of a method's curve."""
 
     images: int
     seconds: float
-    """Of training, without measuring; of a search, for each caption."""
+    """Seconds of training, without measuring; for a search, seconds per caption."""
     make: Callable[[], tuple[NoisePolicy | None, FrozenModel]]
-    """What makes its images: a policy, or the prior's noise; and the model."""
+    """The maker of the images: a policy, or the prior's noise; and the model."""
 
 
 def _due(curve: tuple[int, ...], before: int, now: int, end: int) -> bool:
@@ -326,13 +326,13 @@ def _sweep(policy: NoisePolicy | None, frozen: FrozenModel, world: World, prompt
 
 @torch.no_grad()
 def _kl(policy: NoisePolicy, embeds: PromptEmbeds) -> float:
-    """Nats to the prior, averaged over prompts, before the critic chooses."""
+    """Compute the KL to the prior in nats, averaged over prompts, before the critic chooses."""
     return gaussian_kl(*policy(embeds.prompt_embeds)).mean().item()
 
 
 @torch.no_grad()
 def _time(policy: NoisePolicy | None, world: World, steps: int) -> float:
-    """Milliseconds an image at inference, in batches of 32."""
+    """Measure the milliseconds per image at inference, in batches of 32."""
     frozen = world.task.frozen
     embeds = world.embeds[torch.arange(2).repeat_interleave(16)]
     prior = torch.randn(len(embeds), *frozen.latent_shape, generator=torch.Generator().manual_seed(0))

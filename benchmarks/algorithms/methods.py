@@ -1,4 +1,4 @@
-"""What `noisepolicy-bench algorithms` compares, and on how much of everything."""
+"""The methods that `noisepolicy-bench algorithms` compares, and the size of its measurements."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -14,12 +14,12 @@ class Method:
     """"policy" and "ddpo" learn from training captions and are measured on held-out ones; the others search for each
     held-out caption on its own."""
     images: int
-    """Of a full run: in all, or for each caption."""
+    """Number of images of a full run; for a search, per caption."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """Over the defaults of `TrainConfig`."""
+    """Settings that differ from the defaults of `TrainConfig`."""
     model: str = "shapes"
     starts_from: str | None = None
-    """The method whose policy it starts from."""
+    """The method whose policy this one starts from."""
 
     @property
     def is_per_prompt(self) -> bool:
@@ -67,20 +67,20 @@ ABLATIONS = (
 
 @dataclass(frozen=True)
 class Scale:
-    """How much of everything."""
+    """The size of a measurement."""
 
     share: float
-    """Of each method's images."""
+    """Share of each method's images that is made."""
     least: int
-    """Images of a method that learns from training captions, whatever its share."""
+    """Smallest number of images of a method that learns from training captions."""
     num_prompts: int
-    """Held-out captions that policies are measured on."""
+    """Number of held-out captions that policies are measured on."""
     group_size: int
-    """Images of each, and of each caption of a search."""
+    """Number of images per caption."""
     num_searched: int
-    """Held-out captions that are searched for."""
+    """Number of held-out captions that are searched for."""
     step_counts: tuple[int, ...]
-    """Of the final sweep."""
+    """Step counts of the final sweep."""
 
 
 FULL = {
@@ -93,8 +93,8 @@ QUICK = {
 }
 
 CURVE = (480, 960, 1440, 1920, 2880, 3840, 4800, 6000, 8000, 10_000, 12_000, 16_000, 20_000, 25_000, 30_000)
-"""Images generated at which a policy is measured."""
+"""Numbers of generated images at which a policy is measured."""
 SEARCH_CURVE = (20, 40, 60, 80, 100, 150, 200, 300, 400)
-"""The same of a search, for each caption."""
+"""Numbers of images per caption at which a search is measured."""
 NUM_INFERENCE_STEPS = 2
 GUIDANCE_SCALE = 1.5

@@ -29,7 +29,7 @@ def search(
     seed: int,
     images_per_state: int = 40,
 ) -> Iterator[SearchState]:
-    """Yields after every `images_per_state` images of each prompt: `mean` the best latents so far, `log_std` -inf.
+    """Search, and yield after every `images_per_state` images of each prompt; `mean` has the best latents.
 
     Raises:
         ValueError: at the first state, if there is no prompt or `num_images` is less than one state's.

@@ -33,7 +33,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def algorithms_values(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The template's values, of what `bench.run` returned."""
+    """Return the template's values for the result of `bench.run`."""
     methods = result["methods"]
     learned = [method for method in methods if not method["is_per_prompt"] and method["model"] == "shapes"]
     searched = [method for method in methods if method["is_per_prompt"] and method["model"] == "shapes"]
@@ -56,9 +56,9 @@ def algorithms_values(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_story(path: Path, result: Mapping[str, Any]) -> None:
-    """The one figure of the README: what each method reaches with how many images, and where the gain is kept.
+    """Draw the figure of docs/results.md: reward against images by method, and gain by denoising steps.
 
-    Of the methods that learn pictures once and for every caption; where there is none, nothing is written.
+    It shows the methods that learn pictures once for all captions; without such methods nothing is written.
     """
     learned = [method for method in result["methods"] if not method["is_per_prompt"] and method["model"] == "shapes"]
     if not learned:
@@ -84,7 +84,7 @@ def _curves_figure(methods: Rows, base: Rows | None) -> Figure:
 
 
 def _draw_curves(axes: Axes, methods: Rows, base: Rows | None, against: str) -> None:
-    """Reward at 2 steps, a line a seed, against images generated or seconds of training."""
+    """Draw reward at 2 steps against images generated or seconds of training, a line per seed."""
     for method in methods:
         for number, run in enumerate(method["runs"]):
             points = [(row[against], row["reward"]) for row in run["curve"] if row[against] > 0]
@@ -119,7 +119,7 @@ def _steps_figure(methods: Rows) -> Figure:
 
 
 def _draw_steps(axes: Axes, methods: Rows) -> None:
-    """Gain over the base model by denoising steps, the mean of the seeds, with the widest of their intervals."""
+    """Draw the seeds' mean gain over the base model by denoising steps, with the widest of their intervals."""
     for method in methods:
         sweeps = [run["sweep"] for run in method["runs"]]
         steps = [row["num_inference_steps"] for row in sweeps[0]]
@@ -138,7 +138,7 @@ def _draw_steps(axes: Axes, methods: Rows) -> None:
 
 
 def _exchange_figure(methods: Rows) -> Figure:
-    """Reward against the variety kept, at 2 steps; a point a seed."""
+    """Draw reward against the variety kept at 2 steps, a point per seed."""
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     axes = figure.subplots()
     for method in methods:
@@ -156,7 +156,7 @@ def _exchange_figure(methods: Rows) -> Figure:
 
 
 def _color(name: str) -> str:
-    """The same in every figure."""
+    """Return a method's colour, the same in every figure."""
     return _COLORS[[method.name for method in (*METHODS, *ABLATIONS)].index(name) % len(_COLORS)]
 
 
@@ -165,5 +165,5 @@ def _at(rows: Iterable[Mapping[str, Any]], steps: int) -> Mapping[str, Any]:
 
 
 def _best_of(row: Mapping[str, Any], n: str) -> float | None:
-    """JSON's keys are text."""
+    """Return a base model's best-of-n; in JSON the keys are text."""
     return {str(key): value for key, value in row["best_of"].items()}.get(n)

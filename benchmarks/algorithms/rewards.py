@@ -17,12 +17,12 @@ _OUTLIER_SHARE, _OUTLIER = 0.02, 1000.0
 
 
 def shifted(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-    """`shapes` plus 20, rounded to float32: three of its digits are lost."""
+    """Return `shapes` plus 20, rounded to float32: three of its digits are lost."""
     return load_reward("shapes")(images, prompts).float() + _SHIFT
 
 
 def with_outliers(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-    """`shapes` with Student's t noise (2 degrees of freedom, scale 0.05), and 2% of the images 1,000 up or down.
+    """Return `shapes` with Student's t noise (2 degrees of freedom, scale 0.05), and 2% of the images 1,000 up or down.
 
     The noise is the picture's own: the same picture has the same reward, in a resumed run too.
     """
@@ -33,7 +33,7 @@ def with_outliers(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
 
 
 def _draws_of(image: torch.Tensor) -> tuple[float, float, float]:
-    """Student's t, a number in [0, 1) and one in [-1, 1)."""
+    """Return a picture's draws: Student's t, a number in [0, 1) and one in [-1, 1)."""
     generator = torch.Generator().manual_seed(zlib.crc32(image.float().cpu().contiguous().numpy().tobytes()))
     normals = torch.randn(1 + _DEGREES_OF_FREEDOM, generator=generator, dtype=torch.float64)
     student = normals[0] / (normals[1:].square().sum() / _DEGREES_OF_FREEDOM).sqrt()

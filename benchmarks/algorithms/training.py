@@ -18,7 +18,7 @@ _BAD_INPUT, _INTERRUPTED = 2, 130
 def run(
     output_dir: Path, seeds: Sequence[int], train_arguments: Sequence[str], rewards: Sequence[str] | None = None
 ) -> dict[str, Any]:
-    """Trains each seed, prints the table and returns its numbers; with `rewards`, a table for each of them.
+    """Train each seed, print the table and return its numbers; with `rewards`, a table for each of them.
 
     Raises:
         ValueError: if noisepolicy-train refuses its flags, or its runs measure something else than this table shows.
@@ -80,7 +80,7 @@ def _train(folder: Path, seed: int, train_arguments: Sequence[str]) -> dict[str,
 
 
 def _reward_of(train_arguments: Sequence[str]) -> list[str]:
-    """A reward that runs code must be repeated where a run is resumed."""
+    """Return flags that repeat the reward where a run is resumed, as a reward that runs code requires."""
     return list(train_arguments[:2]) if train_arguments[:1] == ["--reward"] else []
 
 

@@ -40,10 +40,10 @@ def run(
     device: str = "auto",
     use_compile: bool = True,
 ) -> dict[str, Any]:
-    """Prints the table and returns its numbers.
+    """Print the table and return its numbers.
 
     Args:
-        backends: names; None is every one that runs on the device.
+        backends: Names of backends. Default: every one that runs on the device.
         device: `"cpu"`, `"cuda"` or `"auto"`, which prefers the GPU.
 
     Raises:
@@ -84,7 +84,7 @@ def run(
 
 
 def compile_baseline(case: Case) -> Callable[..., Any]:
-    """`case.eager` compiled for this shape alone. Raises what the compiler raises."""
+    """Compile `case.eager` for this shape alone. The compiler's errors are not caught."""
     import torch._inductor.config as inductor
 
     torch._dynamo.reset()  # after eight shapes of one function it would quietly stop compiling

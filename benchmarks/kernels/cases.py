@@ -1,4 +1,4 @@
-"""What `noisepolicy-bench kernels` runs: inputs of each op, the op in PyTorch, and what bounds it on a machine.
+"""The cases of `noisepolicy-bench kernels`: inputs of each op, the op in PyTorch, and its limit on a machine.
 
 Bytes are those that must move between memory and processor, counted once:
 
@@ -42,7 +42,7 @@ class Case:
     dim: int
     dtype: torch.dtype
     inputs: tuple[torch.Tensor, ...]
-    """Of `eager`, whole rows of `dim` elements first."""
+    """Inputs of `eager`; whole rows of `dim` elements come first."""
     eager: Callable[..., tuple[torch.Tensor, ...]]
     """The op in PyTorch; for the loss the forward alone."""
     call: Callable[[str], tuple[torch.Tensor, ...]]
@@ -58,14 +58,14 @@ class Case:
         return self.inputs[0].device
 
     def run(self, function: Callable[..., tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
-        """`eager`, or `eager` compiled, on the inputs, with gradients for the loss."""
+        """Run `eager`, or `eager` compiled, on the inputs, with gradients for the loss."""
         result = function(*self.inputs)
         return _with_gradients(result[0], self.inputs) if self.op == "ppo_clip_loss" else result
 
     def check(
         self, who: str, results: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...], slack: float = 1
     ) -> None:
-        """Raises RuntimeError if results differ from the reference's by more than rounding, times `slack`."""
+        """Raise RuntimeError if results differ from the reference's by more than rounding, times `slack`."""
         for index, (ours, reference) in enumerate(zip(results, expected, strict=True)):
             difference = (ours.double() - reference.double()).abs().max().item()
             if self.op == "ppo_clip_loss":  # gradients scale with the ratio, which has the rounding of log_prob
@@ -83,7 +83,7 @@ class Case:
 
 
 def make_case(op: str, batch: int, dim: int, dtype: torch.dtype, device: torch.device) -> Case:
-    """Inputs from a fixed seed; `log_std` has a value for every element.
+    """Make inputs from a fixed seed; `log_std` has a value for every element.
 
     Raises:
         ValueError: for a spectral `dim` that is not channels x height x width with room for the bands.
@@ -153,7 +153,7 @@ def _with_gradients(loss: torch.Tensor, inputs: tuple[torch.Tensor, ...]) -> tup
 
 
 def _plane(dim: int) -> tuple[int, int]:
-    """Height and width of latents of `dim` elements, as square as they come."""
+    """Return height and width of latents of `dim` elements, as square as possible."""
     area, rest = divmod(dim, CHANNELS)
     height = next((n for n in range(math.isqrt(area), BANDS - 1, -1) if area % n == 0), 0)
     if rest or not height:
@@ -165,7 +165,7 @@ def _plane(dim: int) -> tuple[int, int]:
 
 
 def eager_gaussian_sample(mean: torch.Tensor, log_std: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """With `Normal`'s check of its arguments off, which would cost it a fifth more."""
+    """Sample with `torch.distributions.Normal`, without its check of arguments, which would cost a fifth more."""
     mean, std = mean.float(), log_std.float().exp()
     latents = mean + std * torch.randn(mean.shape, device=mean.device)
     return latents, Normal(mean, std, validate_args=False).log_prob(latents).sum(1)
@@ -174,7 +174,7 @@ def eager_gaussian_sample(mean: torch.Tensor, log_std: torch.Tensor) -> tuple[to
 def eager_spectral_sample(
     mean: torch.Tensor, log_std: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Two einsums project the noise on the low band, two put the difference back."""
+    """Sample with einsums: two project the noise on the low band, two put the difference back."""
     mean, std = mean.float(), log_std.float().exp()
     white = torch.randn(*mean.shape[:2], rows.shape[1], columns.shape[1], device=mean.device)
     low_band = torch.einsum("bcyu,vy->bcvu", torch.einsum("bcyx,ux->bcyu", white, columns), rows)
@@ -208,7 +208,7 @@ def eager_ppo_clip_loss(
 
 
 def machine_limit(case: Case) -> dict[str, tuple[Callable[[], Any], float]]:
-    """What bounds the op on this machine, by name: a callable to time, and what its time is multiplied by.
+    """Return the op's limits on this machine by name: a callable to time, and a factor for its time.
 
     The limit is the slowest of them. Copying an array of the case's size moves 8 bytes an element.
     """

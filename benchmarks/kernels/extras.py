@@ -18,7 +18,7 @@ _REPETITIONS = 3
 
 
 def run(device: torch.device, backends: Sequence[str], op_names: Sequence[str], dims: Sequence[int]) -> dict[str, Any]:
-    """Prints and returns what applies to the device and the ops asked for."""
+    """Measure what applies to the device and the given ops; print and return the numbers."""
     result: dict[str, Any] = {}
     if device.type == "cpu" and "cpp" in backends:
         result["call_overhead_us"] = call_overhead()
@@ -37,7 +37,7 @@ def run(device: torch.device, backends: Sequence[str], op_names: Sequence[str], 
 
 
 def call_overhead() -> dict[str, float]:
-    """Microseconds of the two ops without gradient above the C++ function with its addresses ready."""
+    """Measure the microseconds that the two ops without gradient take above the bare C++ function."""
     from noisepolicy import _C
 
     mean, log_std = torch.zeros(2, _BATCH, _SMALL_DIM)
@@ -62,7 +62,7 @@ def call_overhead() -> dict[str, float]:
 
 
 def thread_scaling(op_names: Sequence[str], dims: Sequence[int]) -> list[dict[str, Any]]:
-    """Time of the `cpp` backend with one thread over that with two, float32; empty where there is one core."""
+    """Measure the speed-up of the `cpp` backend by a second thread, float32; empty on a single core."""
     if (os.cpu_count() or 1) < 2:
         return []
     threads_before = torch.get_num_threads()
@@ -93,9 +93,9 @@ def thread_scaling(op_names: Sequence[str], dims: Sequence[int]) -> list[dict[st
 
 
 def ppo_extra_memory(device: torch.device, backend: str) -> dict[str, Any]:
-    """The most that the loss with its gradients holds beside its inputs, in tensors of `(batch, dim)`, float32.
+    """Measure the peak memory of the loss with its gradients beside its inputs, in tensors of `(batch, dim)`, float32.
 
-    As torch's allocator sees it; the kernels themselves hold a number for each few thousand elements.
+    It is measured at torch's allocator. The kernels themselves hold a number for each few thousand elements.
     """
     case = make_case(OPS[3], _BATCH, _LARGE_DIM, torch.float32, device)
     size = 4 * case.elements

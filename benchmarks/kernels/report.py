@@ -27,7 +27,7 @@ _PREFERRED_BATCH = 8
 
 
 def kernels_values(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The template's values, of what `bench.run` returned, with the machine under `machine`."""
+    """Return the template's values for the result of `bench.run`, with the machine under `machine`."""
     rows = result["results"]
     batches = {row["batch"] for row in rows}
     batch = _PREFERRED_BATCH if _PREFERRED_BATCH in batches else max(batches)
@@ -43,7 +43,7 @@ def kernels_values(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _cards(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each op its first backend, the preferred one: how much faster than eager, from worst to best size."""
+    """Return a card for each op: the speed-up of its preferred backend over eager, from worst to best size."""
     cards = []
     for op in dict.fromkeys(row["op"] for row in rows):
         backend = next(row["backend"] for row in rows if row["op"] == op)
@@ -64,7 +64,7 @@ def _cards(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def time_plot(rows: Sequence[dict[str, Any]]) -> str:
-    """Median time against the size of a row, both logarithmic, an axes for each op; SVG."""
+    """Plot median time against the size of a row, both logarithmic, with axes for each op, as SVG."""
     op_names = list(dict.fromkeys(row["op"] for row in rows))
     with matplotlib.rc_context(PLOT_STYLE):
         num_columns = min(2, len(op_names))
@@ -98,7 +98,7 @@ def time_plot(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _curves(rows: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    """Points (dim, microseconds) of each backend, then of each baseline that was measured."""
+    """Return points (dim, microseconds) of each backend, then of each baseline that was measured."""
     curves: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         curves.setdefault(row["backend"], []).append((row["dim"], row["median_us"]))

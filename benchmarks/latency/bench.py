@@ -39,20 +39,20 @@ def run(
     skip: Sequence[str] = (),
     seconds: float = 1.0,
 ) -> dict[str, Any]:
-    """Prints tables and returns their numbers.
+    """Print tables and return their numbers.
 
     Args:
-        model: `"shapes"`, the embedded one, or a folder or hub id.
-        denoisers: engines; None is every one that runs here, on a CPU without torch.compile.
-        denoiser_dtypes: what engines other than eager compute in; None is the model's own.
-        batch_sizes: rows handed to the denoiser. Rollouts take the smallest and the largest.
-        step_counts: of the rollouts.
-        dtype: of the model.
-        threads: None is one on a CPU, and PyTorch's own number beside a GPU.
-        reward: whose time is measured; None is the embedded model's own, and for any other none.
-        scheduler, timestep_spacing: see `frozen.loading.load_pipeline`.
-        skip: some of `PARTS`.
-        seconds: for each figure; slow ones take a few calls.
+        model: `"shapes"`, the embedded model, or a folder or hub id.
+        denoisers: Engines. Default: every one that runs here, on a CPU without torch.compile.
+        denoiser_dtypes: Data types of engines other than eager. Default: the model's own.
+        batch_sizes: Numbers of rows handed to the denoiser. Rollouts take the smallest and the largest.
+        step_counts: Step counts of the rollouts.
+        dtype: Data type of the model.
+        threads: Number of threads. Default: one on a CPU, and PyTorch's own number beside a GPU.
+        reward: Reward whose time is measured. Default: the embedded model's own, and none for other models.
+        scheduler, timestep_spacing: See `frozen.loading.load_pipeline`.
+        skip: Some of `PARTS`.
+        seconds: Seconds for each figure; slow ones take a few calls.
 
     Raises:
         ValueError: for a name or a size that is not one, or an engine that does not run here.
@@ -111,7 +111,7 @@ def run(
 
 
 def next_gain(rollout: Sequence[Mapping[str, Any]], training: Sequence[Mapping[str, Any]]) -> str:
-    """One line: the largest part of what the fastest engine leaves, and what halving it would bring."""
+    """Say in one line which part takes longest with the fastest engine, and what halving it would bring."""
     lines = []
     if rollout:
         batch = max(row["batch"] for row in rollout)

@@ -1,4 +1,4 @@
-"""What `noisepolicy-bench latency` runs: diffusers' own pipeline, engines to compare with it, and their inputs."""
+"""The cases of `noisepolicy-bench latency`: diffusers' own pipeline, engines to compare with it, and their inputs."""
 
 import inspect
 import time
@@ -27,13 +27,13 @@ from noisepolicy.worlds.shapes import held_out_scenes, model_folder
 EMBEDDED = "shapes"
 COMPILE_NOTE = "torch.compile takes about a minute for each shape on a CPU; --denoiser compile includes it"
 DENOISER_TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
-"""Of the prediction, by what the engine computes in: the largest difference from eager PyTorch's, over its largest
+"""Tolerance of the prediction by the engine's dtype: largest difference from eager PyTorch's, over its largest
 number where that is above 1."""
 IMAGE_TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
-"""Of images in [0, 1]: the largest difference of a pixel for float32; in half precision an edge may move, and it is the
-root mean square."""
+"""Tolerance of images in [0, 1] by dtype: largest difference of a pixel for float32. In half precision edges may move,
+so there it is the root mean square.
 _TF32_SLACK = 5
-"""Times these tolerances for float32 on a GPU, where convolutions multiply in TensorFloat-32."""
+"""Factor of these tolerances for float32 on a GPU, where convolutions multiply in TensorFloat-32."""
 _PROMPTS = (
     "a red circle on a white table",
     "a lighthouse above the sea at dusk",
@@ -57,7 +57,7 @@ class ModelSpec:
         return model_folder() if self.model == EMBEDDED else self.model
 
     def options(self) -> dict[str, Any]:
-        """For `load_pipeline`."""
+        """Options of `load_pipeline`."""
         dtype = getattr(torch, self.dtype)
         return {"dtype": dtype, "scheduler": self.scheduler, "timestep_spacing": self.timestep_spacing}
 
@@ -103,7 +103,7 @@ class DiffusersBaseline:
     def generate(
         self, latents: torch.Tensor, embeds: PromptEmbeds, *, num_inference_steps: int, guidance_scale: float
     ) -> torch.Tensor:
-        """Images of one call, as `FrozenModel.generate` gives them."""
+        """Make images by one call, as `FrozenModel.generate` returns them."""
         conditions = embeds.tensors()
         if guidance_scale > 1:
             for name, row in self._negative.items():
@@ -119,7 +119,7 @@ class DiffusersBaseline:
         return (output.frames if self._is_video else output.images).float().clamp(0, 1)
 
     def denoiser_call(self, latents: torch.Tensor, embeds: PromptEmbeds) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What the pipeline hands to its denoiser for as many rows, without guidance."""
+        """Return the inputs that the pipeline hands to its denoiser for as many rows, without guidance."""
         return recorded_call(
             self.denoiser, lambda: self.generate(latents, embeds, num_inference_steps=1, guidance_scale=1.0)
         )
@@ -131,10 +131,10 @@ class Engine:
 
     backend: str
     dtype: str
-    """What it computes in."""
+    """Data type that the engine computes in."""
     frozen: FrozenDiffusersPipeline
     setup_seconds: float
-    """To load it, and to export or build it where the cache does not hold it."""
+    """Seconds to load the engine, and to export or build it if the cache does not hold it."""
 
     @property
     def label(self) -> str:
@@ -142,10 +142,10 @@ class Engine:
 
 
 def choose_denoisers(asked: Sequence[str] | None, device: torch.device) -> tuple[list[str], dict[str, str | None]]:
-    """The engines to measure, and all there are with what keeps each from being measured.
+    """Return the engines to measure, and the reasons why others are not measured.
 
     Raises:
-        ValueError: if one that was asked for is unknown or does not run here.
+        ValueError: if an engine that was asked for is unknown or does not run here.
     """
     reasons = dict(available_engines(device))
     if asked is None:
@@ -163,11 +163,11 @@ def choose_denoisers(asked: Sequence[str] | None, device: torch.device) -> tuple
 
 
 def load_engine(spec: ModelSpec, backend: str, dtype: str | None, *, rollout_batch_size: int) -> Engine:
-    """The frozen model, loaded anew and moved to an engine.
+    """Load the frozen model anew and move it to an engine.
 
     Raises:
         ValueError: if the engine cannot do the model or the dtype.
-        RuntimeError: if the engine fails; names it.
+        RuntimeError: if the engine fails; the message names it.
     """
     start = time.perf_counter()
     frozen = spec.load(rollout_batch_size=rollout_batch_size)
@@ -181,20 +181,20 @@ def load_engine(spec: ModelSpec, backend: str, dtype: str | None, *, rollout_bat
 
 
 def engine_name(row: Mapping[str, Any]) -> str:
-    """Of a row of results: the backend, and what it computes in where that is not float32."""
+    """Name the engine of a row of results: the backend, and its data type if that is not float32."""
     return row["backend"] if row["dtype"] == "float32" else f"{row['backend']} {row['dtype']}"
 
 
 def coarser(*dtypes: str) -> str:
-    """The less precise of several dtypes, by which outputs of both are compared."""
+    """Return the least precise of several dtypes, by which their outputs are compared."""
     return max(dtypes, key=DENOISER_TOLERANCE.__getitem__)
 
 
 def check_output(who: str, output: torch.Tensor, expected: torch.Tensor, dtype: str, *, is_image: bool) -> float:
-    """The largest difference from eager PyTorch's `expected`.
+    """Return the largest difference from eager PyTorch's `expected`.
 
     Raises:
-        RuntimeError: if it is more than the tolerance of `dtype` allows.
+        RuntimeError: if the difference is more than the tolerance of `dtype` allows.
     """
     if output.shape != expected.shape:
         raise RuntimeError(f"{who} is wrong: its shape is {tuple(output.shape)}, expected {tuple(expected.shape)}")

@@ -1,4 +1,4 @@
-"""Two latency reports: what has become slower by more than noise.
+"""Comparison of two latency reports: finds what has become slower by more than noise.
 
 A row's noise is half the distance from its p20 to its p95, over its median; that of both runs is added, and is taken
 for at least 5%.
@@ -19,7 +19,7 @@ _KEYS = {
 
 
 class Comparison(NamedTuple):
-    """Lines to print, and how many rows were there to compare."""
+    """Lines to print, and the number of rows that were compared."""
 
     regressions: list[str]
     warnings: list[str]
@@ -27,10 +27,10 @@ class Comparison(NamedTuple):
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """A `latency.json`.
+    """Read a `latency.json`.
 
     Raises:
-        ValueError: if it is not one.
+        ValueError: if the file is not one.
     """
     try:
         report = json.loads(path.read_text("utf-8"))

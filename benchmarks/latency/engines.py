@@ -70,7 +70,7 @@ class LatencyBench:
 
     @torch.no_grad()
     def time_denoiser(self) -> list[dict[str, Any]]:
-        """A row for each batch and engine; a batch is rows handed to the denoiser."""
+        """Time the denoiser: one result for each engine and batch, the number of rows handed to the denoiser."""
         print(
             f"\n{'denoiser':10s} {'dtype':8s} {'batch':>5s} {'median ms':>10s} {'p20':>8s} {'p95':>8s} "
             f"{'images/s':>9s} {'peak MB':>8s} | faster than diffusers eager"
@@ -101,7 +101,7 @@ class LatencyBench:
 
     @torch.no_grad()
     def time_rollouts(self, step_counts: Sequence[int]) -> list[dict[str, Any]]:
-        """Embeddings to images, and beside them what comes before and after, at the smallest and largest batch."""
+        """Time embeddings to images, and the work before and after, at the smallest and largest batch."""
         print(
             f"\n{'rollout':10s} {'dtype':8s} {'batch':>5s} {'steps':>5s} {'median ms':>10s} {'p20':>8s} {'p95':>8s} | "
             + " ".join(f"{name:>13s}" for name in SPLIT)
@@ -163,7 +163,7 @@ class LatencyBench:
         return rows
 
     def _time_around(self, prompts: list[str], embeds: PromptEmbeds, images: torch.Tensor) -> dict[str, float | None]:
-        """Milliseconds of what no engine changes: text encoder, policy as the default recipe leaves it, reward."""
+        """Time what no engine changes, in milliseconds: text encoder, policy of the default recipe, reward."""
         policy = _default_policy(self._baseline.latent_shape, embeds).to(self.spec.device)
         calls: dict[str, Callable[[], Any]] = {
             "text_encoding": lambda: self.engines[0].frozen.encode(prompts),
@@ -178,7 +178,7 @@ class LatencyBench:
         return self.timer.measure(calls, **{"seconds": self._seconds, "use_graphs": False, **options})
 
     def _inputs(self, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Of the denoiser; made once, so that every engine gets the same."""
+        """Return inputs of the denoiser, made once, so that every engine gets the same."""
         if batch not in self._denoiser_inputs:
             embeds = self._baseline.encode(self.spec.prompts(batch))
             self._denoiser_inputs[batch] = self._baseline.denoiser_call(self._latents(batch), embeds)
@@ -190,7 +190,7 @@ class LatencyBench:
 
 
 def _recorded(engine: Engine, call: Callable[[], Any], shares: list[tuple[float, float]]) -> None:
-    """Calls, and appends the shares of denoiser and VAE."""
+    """Make a call and append the shares of denoiser and VAE."""
     with engine.frozen.record_phases() as phases:
         start = time.perf_counter()
         call()
@@ -212,7 +212,7 @@ def _row(engine: Engine, batch: int, timings: Mapping[str, Timing]) -> dict[str,
 
 
 def _default_policy(latent_shape: tuple[int, ...], embeds: PromptEmbeds) -> SpectralPolicy:
-    """Untrained; its work is a trained one's."""
+    """Make an untrained policy; it takes as long as a trained one."""
     prompt_shape = tuple(embeds.prompt_embeds.shape[1:])
     policy = SpectralPolicy(latent_shape=latent_shape, prompt_shape=prompt_shape).eval()
     shape = CriticShape(prompt_shape, policy.action_shape, is_spectral=True, step_counts=(1,))

@@ -38,7 +38,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def latency_values(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The template's values, of what `bench.run` returned."""
+    """Return the template's values for the result of `bench.run`."""
     return {
         "cards": headline_cards(result),
         "plots": {
@@ -51,7 +51,7 @@ def latency_values(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def headline_cards(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The fastest engine against its baseline: denoiser and rollout at the outer batches, and training."""
+    """Return cards of the fastest engine against its baseline: denoiser, rollout and training."""
     cards = []
     for batch in _outer(row["batch"] for row in result["denoiser"]):
         best = _fastest([row for row in result["denoiser"] if row["batch"] == batch])
@@ -86,7 +86,7 @@ def headline_cards(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def denoiser_plot(rows: Rows) -> str:
-    """Time of a call and rows a second against the batch, a curve for each engine and one for the baseline; SVG."""
+    """Plot the time of a call and rows per second against the batch, for each engine and the baseline, as SVG."""
     with matplotlib.rc_context(PLOT_STYLE):
         figure = Figure(figsize=(10, 3.8), layout="constrained")
         time_axes, rate_axes = figure.subplots(1, 2)
@@ -116,7 +116,7 @@ def denoiser_plot(rows: Rows) -> str:
 
 
 def rollout_plot(rows: Rows) -> str:
-    """Stacked parts of a rollout by step count, a bar for each engine and one axes for each batch; SVG."""
+    """Plot the parts of a rollout by step count, stacked, a bar for each engine and axes for each batch, as SVG."""
     batches = list(dict.fromkeys(row["batch"] for row in rows))
     with matplotlib.rc_context(PLOT_STYLE):
         figure = Figure(figsize=(10, 4.2), layout="constrained")
@@ -174,7 +174,7 @@ def _draw_rollouts(axes: Any, rows: Rows) -> None:
 
 
 def _baselines(rows: Rows) -> list[str]:
-    """Diffusers' own call, once for each batch and step count."""
+    """Return the rows of diffusers' own call, one for each batch and step count."""
     times = {(row["batch"], row["num_inference_steps"]): row["diffusers_ms"] for row in rows}
     return [
         f"{time:,.1f} ms for {_count(batch, 'image')} at {_count(steps, 'step')}"

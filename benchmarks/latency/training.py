@@ -19,13 +19,13 @@ from noisepolicy.training.trainer import Trainer
 from noisepolicy.worlds.shapes import held_out_scenes, train_scenes
 
 NUM_ITERATIONS = 3
-"""That are timed; one before them warms up."""
+"""Number of timed iterations; one before them warms up."""
 
 
 def time_training(engines: Sequence[Engine], spec: ModelSpec) -> list[dict[str, Any]]:
-    """A row for each engine: one iteration of the default recipe, the policy learning, split by the trainer itself.
+    """Time one iteration of the default recipe on each engine, while the policy learns; the trainer splits the time.
 
-    Milliseconds are medians over a few iterations, part by part. The embedded model only.
+    Milliseconds are medians over a few iterations, part by part, for the embedded model only.
     """
     reward = load_reward("shapes", device=spec.device)
     train, held_out = ([scene.caption for scene in scenes] for scenes in (train_scenes(), held_out_scenes()))

@@ -16,7 +16,7 @@ from typing import Any
 
 
 def run(process_counts: Sequence[int], num_iterations: int) -> dict[str, Any]:
-    """Prints a table and returns its numbers.
+    """Print a table and return its numbers.
 
     Raises:
         ValueError: if a count is not positive.

@@ -43,10 +43,10 @@ def run(situations: Sequence[str], spin_counts: Sequence[int], repetitions: int)
     """Print a table and return its numbers.
 
     Args:
-        situations: names from the list above.
-        spin_counts: values of GOMP_SPINCOUNT to measure beside the command's own way of waiting. OpenMP's default is
+        situations: Names from the list above.
+        spin_counts: Values of GOMP_SPINCOUNT to measure beside the command's own way of waiting. OpenMP's default is
             300000.
-        repetitions: runs of each situation and way of waiting.
+        repetitions: Number of runs of each situation and way of waiting.
 
     Raises:
         ValueError: if a number is out of range.
@@ -84,7 +84,7 @@ def run(situations: Sequence[str], spin_counts: Sequence[int], repetitions: int)
 
 
 def _measure(situation: str, spin_count: int | None, cpus: Sequence[int]) -> tuple[float, float]:
-    """Seconds of one run of the command, and of its training alone."""
+    """Measure the seconds of one run of the command, and of its training alone."""
     environment = {name: value for name, value in os.environ.items() if name not in _THREAD_VARIABLES}
     if spin_count is not None:
         environment["GOMP_SPINCOUNT"] = str(spin_count)
@@ -121,10 +121,10 @@ def _busy_process(cpus: Sequence[int]) -> Iterator[None]:
 
 @contextmanager
 def group_of_one_cpu() -> Iterator[Path]:
-    """The folder of a new control group below this process's own, which may use the time of one CPU.
+    """Make a control group below this process's own that may use the time of one CPU; return its folder.
 
     Raises:
-        RuntimeError: if none can be made.
+        RuntimeError: if no group can be made.
     """
     for top, own in own_groups():
         group = top / own / f"noisepolicy-{os.getpid()}"

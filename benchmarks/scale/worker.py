@@ -24,9 +24,9 @@ from noisepolicy.training.trainer import Trainer
 
 
 def main(result: Path, num_iterations: int) -> None:
-    """The default recipe, the policy learning from the start; medians over iterations, after one that warms up.
+    """Time iterations of the default recipe, with the policy learning from the start: medians after one that warms up.
 
-    Then what a checkpoint and a resumption from it take, and, in one process, what overlapping hides of a slow reward.
+    Then time a checkpoint and resuming from it, and, in one process, what overlapping hides of a slow reward.
     """
     torch.set_num_threads(1)
     quiet_loading()
@@ -71,7 +71,7 @@ def main(result: Path, num_iterations: int) -> None:
 
 
 def _overlap(config: TrainConfig, task: Task, folder: Path, accelerator: Accelerator) -> dict[str, float]:
-    """A rollout in eight chunks with a reward that takes as long as generation, one after the other and overlapped."""
+    """Time a rollout in eight chunks with a reward as slow as generation, one after the other and overlapped."""
     medians: dict[str, float] = {}
     for name, is_slow in (("generation_s", False), ("in_turn_s", True), ("overlapped_s", True)):
         settings = dataclasses.replace(config, rollout_batch_size=12, overlap=name == "overlapped_s")
