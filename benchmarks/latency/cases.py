@@ -31,7 +31,7 @@ DENOISER_TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
 number where that is above 1."""
 IMAGE_TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
 """Tolerance of images in [0, 1] by dtype: largest difference of a pixel for float32. In half precision edges may move,
-so there it is the root mean square.
+so there it is the root mean square."""
 _TF32_SLACK = 5
 """Factor of these tolerances for float32 on a GPU, where convolutions multiply in TensorFloat-32."""
 _PROMPTS = (
