@@ -28,7 +28,7 @@ ENGINES = ["eager", *(["onnx"] if available_engines(CPU)["onnx"] is None else []
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Of a real report, of denoisers and rollouts."""
+    """Folder of a real report of denoisers and rollouts."""
     path = tmp_path_factory.mktemp("latency")
     arguments = ["--denoiser", *ENGINES, "--batch-sizes", "1", "2", "--skip", "kernels", "training"]
     assert main([*SHORT, *arguments, "--output", str(path)]) == 0

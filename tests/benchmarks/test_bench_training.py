@@ -71,7 +71,7 @@ def test_the_rewards_of_other_units():
 
 @pytest.mark.slow
 def test_what_the_training_command_refuses_is_one_line_each(tmp_path, capfd):
-    """Of the real commands: the first line is noisepolicy-train's, the second says which run it was."""
+    """Output of the real commands: the first line is noisepolicy-train's, the second names the run."""
     assert main(["training", "--seeds", "3", "--output-dir", str(tmp_path), "--", "--batch-size", "0"]) == 2
     error = capfd.readouterr().err
     assert "Traceback" not in error

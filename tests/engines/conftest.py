@@ -14,7 +14,7 @@ NUM_ROWS = 16
 
 @pytest.fixture(scope="session")
 def on_engine():
-    """From an engine's name and dtype, the embedded model on it; skips where it does not run."""
+    """Return a function that puts the embedded model on an engine, by name and dtype; skip if it does not run here."""
     made: dict[tuple[str, str | None], FrozenDiffusersPipeline] = {}
 
     def get(name: str, dtype: str | None = None, **options) -> FrozenDiffusersPipeline:

@@ -1,4 +1,4 @@
-"""What `use_engine` does with a cached export that is not of the model, and with engines that fail."""
+"""`use_engine` with a cached export of another model, and with engines that fail."""
 
 import warnings
 from pathlib import Path
@@ -101,7 +101,7 @@ def test_an_export_is_made_again_once(monkeypatch, was_cached, is_right_then, lo
 
 
 class Strange(Exception):  # noqa: N818
-    """Of no base that anybody would name."""
+    """An error whose base class nobody would name."""
 
 
 @pytest.mark.parametrize("fails_at", ["made", "first call"])

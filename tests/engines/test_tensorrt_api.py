@@ -1,4 +1,4 @@
-"""What the builder and the engine ask of TensorRT's API, and what the fake claims of it: the installed RTX has it."""
+"""The names and signatures that the builder, the engine and the fake use: the installed TensorRT-RTX has them all."""
 
 import re
 from pathlib import Path

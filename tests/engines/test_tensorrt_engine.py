@@ -166,7 +166,7 @@ def test_every_graph_has_a_context_of_its_own(open_engine):
 
 
 def test_graphs_that_the_caller_captures_have_contexts_of_their_own(open_engine):
-    """As the denoising loop captures them: two runs, then the capture of several calls, at each batch size."""
+    """Capture calls as the denoising loop does: two runs, then the capture of several calls, at each batch size."""
     engine = open_engine(limits(1, 8), use_cuda_graph=False)
     graphs = []
     for batch in (2, 5, 2):  # the same shapes in another graph are another context too

@@ -77,7 +77,7 @@ REPORTS = {
 
 
 def dom(browser: str, page: Path, folder: Path) -> str:
-    """What the page is once its scripts, if it has any, have run."""
+    """Return the page after its scripts, if it has any, have run."""
     flags = [
         "--headless",
         "--no-sandbox",

@@ -110,7 +110,7 @@ def test_verification_says_what_differs(decoder):
 
 
 def test_bound_tensors_give_the_same_numbers(decoder):
-    """What CUDA uses, here on the CPU's memory: names, types, shapes and addresses."""
+    """Bindings as CUDA uses them, here on the CPU's memory: names, types, shapes and addresses."""
     part, path = decoder
     engine = OnnxEngine(path, device=CPU, output_shape=part.output_shape())
     for batch in (1, 5):
@@ -260,7 +260,7 @@ class TestCache:
         assert not list(cache.cache_folder().iterdir())
 
     def test_processes_of_one_id_do_not_share_a_working_folder(self, monkeypatch):
-        """As in two containers that have the cache on one volume."""
+        """Two users of one cache, as containers with a shared volume."""
         monkeypatch.setattr(os, "getpid", lambda: 1)
         working = []
 

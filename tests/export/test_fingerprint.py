@@ -1,4 +1,4 @@
-"""What decides the function of a module beside its weights changes its hash, and nothing else does."""
+"""A module's hash changes with everything beside its weights that changes its function, and with nothing else."""
 
 import functools
 

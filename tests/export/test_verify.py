@@ -1,4 +1,4 @@
-"""What engines are compared with: PyTorch in float32, on latents as the model's own."""
+"""Engines are compared with PyTorch in float32, on latents like the model's own."""
 
 import copy
 import dataclasses

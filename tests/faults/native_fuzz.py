@@ -30,7 +30,7 @@ EDGES = (0, 1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 33, 63, 65, 255, 1023, 1024, 10
 HUGE = (2**40, 2**62, 2**63 - 1)  # more than any machine holds: 2**31 elements would be computed
 DTYPES = (torch.float32, torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int32, torch.complex64)
 REFUSALS = (ValueError, RuntimeError, TypeError, OverflowError, NotImplementedError, IndexError, AttributeError)
-"""What Python and torch raise of arguments that are none; the ops' own checks raise the first two."""
+"""Errors that Python and torch raise for nonsense arguments; the ops' own checks raise the first two."""
 NAMES = ("gaussian_sample", "spectral_sample", "gaussian_log_prob", "ppo_clip_loss", "ppo_ratio")
 _MAX_ELEMENTS = 200_000
 
@@ -50,7 +50,7 @@ class Fuzzer:
                 return sizes
 
     def tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Of about that shape: dense, transposed, strided, expanded, huge by strides, of another device."""
+        """Make a tensor of about that shape: dense, transposed, strided, expanded, huge by strides, elsewhere."""
         kind = self.random.random()
         if kind < 0.03:
             # A view of one element, of as many as torch can count.
@@ -151,7 +151,7 @@ class Fuzzer:
         return name, (latents, mean, log_std, *rows), {"clip_range": self.number(), "kl_coef": self.number()}
 
     def registered_case(self) -> tuple[str, tuple]:
-        """Of the op that torch.compile calls, which anybody can call with anything."""
+        """Call the op that torch.compile calls; anybody can call it with anything."""
         name, tensors, _ = self.case()
         name = "gaussian_log_prob" if name == "ppo_ratio" else name
         numbers = [self.often(self.random.randrange(-(2**63), 2**63), 2**63, -1) for _ in range(2)]

@@ -1,4 +1,4 @@
-"""What disks and people do to a run's files: it goes on to the same bits, or says what is wrong and touches nothing."""
+"""Damaged run files: a run goes on to the same bits, or says what is wrong and touches nothing."""
 
 import os
 import shutil

@@ -10,7 +10,7 @@ from .tiny_pipelines import build_pipeline
 
 @pytest.fixture(scope="session")
 def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """From a pipeline's class name, the folder of a tiny one; it makes what `tiny_pipelines.SIZE` says."""
+    """Return a function that makes the folder of a tiny pipeline by its class name, of size `tiny_pipelines.SIZE`."""
     root = tmp_path_factory.mktemp("families")
 
     def folder(name: str) -> Path:

@@ -1,4 +1,4 @@
-"""What can be wrong with a model's name, its folder or the options: one clear line each."""
+"""Errors in a model's name, its folder or the options give one clear line each."""
 
 import inspect
 import io

@@ -24,7 +24,7 @@ SIZE: dict[str, dict[str, int]] = {
     "WanPipeline": {"height": 32, "width": 48, "num_frames": 5},
     "LTXPipeline": {"height": 32, "width": 64, "num_frames": 5},
 }
-"""What each is asked for: small, and not square where the model allows it."""
+"""Size that each pipeline is asked for: small, and not square where the model allows it."""
 
 
 def build_pipeline(name: str, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What is particular to the compiled kernels: threads, instruction sets, precision, forks, NaN, memory layout."""
+"""Tests of the compiled kernels alone: threads, instruction sets, precision, forks, NaN, memory layout."""
 
 import os
 import subprocess

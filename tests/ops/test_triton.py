@@ -1,4 +1,4 @@
-"""What the backend `"triton"` does before any kernel; the kernels are in tests/emulation and, on a GPU, test_gpu.py."""
+"""The backend `"triton"` without its kernels, which tests/emulation and, on a GPU, test_gpu.py run."""
 
 import sys
 

@@ -59,7 +59,7 @@ class OpenClip(nn.Module):
         self.register_buffer("attn_mask", torch.full((context, context), float("-inf")).triu(1))
 
     def cosine(self, images: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Of 32 x 32 images in [0, 1] and token rows padded by the end token."""
+        """Score 32 x 32 images in [0, 1] with token rows that are padded by the end token."""
         mean, std = (torch.tensor(values)[:, None, None] for values in (_MEAN, _STD))
         x = self.visual.conv1((images - mean) / std).flatten(2).transpose(1, 2)
         x = torch.cat([self.visual.class_embedding.expand(len(x), 1, -1), x], 1) + self.visual.positional_embedding

@@ -28,7 +28,7 @@ def images_of(height: int, width: int) -> tuple[torch.Tensor, list[Image.Image]]
 
 @torch.no_grad()
 def plain_logits(folder, pictures: list[Image.Image]) -> torch.Tensor:
-    """What `transformers` says: `logits_per_image`, each image with its own prompt."""
+    """Return `transformers`' own `logits_per_image`, each image with its own prompt."""
     tokens = AutoTokenizer.from_pretrained(folder)(
         PROMPTS, padding=True, truncation=True, max_length=20, return_tensors="pt"
     )
