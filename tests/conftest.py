@@ -1,8 +1,8 @@
 """Shared fixtures. Quick tests run first; what this machine cannot run is named in the header."""
 
+import functools
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +17,8 @@ import torch
 
 from noisepolicy.frozen import FrozenDiffusersPipeline
 from noisepolicy.worlds.shapes import model_folder
+
+from .commands import Launcher
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -71,12 +73,23 @@ def frozen() -> FrozenDiffusersPipeline:
     return FrozenDiffusersPipeline.from_pretrained(model_folder())
 
 
+@pytest.fixture(scope="session")
+def commands():
+    """Starts the commands in processes of their own, which are spared their imports."""
+    launcher = Launcher()
+    yield launcher
+    launcher.close()
+
+
 @pytest.fixture
-def run_train(tmp_path: Path):
-    """Runs the real command in a process of its own, in a temporary folder."""
+def run_command(commands: Launcher, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory):
+    """`run_command("train", ...)` runs noisepolicy-train in the test's folder."""
+    return lambda module, *arguments: commands.run(
+        module, *arguments, folder=tmp_path, output=tmp_path_factory.mktemp("output")
+    )
 
-    def run(*arguments: str, **kwargs) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "noisepolicy.cli.train", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300, **kwargs)
 
-    return run
+@pytest.fixture
+def run_train(run_command):
+    """`run_command` for noisepolicy-train."""
+    return functools.partial(run_command, "train")

@@ -1,9 +1,6 @@
 """`noisepolicy-eval` and `noisepolicy-generate` on a small real run, as processes of their own."""
 
 import json
-import subprocess
-import sys
-import tempfile
 
 import numpy as np
 import pytest
@@ -14,59 +11,41 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def run_folder(tmp_path_factory):
+def run_folder(commands, tmp_path_factory):
     folder = tmp_path_factory.mktemp("eval") / "run"
-    command = [
-        sys.executable,
-        "-m",
-        "noisepolicy.cli.train",
-        "--output-dir",
-        str(folder),
-        "--num-iterations",
-        "3",
-        "--batch-size",
-        "32",
-        "--critic-warmup",
-        "32",
-        "--critic-updates",
-        "2",
-        "--eval-steps",
-        "1",
-        "--eval-num-prompts",
-        "4",
-        "--eval-group-size",
-        "2",
-        "--eval-rewards",
-        "brightness",
-        "--license",
-        "mit",
-    ]
-    done = subprocess.run(command, cwd=folder.parent, capture_output=True, text=True, timeout=300)
+    settings = {
+        "output-dir": folder,
+        "num-iterations": 2,
+        "batch-size": 16,
+        "critic-warmup": 16,
+        "critic-updates": 2,
+        "eval-steps": 1,
+        "eval-num-prompts": 4,
+        "eval-group-size": 2,
+        "eval-rewards": "brightness",
+        "license": "mit",
+    }
+    flags = [text for name, value in settings.items() for text in (f"--{name}", value)]
+    done = commands.run("train", *flags, folder=folder.parent, output=folder.parent)
     assert done.returncode == 0, done.stderr
     assert "brightness" in done.stdout
     return folder
 
 
-def run(module, *arguments):
-    command = [sys.executable, "-m", f"noisepolicy.cli.{module}", *map(str, arguments)]
-    # Elsewhere: where the sources lie, Python would take them for the package.
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tempfile.gettempdir())
-
-
-def test_generate_on_another_engine_makes_the_same_pictures(run_folder, tmp_path):
+def test_generate_on_another_engine_makes_the_same_pictures(run_command, run_folder, tmp_path):
     pytest.importorskip("onnxruntime")
     pictures = []
     for name in ("eager", "onnx"):
-        done = run("generate", run_folder, PROMPT, "--denoiser", name, "--output-dir", tmp_path / name)
+        done = run_command("generate", run_folder, PROMPT, "--denoiser", name, "--output-dir", tmp_path / name)
         assert done.returncode == 0, done.stderr
         pictures.append(np.asarray(Image.open(tmp_path / name / "0000.png"), dtype=int))
     assert abs(pictures[0] - pictures[1]).max() <= 1
-    done = run("generate", run_folder, PROMPT, "--denoiser", "quick")
+    done = run_command("generate", run_folder, PROMPT, "--denoiser", "quick")
     assert done.returncode == 2 and "unknown --denoiser 'quick'; choose from auto, eager" in done.stderr
 
 
-def test_eval_measures_further_rewards_and_writes_a_report(run_folder, tmp_path):
-    done = run(
+def test_eval_measures_further_rewards_and_writes_a_report(run_command, run_folder, tmp_path):
+    done = run_command(
         "eval",
         run_folder,
         "--steps",
@@ -90,8 +69,8 @@ def test_eval_measures_further_rewards_and_writes_a_report(run_folder, tmp_path)
     assert "0.5*blue + sharpness" in report and "not trained for" in report
 
 
-def test_generate_writes_pictures_beside_the_base_models(run_folder, tmp_path):
-    done = run("generate", run_folder, PROMPT, "--num-images", "3", "--compare", "--output-dir", tmp_path)
+def test_generate_writes_pictures_beside_the_base_models(run_command, run_folder, tmp_path):
+    done = run_command("generate", run_folder, PROMPT, "--num-images", "3", "--compare", "--output-dir", tmp_path)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "0000.png",
@@ -104,10 +83,10 @@ def test_generate_writes_pictures_beside_the_base_models(run_folder, tmp_path):
     ]
     assert Image.open(tmp_path / "grid.png").size == (3 * 64, 2 * 64)
     again = tmp_path / "again"
-    assert run("generate", run_folder, PROMPT, "--num-images", "3", "--output-dir", again).returncode == 0
+    assert run_command("generate", run_folder, PROMPT, "--num-images", "3", "--output-dir", again).returncode == 0
     assert (again / "0001.png").read_bytes() == (tmp_path / "0001.png").read_bytes()
     other = tmp_path / "other"
-    assert run("generate", run_folder, PROMPT, "--seed", "1", "--output-dir", other).returncode == 0
+    assert run_command("generate", run_folder, PROMPT, "--seed", "1", "--output-dir", other).returncode == 0
     assert (other / "0000.png").read_bytes() != (tmp_path / "0000.png").read_bytes()
 
 
@@ -130,6 +109,6 @@ def test_model_card_has_the_runs_numbers(run_folder):
         ("generate", ["RUN", "a prompt", "--num-images", "0"], "--num-images must be 1 or more"),
     ],
 )
-def test_bad_input_is_one_line(run_folder, module, arguments, message):
-    done = run(module, *(run_folder if argument == "RUN" else argument for argument in arguments))
+def test_bad_input_is_one_line(run_command, run_folder, module, arguments, message):
+    done = run_command(module, *(run_folder if argument == "RUN" else argument for argument in arguments))
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr

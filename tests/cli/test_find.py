@@ -1,8 +1,6 @@
 """FIND by the real commands: train, go on, generate, evaluate; and what it refuses."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -25,15 +23,6 @@ SHORT = [
     "--eval-steps",
     "1,2",
 ]
-
-
-@pytest.fixture
-def run_command(tmp_path):
-    def run(module, *arguments):
-        command = [sys.executable, "-m", f"noisepolicy.cli.{module}", *arguments]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-
-    return run
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,7 +41,10 @@ SHORT = [
 
 @pytest.mark.slow
 def test_a_run_from_start_to_report(run_train, tmp_path):
-    result = run_train(*SHORT, "--output-dir", "run", "--num-inference-steps", "1,2", "--tensorboard")
+    """The command as a user starts it; the other tests spare it its imports."""
+    command = [Path(sys.executable).with_name("noisepolicy-train"), *SHORT, "--output-dir", "run"]
+    command += ["--num-inference-steps", "1,2", "--tensorboard"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert result.returncode == 0, result.stderr
     assert "reward base -> policy" in result.stdout and "run/report.html" in result.stdout
     run = tmp_path / "run"
@@ -96,29 +100,24 @@ def policy_of(run):
 
 
 @pytest.mark.slow
-def test_killed_runs_resume_to_the_same_bits(run_train, tmp_path):
-    settings = [*SHORT, "--num-iterations", "10", "--eval-num-prompts", "0"]
+def test_killed_runs_resume_to_the_same_bits(commands, run_train, tmp_path):
+    settings = [*SHORT, "--num-iterations", "6", "--eval-num-prompts", "0"]
     whole = run_train(*settings, "--output-dir", "whole")
     assert whole.returncode == 0, whole.stderr
 
     rng = random.Random(0)
-    command = [sys.executable, "-m", "noisepolicy.cli.train"]
     arguments = [*settings, "--output-dir", "killed"]
     metrics = tmp_path / "killed" / "metrics.jsonl"
-    for kill in range(4):
-        process = subprocess.Popen(
-            [*command, *arguments], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        # Once it makes progress (a checkpoint is written every iteration), at a random moment.
+    for kill in range(2):
         before = metrics.read_text().count("\n") if metrics.exists() else 0
-        deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
+        pid = commands.start("train", arguments, tmp_path, tmp_path)
+        # Once it makes progress (a checkpoint is written every iteration), at a random moment.
+        while commands.wait(pid, 0.002) is None:
             if metrics.exists() and metrics.read_text().count("\n") != before:
                 break
-            time.sleep(0.002)
         time.sleep(rng.random() * 0.3)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        os.kill(pid, signal.SIGKILL)
+        assert commands.wait(pid) == -signal.SIGKILL, f"kill {kill} came after the end"
         assert (tmp_path / "killed" / "config.yaml").exists(), f"kill {kill} came before the run began"
         arguments = ["--resume", "killed"]
     result = run_train("--resume", "killed")
@@ -234,22 +233,12 @@ def test_a_failing_reward_is_one_line_and_exit_code_1(run_train, tmp_path, body,
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_one_line_and_exit_code_1(tmp_path):
+def test_a_full_disk_is_one_line_and_exit_code_1(commands, tmp_path):
     """A file-size limit stands in for a full disk: the write of the checkpoint fails."""
-    script = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)); "
-        "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-        "from noisepolicy.cli.train import main; sys.exit(main(sys.argv[1:]))"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", script, *SHORT, "--output-dir", "run"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 1, result.stderr
-    assert "File too large" in result.stderr and "Traceback" not in result.stderr
+    pid = commands.start("train", [*SHORT, "--output-dir", "run"], tmp_path, tmp_path, max_file_bytes=200_000)
+    assert commands.wait(pid) == 1
+    error = (tmp_path / "stderr").read_text()
+    assert "File too large" in error and "Traceback" not in error
     assert not list((tmp_path / "run" / "checkpoints").iterdir()), "no torn file is left"
 
 

@@ -1,0 +1,86 @@
+"""Runs the commands in forks of one process that has imported everything; `Launcher` of commands.py talks to it.
+
+Reads requests from stdin, one JSON a line, and answers in kind. A run is a process like any other, with its own exit
+code, signals and limits, but for its imports.
+"""
+
+import importlib
+import json
+import os
+import pkgutil
+import resource
+import signal
+import sys
+import time
+import traceback
+
+import torch
+
+import noisepolicy.cli.eval
+import noisepolicy.cli.export
+import noisepolicy.cli.generate
+import noisepolicy.cli.train
+import noisepolicy.evaluation
+import noisepolicy.training
+from noisepolicy.cli.failures import quiet_loading
+from noisepolicy.frozen import FrozenDiffusersPipeline
+from noisepolicy.worlds.shapes import model_folder
+
+
+def start(module, arguments, folder, output, environment, max_file_bytes):
+    """Forks; the child's output is added to `output`/stdout and stderr."""
+    sys.stdout.flush()
+    if pid := os.fork():
+        return pid
+    code = 70
+    try:
+        os.environ.clear()
+        os.environ.update(environment)
+        os.chdir(folder)
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(f"{output}/{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if max_file_bytes:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
+        sys.argv = [f"noisepolicy-{module}", *arguments]
+        code = importlib.import_module(f"noisepolicy.cli.{module}").main(arguments)
+    except SystemExit as request:
+        code = request.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def wait(pid, timeout_s):
+    """The exit code, -N for signal N, or None while it runs."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(0.002)
+
+
+def serve():
+    """Imports what the commands import when they run, then answers until stdin ends."""
+    torch.set_num_threads(1)
+    quiet_loading()
+    for package in (noisepolicy.training, noisepolicy.evaluation):
+        for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            importlib.import_module(module.name)
+    FrozenDiffusersPipeline.from_pretrained(model_folder())
+    print(json.dumps("ready"), flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        print(json.dumps({"start": start, "wait": wait}[request.pop("do")](**request)), flush=True)
+
+
+if __name__ == "__main__":
+    serve()
