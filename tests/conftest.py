@@ -23,6 +23,7 @@ from .commands import Launcher
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--soak", action="store_true", help="run fault and fuzz tests for hours")
+    parser.addoption("--mutants", action="store_true", help="run every planted bug and every long parametrisation")
 
 
 @pytest.fixture(scope="session")
@@ -31,14 +32,23 @@ def soak(pytestconfig: pytest.Config) -> bool:
     return pytestconfig.getoption("--soak")
 
 
+@pytest.fixture(scope="session")
+def mutants(pytestconfig: pytest.Config) -> bool:
+    """Whether all planted bugs are to be tried, not a sample of each kind."""
+    return pytestconfig.getoption("--mutants")
+
+
 def pytest_report_header() -> list[str]:
     browser = find_browser() or "none: the report is not opened in a browser"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return [f"noisepolicy: CUDA device {device}; browser {browser}"]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+    if not config.getoption("--mutants"):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("mutants")])
+        items[:] = [item for item in items if not item.get_closest_marker("mutants")]
 
 
 def find_browser() -> str | None:

@@ -131,6 +131,7 @@ def test_a_resumed_run_is_bit_identical(make_ddpo, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.mutants
 def test_ddpo_learns(make_ddpo):
     """Brightness varies by 0.017 between pictures, so by 0.0012 between means of three batches."""
     ddpo = make_ddpo(reward="brightness", batch_size=64, minibatch_size=32)

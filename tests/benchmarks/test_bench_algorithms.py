@@ -45,9 +45,12 @@ def test_an_unknown_method_is_one_line(capsys, flags, first):
 @pytest.mark.slow
 def test_every_kind_of_job_and_the_report(tmp_path, monkeypatch, capsys):
     tiny = dataclasses.replace(
-        QUICK["shapes"], share=0.0, least=192, num_prompts=4, group_size=2, num_searched=2, step_counts=(1, 2)
+        QUICK["shapes"], share=0.0, least=64, num_prompts=4, group_size=2, num_searched=2, step_counts=(1, 2)
     )
     monkeypatch.setattr(bench, "QUICK", {"shapes": tiny})
+    small = {"batch_size": 32, "critic_warmup": 32, "critic_updates": 2}
+    methods = [dataclasses.replace(m, settings=small) if m.name == "default" else m for m in METHODS]
+    monkeypatch.setattr(bench, "METHODS", methods)
     names = ["default", "ddpo", "find", "find_amortised", "cross_entropy", "random_search"]
     command = ["algorithms", "--quick", "--output", str(tmp_path), "--methods", *names]
     assert main([*command, "--workers", "2"]) == 0
@@ -81,7 +84,7 @@ def test_every_kind_of_job_and_the_report(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_killed_training_job_goes_on(tmp_path, monkeypatch):
-    tiny = dataclasses.replace(QUICK["shapes"], share=0.0, least=1440, num_prompts=2, group_size=2, step_counts=(2,))
+    tiny = dataclasses.replace(QUICK["shapes"], share=0.0, least=960, num_prompts=2, group_size=2, step_counts=(2,))
     monkeypatch.setattr(bench, "QUICK", {"shapes": tiny})
     options = {"seeds": [0], "methods": ["spectral_ppo"], "is_quick": True, "denoiser": "eager", "denoiser_dtype": None}
     whole = bench.run(tmp_path / "whole", **options)

@@ -180,9 +180,9 @@ def start(command, *, cpus=CPUS, group=None, cwd=None, **settings):
     [
         ["noisepolicy-train", "--config", "missing.yaml"],
         pytest.param(["noisepolicy-eval", "missing"], marks=pytest.mark.slow),
-        pytest.param(["noisepolicy-generate", "missing", "a red circle"], marks=pytest.mark.slow),
-        pytest.param(["noisepolicy-export", "missing", "--output-dir", "here"], marks=pytest.mark.slow),
-        pytest.param(["noisepolicy-bench", "--list-backends"], marks=pytest.mark.slow),
+        pytest.param(["noisepolicy-generate", "missing", "a red circle"], marks=pytest.mark.mutants),
+        pytest.param(["noisepolicy-export", "missing", "--output-dir", "here"], marks=pytest.mark.mutants),
+        pytest.param(["noisepolicy-bench", "--list-backends"], marks=pytest.mark.mutants),
         pytest.param(["noisepolicy-reward-server", "--reward", "missing"], marks=pytest.mark.slow),
     ],
     ids=lambda command: command[0],

@@ -11,6 +11,8 @@ import torch
 from noisepolicy.ops import dct_basis, reference
 from noisepolicy.ops.layout import Spectrum
 
+from ..sampling import everyday
+
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 STORAGE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -148,14 +150,17 @@ def test_loss_and_gradients(ops, batch, size, layout, dtype):
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [
-        ("_mm512_set_epi64(14, 12, 10, 8, 6, 4, 2, 0)", "_mm512_set_epi64(0, 2, 4, 6, 8, 10, 12, 14)"),
-        ("(1u << count) - 1u", "(1u << (count - 1)) - 1u"),
-        ("shuffle_f32x4(low_ab, low_cd, 0xDD)", "shuffle_f32x4(low_ab, low_cd, 0x77)"),
-        ("_mm512_slli_epi64(odd, 32)", "odd"),
-        ("_mm512_slli_epi32(next, 30)", "_mm512_slli_epi32(count, 30)"),
-        ("_mm512_srli_epi64(counters, 32)", "_mm512_setzero_si512()"),
-    ],
+    everyday(
+        [
+            ("_mm512_set_epi64(14, 12, 10, 8, 6, 4, 2, 0)", "_mm512_set_epi64(0, 2, 4, 6, 8, 10, 12, 14)"),
+            ("(1u << count) - 1u", "(1u << (count - 1)) - 1u"),
+            ("shuffle_f32x4(low_ab, low_cd, 0xDD)", "shuffle_f32x4(low_ab, low_cd, 0x77)"),
+            ("_mm512_slli_epi64(odd, 32)", "odd"),
+            ("_mm512_slli_epi32(next, 30)", "_mm512_slli_epi32(count, 30)"),
+            ("_mm512_srli_epi64(counters, 32)", "_mm512_setzero_si512()"),
+        ],
+        2,
+    ),
 )
 def test_a_planted_bug_is_seen(build, old, new):
     mean, log_std, sizes = make_policy(2, 133, "full", torch.float32)

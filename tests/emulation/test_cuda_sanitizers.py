@@ -5,6 +5,8 @@ Each is shown to see what it is there for: a fault planted in the source makes i
 
 import pytest
 
+from ..sampling import everyday
+
 ORDERS = [(0, 1), (1, 2), (5, 3), (9, 132)]  # CUDA_ON_CPU_ORDER, CUDA_ON_CPU_PROCESSORS
 
 
@@ -34,12 +36,12 @@ PROJECTION_BARRIER = (
 WRITE_BARRIER = ("cuda/spectral.cu", "    __syncthreads();  // before the next slab's weights\n", "", "spectral.cu")
 
 
-@pytest.mark.parametrize("bug", [LOSS_BARRIER, PROJECTION_BARRIER], ids=["loss", "projection"])
+@pytest.mark.parametrize("bug", everyday([(PROJECTION_BARRIER,), (LOSS_BARRIER,)], 1), ids=["projection", "loss"])
 def test_a_missing_barrier_changes_results_with_the_order(cuda_build, run_program, bug):
     assert len(checksums(run_program, cuda_build.program("plain", bug))) > 1
 
 
-@pytest.mark.parametrize("bug", [LOSS_BARRIER, WRITE_BARRIER], ids=["loss", "write"])
+@pytest.mark.parametrize("bug", everyday([(LOSS_BARRIER,), (WRITE_BARRIER,)], 1), ids=["loss", "write"])
 def test_a_missing_barrier_is_a_race(cuda_build, run_program, bug):
     run = run_program(cuda_build.program("thread", bug), 0, 1)
     assert run.returncode != 0 and "data race" in run.stderr
@@ -47,23 +49,29 @@ def test_a_missing_barrier_is_a_race(cuda_build, run_program, bug):
 
 @pytest.mark.parametrize(
     ("bug", "message"),
-    [
-        (
+    everyday(
+        [
             (
-                "cuda/device.h",
-                "i < count) from_float(quad.v[i], to[i])",
-                "i <= count) from_float(quad.v[i], to[i])",
-                "gaussian.cu",
+                (
+                    "cuda/device.h",
+                    "i < count) from_float(quad.v[i], to[i])",
+                    "i <= count) from_float(quad.v[i], to[i])",
+                    "gaussian.cu",
+                ),
+                "heap-buffer-overflow",
             ),
-            "heap-buffer-overflow",
-        ),
-        (
-            ("cuda/device.h", "if (count == 4 && is_packed(from))", "if (is_packed(from))", "gaussian.cu"),
-            "heap-buffer-overflow",
-        ),
-        (("cuda/device.h", "if (count == 4 && is_packed(from))", "if (count == 4)", "gaussian.cu"), "misaligned"),
-        (("cuda/spectral.cu", "element < 0 || first + k >= end", "element < 0", "spectral.cu"), "heap-buffer-overflow"),
-    ],
+            (
+                ("cuda/device.h", "if (count == 4 && is_packed(from))", "if (is_packed(from))", "gaussian.cu"),
+                "heap-buffer-overflow",
+            ),
+            (("cuda/device.h", "if (count == 4 && is_packed(from))", "if (count == 4)", "gaussian.cu"), "misaligned"),
+            (
+                ("cuda/spectral.cu", "element < 0 || first + k >= end", "element < 0", "spectral.cu"),
+                "heap-buffer-overflow",
+            ),
+        ],
+        2,
+    ),
     ids=["store bound off by one", "wide load past the tail", "wide load of a misaligned row", "slab bound left out"],
 )
 def test_an_access_out_of_bounds_is_reported(cuda_build, run_program, bug, message):

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from ..sampling import everyday
+
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent.parent / "csrc"
 FLAGS = ["-std=c++17", "-g1", "-pthread", "-DNOISEPOLICY_X86", f"-I{CSRC}", f"-I{CSRC}/cpu"]
@@ -45,11 +47,14 @@ def test_no_race_and_every_element_once(tmp_path):
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [
-        ("if (parts < 2 || !lock.try_lock())", "if (parts < 2)"),
-        ("if (can_spin && came_soon([this] { return unfinished_ == 0; })) return;", "return;"),
-        ("next.fetch_add(piece, std::memory_order_relaxed)", "next.load()) < count && (next += piece"),
-    ],
+    everyday(
+        [
+            ("if (parts < 2 || !lock.try_lock())", "if (parts < 2)"),
+            ("if (can_spin && came_soon([this] { return unfinished_ == 0; })) return;", "return;"),
+            ("next.fetch_add(piece, std::memory_order_relaxed)", "next.load()) < count && (next += piece"),
+        ],
+        1,
+    ),
     ids=["callers share the pool", "caller does not wait", "pieces taken twice"],
 )
 def test_a_planted_bug_is_caught(tmp_path, old, new):

@@ -16,6 +16,8 @@ import torch
 from noisepolicy.ops import triton_backend
 from noisepolicy.ops.layout import make_spectrum
 
+from ..sampling import everyday
+
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter is on"),
@@ -108,7 +110,7 @@ def assert_compiles_well(launches, architecture, folder, is_aligned=True):
     assert seen == every_kernel, f"not compiled: {every_kernel - seen}"
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", everyday(ARCHITECTURES, 2))
 def test_every_architecture(architecture, launches, tmp_path):
     call_every_op(torch.float32, (8, *LATENT_SHAPE))
     assert_compiles_well(launches, architecture, tmp_path)
