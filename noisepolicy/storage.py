@@ -7,6 +7,7 @@ file or the new one and never a torn one. What a disk does to it later shows whe
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,11 @@ class DamagedFileError(ValueError):
 def write_bytes(path: Path, data: bytes) -> None:
     """Writes `data` to `path` atomically, creating parent folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
+    # A process id is no name: threads share it, and containers that share the folder may have the same one.
+    temporary = path.with_name(f".{path.name}.{secrets.randbelow(10**18)}.tmp")
+    file = open(temporary, "xb")  # noqa: SIM115  # follows no link that somebody laid there
     try:
-        with open(temporary, "xb") as file:  # follows no link that somebody laid there
+        with file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

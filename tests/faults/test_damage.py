@@ -6,7 +6,6 @@ import shutil
 import pytest
 
 from noisepolicy.policies import NoisePolicy
-from noisepolicy.storage import write_bytes
 from noisepolicy.training.run_folder import RunFolder
 
 pytestmark = pytest.mark.slow
@@ -145,12 +144,3 @@ def test_a_damaged_summary_says_how_to_write_it_again(whole_run, tmp_path, damag
     damage(tmp_path / "run" / "summary.json")
     with pytest.raises(ValueError, match=r"summary.json is damaged .* write it again with: noisepolicy-train --resume"):
         RunFolder(tmp_path / "run").read_summary()
-
-
-def test_nothing_is_written_through_a_link(tmp_path):
-    """Laid where the file is while it is half-written."""
-    other, path = tmp_path / "other", tmp_path / "a.json"
-    other.write_bytes(b"mine")
-    (tmp_path / f".{path.name}.{os.getpid()}.tmp").symlink_to(other)
-    write_bytes(path, b"{}")
-    assert (other.read_bytes(), path.read_bytes(), path.is_symlink()) == (b"mine", b"{}", False)
