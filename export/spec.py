@@ -60,6 +60,8 @@ DENOISERS: dict[str, Mapping[str, Axes]] = {
 
 FLOAT32_INPUTS = ("timestep", "guidance")
 """Inputs that stay float32 whatever the module computes in."""
+_ADDED = "added_cond_kwargs"
+"""The argument that holds further inputs of some denoisers."""
 _WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.bool)
 """Dtypes that buffers may have beside those of weights, e.g. for the positions of tokens."""
@@ -166,7 +168,7 @@ def denoiser_part(frozen: FrozenDiffusersPipeline, *, guidance_scale: float = 1.
     }
     axes = {name: _kept(DENOISERS[kind][name], dynamic_size) for name in inputs}
     sample = next(iter(inputs))
-    module = _Denoiser(denoiser, axes, parameters).eval()
+    module = _Denoiser(denoiser, axes, parameters, kwargs.get(_ADDED) or {}).eval()
     return Part(kind, module, inputs, axes, "out_sample", axes[sample], denoiser.config)
 
 
@@ -181,7 +183,7 @@ def flat_inputs(parameters: Sequence[str], args: Sequence[Any], kwargs: Mapping[
     """
     named = {**dict(zip(parameters, args, strict=False)), **kwargs}
     named.pop("return_dict", None)
-    named |= named.pop("added_cond_kwargs", None) or {}
+    named |= named.pop(_ADDED, None) or {}
     tensors = {}
     for name, value in named.items():
         if isinstance(value, torch.Tensor):
@@ -264,9 +266,12 @@ def _kept(axes: Axes, dynamic_size: bool) -> Axes:
 class _Denoiser(nn.Module):
     """A denoiser called with tensors alone, in the order of their names."""
 
-    def __init__(self, module: nn.Module, axes: Mapping[str, Axes], parameters: tuple[str, ...]) -> None:
+    def __init__(
+        self, module: nn.Module, axes: Mapping[str, Axes], parameters: tuple[str, ...], added: Mapping[str, Any]
+    ) -> None:
         super().__init__()
         self.module, self._axes, self._parameters_of_call = module, axes, parameters
+        self._added = dict.fromkeys(added)  # those that are no tensors are None, and denoisers look for them
 
     def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
         named = dict(zip(self._axes, tensors, strict=True))
@@ -274,11 +279,9 @@ class _Denoiser(nn.Module):
         for batch in batches[1:]:
             torch._check(batch == batches[0])  # the exporter takes each input's for a size of its own
         own = {name: tensor for name, tensor in named.items() if name in self._parameters_of_call}
-        if "added_cond_kwargs" in self._parameters_of_call:
+        if _ADDED in self._parameters_of_call:
             nested = {name: tensor for name, tensor in named.items() if name not in own}
-            own["added_cond_kwargs"] = nested or None
-            if "PixArt" in type(self.module).__name__:
-                own["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
+            own[_ADDED] = {**self._added, **nested} or None
         return self.module(**own, return_dict=False)[0]
 
 

@@ -70,7 +70,8 @@ def use_engine(frozen: "FrozenDiffusersPipeline", name: str, *, dtype: str | Non
         RuntimeError: if the engine does not run here.
         VerificationError: if it does not compute what PyTorch does in float32.
     """
-    denoiser, vae = _open(frozen, name, dtype)
+    with frozen.in_use():
+        denoiser, vae = _open(frozen, name, dtype)
     frozen.replace(denoiser=denoiser, vae=vae)
     frozen.engine = name
 
@@ -96,7 +97,8 @@ def choose_engine(
     best, best_modules, best_batch_size = "eager", original, batch_size
     for name in [name for name, reason in reasons.items() if reason is None]:
         try:
-            stand_ins = _open(frozen, name, None)
+            with frozen.in_use():
+                stand_ins = _open(frozen, name, None)
             modules = stand_ins[0] or original[0], stand_ins[1] or original[1]
             frozen.replace(denoiser=modules[0], vae=modules[1])
             speed = len(latents) / _seconds(call, frozen.device)

@@ -12,7 +12,7 @@ from noisepolicy.engines.eager import refuse_dtype
 from noisepolicy.engines.exported import StandIns, moves_vae, without_upcast
 from noisepolicy.export.packages import first_line
 from noisepolicy.frozen import FrozenDiffusersPipeline
-from noisepolicy.frozen.components import StandIn
+from noisepolicy.frozen.diffusers_pipeline import StandIn
 
 _MAX_COMPILED_SHAPES = 64
 

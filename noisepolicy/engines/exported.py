@@ -20,7 +20,7 @@ from noisepolicy.export.cache import Entry
 from noisepolicy.export.spec import Part, denoiser_part, flat_inputs, vae_decoder_part
 from noisepolicy.export.verify import VerificationError, verify
 from noisepolicy.frozen import FrozenDiffusersPipeline
-from noisepolicy.frozen.components import StandIn
+from noisepolicy.frozen.diffusers_pipeline import StandIn
 
 StandIns = tuple[nn.Module | None, nn.Module | None]
 """Modules in the place of a pipeline's denoiser and VAE; None leaves its own."""

@@ -3,11 +3,12 @@
 from typing import TYPE_CHECKING, Any
 
 from noisepolicy.frozen.base import FrozenModel, PromptEmbeds
+from noisepolicy.frozen.plain import PlainModel, as_frozen_model
 
 if TYPE_CHECKING:
     from noisepolicy.frozen.diffusers_pipeline import FrozenDiffusersPipeline
 
-__all__ = ["FrozenDiffusersPipeline", "FrozenModel", "PromptEmbeds"]
+__all__ = ["FrozenDiffusersPipeline", "FrozenModel", "PlainModel", "PromptEmbeds", "as_frozen_model"]
 
 
 def __getattr__(name: str) -> Any:

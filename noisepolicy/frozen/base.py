@@ -1,4 +1,4 @@
-"""The contract of a frozen model: everything that policies, training and evaluation know of it."""
+"""The contract of a frozen model."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -43,13 +43,17 @@ class PromptEmbeds:
 
 
 class FrozenModel(Protocol):
-    """A deterministic map from latents and prompts to images; any object with these members will do."""
+    """A deterministic map from latents and prompts to images; any object with these members will do.
+
+    `as_frozen_model` adds the rest of what training and evaluation ask for: a hash of the weights, a check that the
+    model is deterministic, and more.
+    """
 
     latent_shape: tuple[int, ...]
-    """Of one row: `(channels, height, width)`, video `(channels, frames, height, width)`."""
+    """Shape of one row of latents: `(channels, height, width)`, video `(channels, frames, height, width)`."""
 
-    def encode(self, prompts: Sequence[str]) -> PromptEmbeds:
-        """The prompts' embeddings, one row each."""
+    def encode(self, prompts: Sequence[str]) -> PromptEmbeds | torch.Tensor:
+        """The prompts' embeddings, one row each; a tensor `(batch, tokens, width)` will do."""
         ...
 
     def generate(
@@ -57,10 +61,7 @@ class FrozenModel(Protocol):
     ) -> torch.Tensor:
         """Images in [0, 1], float32, `(batch, 3, height, width)`, from latents `(batch, *latent_shape)`, float32.
 
-        Videos are `(batch, frames, 3, height, width)`. The same latents must give the same images.
+        Videos are `(batch, frames, 3, height, width)`. Where nobody looks at the images but the reward, they may be
+        of any shape `(batch, ...)`. The same latents must give the same images.
         """
-        ...
-
-    def weights_sha256(self) -> str:
-        """A hash of every weight, to show that training left them alone."""
         ...

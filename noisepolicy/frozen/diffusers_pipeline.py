@@ -1,31 +1,35 @@
 """A diffusers pipeline as a frozen model: prompts encoded once, images by the pipeline's own `__call__`.
 
-What differs between families is in `families.py`. For Stable Diffusion and SDXL `loop.py` makes the same images with
-less around the UNet; it is used once it has made one image as `__call__` does.
+Differences between families are in `families.py`. For Stable Diffusion and SDXL `loop.py` makes the same images with
+less around the UNet; it is used once it has made one image as `__call__` does. Loading is in `loading.py`.
 """
 
+import copy
+import functools
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from noisepolicy.frozen.base import PromptEmbeds
 from noisepolicy.frozen.blame import failure, first_not_finite, not_finite, overflow_marked
-from noisepolicy.frozen.components import PipelineComponents
 from noisepolicy.frozen.families import (
     encode_negative,
     encode_prompts,
+    family_of,
     latent_shape,
     pack_latents,
     resolution,
 )
-from noisepolicy.frozen.loading import load_pipeline, quiet
+from noisepolicy.frozen.loading import load_pipeline, place_pipeline, quiet
 from noisepolicy.frozen.loop import DenoisingLoop, can_loop, make_loop
-from noisepolicy.frozen.recording import recorded_call
+from noisepolicy.frozen.recording import combined_digest, evaluating, recorded_call, timed, weights_digest
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -36,19 +40,38 @@ _SAME_HALF_IMAGE = 2e-2
 """Root mean square by which a pipeline that rounds latents to 16 bits at every step may differ from the loop."""
 
 
-class FrozenDiffusersPipeline(PipelineComponents):
+class StandIn(nn.Module):
+    """A module in the place of a pipeline's denoiser or VAE, whose weights count for the model's hash as they were."""
+
+
+def _in_use(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Runs a method of `FrozenDiffusersPipeline` inside its `in_use`."""
+
+    @functools.wraps(method)
+    def run(self: "FrozenDiffusersPipeline", *args: Any, **kwargs: Any) -> Any:
+        with self.in_use():
+            return method(self, *args, **kwargs)
+
+    return run
+
+
+class FrozenDiffusersPipeline:
     """Satisfies `FrozenModel`.
+
+    A pipeline in memory is used where and as it is: with its LoRA, its quantised or compiled parts, its scheduler,
+    device and dtypes. Its modules are shared, everything else is a copy: scheduler, progress bar, safety checker.
+    While a method runs the modules are in evaluation mode and nothing records gradients. When it returns, the
+    pipeline is as it was found, so there is nothing to release. `from_pretrained` loads a pipeline that nobody else
+    has, and places it for speed.
 
     Args:
         pipeline: of a class named in `families.FAMILIES`.
-        device: where it runs.
         rollout_batch_size: images generated at a time; halved where memory runs out.
-        height: of the images, in pixels; the pipeline's default if None.
+        height: height of the images, in pixels; the pipeline's default if None.
         width: the same.
-        num_frames: of the videos; the pipeline's default if None.
+        num_frames: frames of the videos; the pipeline's default if None.
         negative_prompt: what guidance leads away from; the pipeline's default if None.
         max_sequence_length: tokens of a prompt, where the pipeline leaves the choice; its default if None.
-        cpu_offload: keep on `device` only the component that runs.
         cuda_graph: capture the whole denoising loop as one CUDA graph for each batch size (Stable Diffusion, SDXL).
 
     Raises:
@@ -59,24 +82,44 @@ class FrozenDiffusersPipeline(PipelineComponents):
         self,
         pipeline: "DiffusionPipeline",
         *,
-        device: torch.device | str = "cpu",
         rollout_batch_size: int = 32,
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
         negative_prompt: str | None = None,
         max_sequence_length: int | None = None,
-        cpu_offload: bool = False,
         cuda_graph: bool = False,
     ) -> None:
-        super().__init__(pipeline, torch.device(device), cpu_offload=cpu_offload)
+        self._family = family_of(pipeline)
+        for name in (self._family.denoiser, "vae", "scheduler", "text_encoder", "tokenizer"):
+            if getattr(pipeline, name, None) is None:
+                raise ValueError(f"the pipeline has no {name}")
+        self.engine = "eager"
+        """What denoiser and decoder run on; `noisepolicy.engines.use_engine` changes it."""
         self.rollout_batch_size = rollout_batch_size
+        self._pipeline = copy.copy(pipeline)
+        self._pipeline.scheduler = copy.deepcopy(pipeline.scheduler)  # it keeps state
+        self._pipeline.set_progress_bar_config(disable=True)
+        if getattr(pipeline, "safety_checker", None) is not None:
+            self._pipeline.safety_checker = None  # it would black out images which the reward then scores
+        self.device = torch.device(self._pipeline._execution_device)
+        """Where the pipeline runs. Latents and embeddings may come from anywhere."""
+        self._is_offloaded = hasattr(self.denoiser, "_hf_hook")
+        # Offloading's hooks belong to the caller's pipeline, which puts new ones in their place after every call.
+        self._pipeline.maybe_free_model_hooks = pipeline.maybe_free_model_hooks
+        self._is_shared = True
+        self._is_in_use = False
+        self._vae_dtype = pipeline.vae.dtype
+        self._digests: dict[str, str] = {}
         self._size = resolution(pipeline, height, width, num_frames)
         self.latent_shape = latent_shape(pipeline, height, width, num_frames)
         self._max_sequence_length = max_sequence_length
         self._empty = self.encode([""])
-        self.negative_embeds = encode_negative(self._pipeline, negative_prompt, max_sequence_length=max_sequence_length)
-        """What guidance leads away from, one row, by argument of the pipeline's `__call__`."""
+        with self.in_use():
+            self.negative_embeds = encode_negative(
+                self._pipeline, negative_prompt, max_sequence_length=max_sequence_length
+            )
+            """What guidance leads away from, one row, by argument of the pipeline's `__call__`."""
         parameters = inspect.signature(type(pipeline).__call__).parameters
         # Some pipelines default to "", and refuse it beside embeddings.
         unused = {name: None for name in ("prompt", "negative_prompt") if name in parameters}
@@ -84,7 +127,7 @@ class FrozenDiffusersPipeline(PipelineComponents):
         self._checked: set[int] = set()
         self._loops: dict[tuple[int, bool], DenoisingLoop | None] = {}
         self.uses_cuda_graph = cuda_graph
-        if cuda_graph and (self.device.type != "cuda" or cpu_offload):
+        if cuda_graph and (self.device.type != "cuda" or self._is_offloaded):
             raise ValueError("cuda_graph needs the whole model on a CUDA device")
 
     @classmethod
@@ -92,15 +135,24 @@ class FrozenDiffusersPipeline(PipelineComponents):
         cls,
         model: str | Path,
         *,
+        device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         variant: str | None = None,
         scheduler: str | None = None,
         timestep_spacing: str | None = None,
         vae_slicing: bool = False,
         vae_tiling: bool = False,
+        cpu_offload: bool = False,
         **options: Any,
     ) -> "FrozenDiffusersPipeline":
-        """Loads a folder or hub id: `loading.load_pipeline`, then the constructor. Takes and raises what they do."""
+        """Loads a folder or hub id with `loading.load_pipeline`, places it with `loading.place_pipeline`.
+
+        Args:
+            options: of the constructor.
+
+        Raises:
+            OSError, ValueError: as these do.
+        """
         pipeline = load_pipeline(
             model,
             dtype=dtype,
@@ -110,13 +162,113 @@ class FrozenDiffusersPipeline(PipelineComponents):
             vae_slicing=vae_slicing,
             vae_tiling=vae_tiling,
         )
-        return cls(pipeline, **options)
+        place_pipeline(pipeline, torch.device(device), cpu_offload=cpu_offload)
+        frozen = cls(pipeline, **options)
+        # Nobody else has this pipeline, so its modules stay as they were placed. Its method would keep it alive, and
+        # with it text encoders that are dropped.
+        frozen._is_shared = False
+        del frozen._pipeline.maybe_free_model_hooks
+        return frozen
 
-    def replace(self, *, denoiser: torch.nn.Module | None = None, vae: torch.nn.Module | None = None) -> None:
-        """As the base class says; loops are made anew."""
-        super().replace(denoiser=denoiser, vae=vae)
+    @property
+    def denoiser(self) -> nn.Module:
+        """The UNet or transformer, or what stands in for it."""
+        return getattr(self._pipeline, self._family.denoiser)
+
+    @property
+    def vae(self) -> nn.Module:
+        """The autoencoder, or what stands in for it."""
+        return self._pipeline.vae
+
+    @property
+    def upcasts_vae(self) -> bool:
+        """Whether the pipeline decodes in float32 although the VAE's weights may be float16, which would overflow."""
+        return self._family.upcasts_vae and bool(getattr(self.vae.config, "force_upcast", False))
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Evaluation mode without gradients; at the end the modules are as they were found, whatever happened.
+
+        All methods that run the pipeline do so inside. Use it around calls of `denoiser` or `vae`.
+        """
+        if self._is_in_use:
+            yield
+            return
+        self._is_in_use = True
+        try:
+            with torch.no_grad(), evaluating(self._modules().values() if self._is_shared else ()):
+                yield
+        finally:
+            self._is_in_use = False
+            self._put_back()
+
+    def _put_back(self) -> None:
+        """What a call of the pipeline puts back at its end; an error may have come between, and the loop does not."""
+        if self._family.upcasts_vae and self.vae.dtype != self._vae_dtype:
+            with quiet():
+                self.vae.to(self._vae_dtype)
+        if self._is_offloaded:
+            self._pipeline.maybe_free_model_hooks()
+
+    def replace(self, *, denoiser: nn.Module | None = None, vae: nn.Module | None = None) -> None:
+        """Puts stand-ins in the place of components; those count for `weights_sha256` as they were.
+
+        Raises:
+            ValueError: if the components move between devices.
+        """
+        if self._is_offloaded:
+            raise ValueError("cpu_offload moves the model's own modules; another engine cannot stand in for them")
+        for name, module in ((self._family.denoiser, denoiser), ("vae", vae)):
+            if module is not None:
+                digest = self.component_sha256(name)
+                setattr(self._pipeline, name, module)
+                if isinstance(module, StandIn):
+                    self._digests[name] = digest
+                else:
+                    self._digests.pop(name, None)
+        self._vae_dtype = self.vae.dtype
         self._loops.clear()
 
+    def component_sha256(self, name: str) -> str:
+        """SHA-256 over the weights of a component, or of "denoiser"; where something stands in, the original's."""
+        name = self._family.denoiser if name == "denoiser" else name
+        return self._digests[name] if name in self._digests else weights_digest(getattr(self._pipeline, name))
+
+    def weights_sha256(self) -> str:
+        """SHA-256 over every parameter and buffer, by component and name; dropped components count as they were."""
+        names = self._digests.keys() | self._modules().keys()
+        digests = {name: self.component_sha256(name) for name in names}
+        return combined_digest(digests)
+
+    def drop_text_encoders(self) -> None:
+        """Lets go of text encoders and tokenizers, which frees their memory where nobody else has them.
+
+        Prompts that are encoded already go on working.
+        """
+        for name, part in self._pipeline.components.items():
+            if name.startswith(("text_encoder", "tokenizer")):
+                if isinstance(part, nn.Module):
+                    self._digests[name] = weights_digest(part)
+                setattr(self._pipeline, name, None)
+        self._pipeline.maybe_free_model_hooks()  # offloading's hooks hold them too
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @contextmanager
+    def record_phases(self) -> Iterator[dict[str, float]]:
+        """Fills a dict with the seconds spent in `denoiser` and `vae` while it is open. It waits for the device."""
+        seconds = {"denoiser": 0.0, "vae": 0.0}
+        with (
+            timed(self.denoiser, "forward", seconds, "denoiser", self.device),
+            timed(self.vae, "decode", seconds, "vae", self.device),
+        ):
+            yield seconds
+
+    def _modules(self) -> dict[str, nn.Module]:
+        components = self._pipeline.components.items()
+        return {name: part for name, part in components if isinstance(part, nn.Module)}
+
+    @_in_use
     def encode(self, prompts: Sequence[str]) -> PromptEmbeds:
         """The embeddings that the pipeline would compute, one row a prompt, in the model's dtype.
 
@@ -132,7 +284,7 @@ class FrozenDiffusersPipeline(PipelineComponents):
             raise ValueError(not_finite(f"the text encoder {type(encoder).__name__}", encoder.dtype))
         return embeds
 
-    @torch.no_grad()
+    @_in_use
     def generate(
         self, latents: torch.Tensor, prompt_embeds: PromptEmbeds, *, num_inference_steps: int, guidance_scale: float
     ) -> torch.Tensor:
@@ -165,7 +317,7 @@ class FrozenDiffusersPipeline(PipelineComponents):
             raise self._not_finite(latents[rows], prompt_embeds[rows], num_inference_steps, guidance_scale)
         return images
 
-    @torch.no_grad()
+    @_in_use
     def check_deterministic(self, num_inference_steps: int, guidance_scale: float) -> None:
         """Try one image at this step count. `generate` does so once for each count; call this to know sooner.
 
@@ -235,7 +387,7 @@ class FrozenDiffusersPipeline(PipelineComponents):
         dtype = torch.float32 if self.upcasts_vae else self.vae.dtype
         return ValueError(not_finite(f"the VAE {type(self.vae).__name__}", dtype))
 
-    @torch.no_grad()
+    @_in_use
     def call_pipeline(
         self, latents: torch.Tensor, prompt_embeds: PromptEmbeds, *, num_inference_steps: int, guidance_scale: float
     ) -> torch.Tensor:
@@ -244,6 +396,7 @@ class FrozenDiffusersPipeline(PipelineComponents):
         generator = torch.Generator(self.device).manual_seed(0)
         return self._call(latents, conditions, num_inference_steps, guidance_scale, generator)
 
+    @_in_use
     def record_denoiser_call(
         self, *, guidance_scale: float = 1.0, num_inference_steps: int = 4
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -276,20 +429,11 @@ class FrozenDiffusersPipeline(PipelineComponents):
         """Return what `make()` returns, or None if memory ran out; the memory that the attempt held is free by then."""
         try:
             return make()
-        except torch.OutOfMemoryError:
+        except self._family.out_of_memory:
             return None
-        except UnboundLocalError:
-            # Sana's pipelines catch a VAE's out-of-memory error, warn, and then miss the image.
-            if type(self._pipeline).__name__.startswith("Sana"):
-                return None
-            raise
 
     def _halve(self, num_images: int) -> None:
-        # SDXL decodes in float32 and casts its VAE back, unless the error came between.
-        if self._pipeline.vae.dtype != self._vae_dtype:
-            with quiet():
-                self._pipeline.vae.to(self._vae_dtype)
-        self._pipeline.maybe_free_model_hooks()
+        self._put_back()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         if num_images == 1:
@@ -299,7 +443,7 @@ class FrozenDiffusersPipeline(PipelineComponents):
             )
         self.rollout_batch_size = num_images // 2
         warnings.warn(
-            f"out of memory with {num_images} images at a time; going on with {self.rollout_batch_size}", stacklevel=3
+            f"out of memory with {num_images} images at a time; going on with {self.rollout_batch_size}", stacklevel=4
         )
 
     def _generate_chunk(
@@ -345,6 +489,7 @@ class FrozenDiffusersPipeline(PipelineComponents):
         images = (output.images if self._family.frames_per_latent is None else output.frames).float()
         return images if output_type == "latent" else images.clamp(0, 1)
 
+    @_in_use
     def loop(self, num_inference_steps: int, guidance_scale: float) -> DenoisingLoop | None:
         """The loop for this step count, once it has made an image as the pipeline does; None where it cannot."""
         key = (num_inference_steps, guidance_scale > 1)
@@ -355,7 +500,7 @@ class FrozenDiffusersPipeline(PipelineComponents):
                 dtype = str(self.denoiser.dtype).removeprefix("torch.")
                 warnings.warn(
                     f"cuda_graph has no effect at {num_inference_steps} steps: {names} in {dtype} runs its own code",
-                    stacklevel=3,
+                    stacklevel=4,
                 )
         return self._loops[key]
 

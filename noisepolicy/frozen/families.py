@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from noisepolicy.frozen.base import PromptEmbeds
+from noisepolicy.frozen.recording import evaluating
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -47,16 +48,25 @@ class Family:
     upcasts_vae: bool = False
     """Whether `__call__` decodes in float32 where the VAE is float16 and its configuration says `force_upcast`. The
     other pipelines ignore that setting, which is on by default."""
+    has_loop: bool = False
+    """Whether `loop.py` knows all that `__call__` does."""
+    out_of_memory: tuple[type[Exception], ...] = (torch.OutOfMemoryError,)
+    """What `__call__` raises where memory runs out."""
     call: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     """Further arguments of `__call__`."""
 
 
 _VIDEO_UNET = Family(frames_per_latent=lambda pipeline: 1)
-_SANA = {"denoiser": "transformer", "keeps_float32": True}
+_SANA = {
+    "denoiser": "transformer",
+    "keeps_float32": True,
+    # The pipelines catch their VAE's error, warn, and then miss the image.
+    "out_of_memory": (torch.OutOfMemoryError, UnboundLocalError),
+}
 
 FAMILIES: dict[str, Family] = {
-    "StableDiffusionPipeline": Family(),
-    "StableDiffusionXLPipeline": Family(_POOLED, upcasts_vae=True),
+    "StableDiffusionPipeline": Family(has_loop=True),
+    "StableDiffusionXLPipeline": Family(_POOLED, upcasts_vae=True, has_loop=True),
     "StableDiffusion3Pipeline": Family(
         _POOLED, denoiser="transformer", latents_per_token=lambda pipeline: pipeline.patch_size
     ),
@@ -223,7 +233,9 @@ def _encode(
             raise ValueError(f"{type(pipeline).__name__} has a fixed prompt length; it takes no max_sequence_length")
         arguments["max_sequence_length"] = max_sequence_length
     arguments["prompt"] = prompts
-    values = pipeline.encode_prompt(**{name: value for name, value in arguments.items() if name in taken})
+    encoders = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    with evaluating(encoders):
+        values = pipeline.encode_prompt(**{name: value for name, value in arguments.items() if name in taken})
     named = zip(family_of(pipeline).encoded, values, strict=True)
     return {name: value for name, value in named if name is not None and value is not None}
 

@@ -4,13 +4,14 @@ import importlib.util
 import inspect
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+import transformers
 from diffusers import ConfigMixin, DiffusionPipeline, SchedulerMixin
 from diffusers.utils import DummyObject
 from diffusers.utils import logging as diffusers_logging
@@ -24,6 +25,8 @@ from huggingface_hub.errors import (
 from noisepolicy.frozen.families import FAMILIES, unsupported
 
 _SPACINGS = ("leading", "linspace", "trailing")
+_CONVOLUTIONAL = ("UNet2DConditionModel", "AutoencoderKL", "AutoencoderTiny")
+"""Faster with channels last."""
 _UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 """Components that play no part in making an image from a prompt and latents."""
 _WEIGHTS = re.compile(
@@ -70,7 +73,7 @@ def load_pipeline(
         options["scheduler"] = replacement if hasattr(diffusers, str(index["scheduler"][1])) else None
     if variant is None and Path(model).is_dir():
         variant = _only_variant(Path(model), index)
-    with _one_line(model), quiet(), warnings.catch_warnings():
+    with _one_line(model), quiet(), _whole_weights(), warnings.catch_warnings():
         # Newer releases call it `dtype`, older ones know only this name.
         warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
         pipeline = DiffusionPipeline.from_pretrained(
@@ -93,6 +96,37 @@ def load_pipeline(
                 raise ValueError(f"the VAE {type(pipeline.vae).__name__} has no {method.removeprefix('enable_')}")
             getattr(pipeline.vae, method)()
     return pipeline
+
+
+def place_pipeline(pipeline: DiffusionPipeline, device: torch.device, *, cpu_offload: bool = False) -> None:
+    """Prepares a pipeline that nobody else uses: evaluation mode, no gradients, on `device`, laid out for speed.
+
+    Args:
+        cpu_offload: keep on `device` only the component that runs.
+
+    Raises:
+        ValueError: if the pipeline cannot be moved or offloaded.
+    """
+    modules = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    for name, module in modules.items():
+        module.eval().requires_grad_(False)
+        # Faster on a CPU; on an H100 a UNet of Stable Diffusion's size in float16 was a tenth slower for it.
+        is_quantised = getattr(module, "hf_quantizer", None) is not None  # its weights have a layout of their own
+        is_convolutional = name in ("unet", "vae") and type(module).__name__ in _CONVOLUTIONAL
+        if device.type == "cpu" and is_convolutional and not is_quantised:
+            module.to(memory_format=torch.channels_last)
+    if cpu_offload:
+        if device.type == "cpu":
+            raise ValueError("cpu_offload needs an accelerator; the device is cpu")
+        pipeline.enable_model_cpu_offload(device=device)
+        return
+    for name, module in modules.items():
+        try:
+            module.to(device)
+        except (ValueError, RuntimeError) as error:
+            # bitsandbytes and Accelerate put modules where they are to stay, and refuse to move them.
+            if any(tensor.device.type != device.type for tensor in module.parameters()):
+                raise ValueError(f"the pipeline's {name} cannot be moved to {device}: {error}") from error
 
 
 def _read_index(model: str | Path) -> tuple[str, dict[str, Any]]:
@@ -208,6 +242,41 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         diffusers_logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def _whole_weights() -> Iterator[None]:
+    """Refuses a component whose files lack some of its weights, as those of another release's layout may.
+
+    diffusers and transformers give such weights random values and log a warning. They report them to a caller that
+    asks, and `DiffusionPipeline` does not, so the method that it calls is another one for as long as this is open.
+    """
+    originals = {kind: vars(kind)["from_pretrained"] for kind in (diffusers.ModelMixin, transformers.PreTrainedModel)}
+
+    def checked(original: Callable[..., Any]) -> Any:
+        def from_pretrained(cls: type, path: str | Path, *args: Any, **kwargs: Any) -> Any:
+            component, info = original(cls, path, *args, output_loading_info=True, **kwargs)
+            tensors = component.state_dict(keep_vars=True)
+            missing = set(info["missing_keys"])
+            loaded = {id(tensor) for name, tensor in tensors.items() if name not in missing}
+            # Weights that are tied to others need not be in the files.
+            if missing := sorted(name for name in missing if id(tensors.get(name)) not in loaded):
+                raise ValueError(
+                    f"the files of its {Path(path).name} lack {len(missing)} of the {len(tensors)} weights of "
+                    f"{cls.__name__}, e.g. {missing[0]}; they are incomplete, or were saved by a release of "
+                    f"{cls.__module__.split('.')[0]} that names them differently"
+                )
+            return component
+
+        return classmethod(from_pretrained)
+
+    for kind, original in originals.items():
+        kind.from_pretrained = checked(original.__func__)
+    try:
+        yield
+    finally:
+        for kind, original in originals.items():
+            kind.from_pretrained = original
 
 
 @contextmanager

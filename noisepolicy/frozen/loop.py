@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from noisepolicy.frozen.blame import mark_overflow
-from noisepolicy.frozen.families import family_of
+from noisepolicy.frozen.families import FAMILIES
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin
@@ -97,7 +97,7 @@ class DenoisingLoop:
         use_cuda_graph: bool = False,
     ) -> None:
         self._pipeline, self.schedule, self.constants = pipeline, schedule, dict(constants)
-        device = pipeline.unet.device
+        device = pipeline._execution_device
         self._timesteps = list(schedule.timesteps.to(device))
         self._graphs: OrderedDict[Any, _Graph] | None = OrderedDict() if use_cuda_graph else None
         config = pipeline.vae.config
@@ -189,12 +189,13 @@ def make_loop(
 
 def can_loop(pipeline: "DiffusionPipeline") -> bool:
     """Whether `DenoisingLoop` knows all that the pipeline's `__call__` does."""
-    if type(pipeline).__name__ not in ("StableDiffusionPipeline", "StableDiffusionXLPipeline"):
+    family = FAMILIES.get(type(pipeline).__name__)  # of this very class: one that derives from it may do more
+    if family is None or not family.has_loop:
         return False
     is_guided_by_embedding = getattr(pipeline.unet.config, "time_cond_proj_dim", None) is not None
     # SDXL casts its VAE to float32 and back around every call.
     is_upcast = (
-        family_of(pipeline).upcasts_vae
+        family.upcasts_vae
         and pipeline.vae.dtype == torch.float16
         and getattr(pipeline.vae.config, "force_upcast", False)
     )

@@ -1,8 +1,8 @@
-"""What can be read off a pipeline's modules: their weights' hash, what they are called with, the time they take."""
+"""What is done with a model's modules from outside: hashing weights, recording calls, timing, evaluation mode."""
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields, is_dataclass
 from enum import Enum
@@ -50,6 +50,19 @@ def wrapped(
             delattr(module, method)
 
 
+@contextmanager
+def evaluating(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """Puts modules and all inside them in evaluation mode while it is open, e.g. without dropout."""
+    training = [part for module in modules for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
 def timed(
     module: torch.nn.Module, method: str, seconds: dict[str, float], name: str, device: torch.device
 ) -> AbstractContextManager[None]:
@@ -77,14 +90,21 @@ def timed(
 def weights_digest(module: torch.nn.Module) -> str:
     """SHA-256 over a module's parameters and buffers by name, quantised and packed ones included.
 
+    A module under `torch.compile` has the hash of the module itself.
+
     Raises:
         RuntimeError: if weights are on the meta device, i.e. not in memory.
     """
     digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
+    for name, value in sorted(getattr(module, "_orig_mod", module).state_dict().items()):
         digest.update(name.encode())
         _update(digest, name, value)
     return digest.hexdigest()
+
+
+def combined_digest(digests: Mapping[str, str]) -> str:
+    """SHA-256 over several modules' digests and their names."""
+    return hashlib.sha256("".join(f"{name} {digests[name]}\n" for name in sorted(digests)).encode()).hexdigest()
 
 
 def _update(digest: "hashlib._Hash", name: str, value: Any) -> None:

@@ -32,7 +32,7 @@ def make_pipeline(scheduler_class=None):
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_same_images_as_the_pipeline(batch, guidance_scale, steps):
     pipeline = make_pipeline()
-    frozen = FrozenDiffusersPipeline(pipeline)  # first: it lays the weights out anew, and rounding depends on that
+    frozen = FrozenDiffusersPipeline(pipeline)
     latents = torch.randn(batch, 8, 8, 8, generator=torch.Generator().manual_seed(0))
     expected = pipeline(
         PROMPTS[:batch], latents=latents, num_inference_steps=steps, guidance_scale=guidance_scale, output_type="pt"

@@ -8,8 +8,10 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import diffusers
 import pytest
 import torch
+import transformers
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -17,6 +19,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
+from safetensors.torch import load_file, save_file
 
 from noisepolicy.frozen import FrozenDiffusersPipeline
 from noisepolicy.frozen.loading import load_pipeline
@@ -53,6 +56,23 @@ def test_truncated_weights(family_folder, tmp_path):
     path = next((tmp_path / "model" / "unet").glob("*.safetensors"))
     path.write_bytes(path.read_bytes()[:-100])
     assert load_error(tmp_path / "model").startswith(f"cannot load the model folder {tmp_path / 'model'}: ")
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+@pytest.mark.parametrize("share", ["all", "one"])
+def test_weights_that_the_files_lack(family_folder, tmp_path, part, share):
+    """The libraries would give them random values, and say so in their log alone."""
+    folder = shutil.copytree(family_folder(NAME), tmp_path / "model")
+    (path,) = (folder / part).glob("*.safetensors")
+    tensors = load_file(path)
+    renamed = list(tensors) if share == "all" else [next(name for name in tensors if name.endswith("bias"))]
+    save_file({(f"old.{n}.old" if n in renamed else n): t for n, t in tensors.items()}, path, metadata={"format": "pt"})
+    before = diffusers.ModelMixin.from_pretrained, transformers.PreTrainedModel.from_pretrained
+    message = load_error(folder)
+    assert message.startswith(f"cannot load the model folder {folder}: the files of its {part} lack {len(renamed)} of ")
+    assert message.endswith("that names them differently") and renamed[0].split(".")[-1] in message
+    after = diffusers.ModelMixin.from_pretrained, transformers.PreTrainedModel.from_pretrained
+    assert before == after
 
 
 def test_hub_id_offline():

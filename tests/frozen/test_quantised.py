@@ -5,6 +5,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from noisepolicy.frozen import FrozenDiffusersPipeline
+from noisepolicy.frozen.loading import place_pipeline
 from noisepolicy.frozen.recording import weights_digest
 
 from .tiny_pipelines import SIZE
@@ -124,8 +125,9 @@ def test_a_module_that_may_not_be_moved_stays(pipeline):
 
     pipeline.unet.to, pipeline.unet.hf_quantizer = refuse, object()
     assert generate(FrozenDiffusersPipeline(pipeline, **SIZE[NAME])).isfinite().all()
+    place_pipeline(pipeline, torch.device("cpu"))
     with pytest.raises(ValueError, match="the pipeline's unet cannot be moved to meta: `\\.to` is not supported"):
-        FrozenDiffusersPipeline(pipeline, device="meta", **SIZE[NAME])
+        place_pipeline(pipeline, torch.device("meta"))
 
 
 @pytest.mark.parametrize("is_saved", [False, True], ids=["in memory", "saved and loaded"])
