@@ -1,16 +1,20 @@
 # make train: a virtual environment, the package, and a policy for the embedded model. Each step says what it installs.
 # make test:  the same with the test extras, then the whole suite, on up to four cores; a test that hangs fails.
+# make test-all: the suite with every planted bug and every long parametrisation, and the fault tests and fuzzers for hours.
 # make test-lowest, test-newest: the quick tests with the lowest versions that pyproject.toml allows, which uv reads there,
 #   and with the newest released ones; each in an environment of its own, made anew.
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: train test test-lowest test-newest
+.PHONY: train test test-all test-lowest test-newest
 train: $(VENV)/train.stamp
 	@$(VENV)/bin/noisepolicy-train
 
 test: $(VENV)/test.stamp
 	$(VENV)/bin/pytest $(PARALLEL)
+
+test-all: $(VENV)/test.stamp
+	$(VENV)/bin/pytest $(PARALLEL) --mutants --soak
 
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal -o faulthandler_exit_on_timeout=true
 QUICK_TESTS := tests/ops tests/policies tests/frozen tests/worlds/shapes/test_model.py

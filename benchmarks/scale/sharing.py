@@ -20,7 +20,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from noisepolicy.cli.threads import own_groups
+from noisepolicy.control_groups import own_groups
 
 _FLAGS = [
     "--num-iterations",
