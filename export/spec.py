@@ -1,4 +1,4 @@
-"""What is exported, stated once: each part's inputs and output by name, their axes, samples and profiles.
+"""The parts of a model that can be exported: their inputs and outputs by name, axes, samples and profiles.
 
 A `Part` is a module that takes tensors and gives one. Names and axes of the denoisers are in `DENOISERS`; the sample
 inputs are what the pipeline itself hands to its denoiser, recorded.
@@ -56,12 +56,12 @@ DENOISERS: dict[str, Mapping[str, Axes]] = {
         "img_ids": ("image_tokens", None),
     },
 }
-"""By class: every input a pipeline may give, and its axes; those that are always of one size have no name."""
+"""Inputs of each denoiser class and their axes; axes that always have the same size have no name."""
 
 FLOAT32_INPUTS = ("timestep", "guidance")
 """Inputs that stay float32 whatever the module computes in."""
 _ADDED = "added_cond_kwargs"
-"""The argument that holds further inputs of some denoisers."""
+"""Argument that holds further inputs of some denoisers."""
 _WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.bool)
 """Dtypes that buffers may have beside those of weights, e.g. for the positions of tokens."""
@@ -69,26 +69,26 @@ _INDEX_DTYPES = (torch.int64, torch.int32, torch.bool)
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a model as exporters need it."""
+    """A part of a model, as exporters need it."""
 
     name: str
     module: nn.Module
-    """`forward(*tensors)` takes the inputs in their order and returns the output."""
+    """Module whose `forward(*tensors)` takes the inputs in their order and returns the output."""
     inputs: dict[str, torch.Tensor]
-    """Samples, of two rows."""
+    """Sample inputs, of two rows."""
     axes: dict[str, Axes]
     output_name: str
     output_axes: Axes
     config: Mapping[str, Any]
-    """The module's settings: the same weights under others compute something else."""
+    """The module's settings, with which its weights compute something else than with others."""
 
     @property
     def dynamic(self) -> set[str]:
-        """The axes that may change their size."""
+        """Axes whose size may change."""
         return {axis for axes in self.axes.values() for axis in axes if axis is not None}
 
     def sample_inputs(self, batch: int) -> dict[str, torch.Tensor]:
-        """Inputs of `batch` rows, each different and close to one of the sample's two; the same at every call."""
+        """Make inputs of `batch` rows, each close to one of the sample's two, the same at every call."""
         generator = torch.Generator().manual_seed(batch)
         inputs = {}
         for name, tensor in self.inputs.items():
@@ -105,7 +105,7 @@ class Part:
 
     @torch.no_grad()
     def output_shape(self) -> Callable[[Mapping[str, Shape]], Shape]:
-        """A function from the inputs' shapes, by name, to the output's. It holds on to nothing of the module."""
+        """Return a function from the inputs' shapes, by name, to the output's. It keeps no reference to the module."""
         fixed = tuple(self.module(*self.inputs.values()).shape)
         input_axes, output_axes = self.axes, self.output_axes
 
@@ -123,11 +123,11 @@ class Part:
     def profile(
         self, rows: tuple[int, int, int], scale: tuple[float, float, float] = (1, 1, 1)
     ) -> dict[str, tuple[Shape, ...]]:
-        """TensorRT's least, best and largest shape of every input.
+        """Return TensorRT's smallest, best and largest shape of every input.
 
         Args:
-            rows: of the batch; guidance doubles what a pipeline makes.
-            scale: of the picture's edges, where they are dynamic.
+            rows: Numbers of rows in a batch; guidance doubles the number of a pipeline's images.
+            scale: Factors of the picture's edges, if they are dynamic.
         """
 
         def shape(name: str, count: int, factor: float) -> Shape:
@@ -143,11 +143,11 @@ class Part:
 
 
 def denoiser_part(frozen: FrozenDiffusersPipeline, *, guidance_scale: float = 1.0, dynamic_size: bool = False) -> Part:
-    """The frozen model's denoiser.
+    """Return the frozen model's denoiser as a part.
 
     Args:
-        guidance_scale: of the call that is recorded; FLUX takes it as an input.
-        dynamic_size: let height and width change too.
+        guidance_scale: Guidance scale of the call that is recorded; FLUX takes it as an input.
+        dynamic_size: Let height and width change too.
 
     Raises:
         ValueError: if the denoiser's class is not in `DENOISERS`, or its weights are quantised.
@@ -173,13 +173,13 @@ def denoiser_part(frozen: FrozenDiffusersPipeline, *, guidance_scale: float = 1.
 
 
 def flat_inputs(parameters: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The tensors of a call of a denoiser, by name; those in `added_cond_kwargs` by their own.
+    """Return the tensors of a denoiser's call by name; tensors in `added_cond_kwargs` keep their own names.
 
     Args:
-        parameters: names of the parameters of the denoiser's `forward`, in order.
+        parameters: Names of the parameters of the denoiser's `forward`, in order.
 
     Raises:
-        ValueError: if the call holds something that is neither a tensor nor nothing.
+        ValueError: if an argument is neither a tensor nor None.
     """
     named = {**dict(zip(parameters, args, strict=False)), **kwargs}
     named.pop("return_dict", None)
@@ -196,10 +196,10 @@ def flat_inputs(parameters: Sequence[str], args: Sequence[Any], kwargs: Mapping[
 
 
 def vae_decoder_part(frozen: FrozenDiffusersPipeline, *, dynamic_size: bool = False) -> Part:
-    """The frozen image model's VAE decoder, from `latents` as `decode` takes them to `images` in [-1, 1].
+    """Return the image model's VAE decoder as a part, from `latents`, as `decode` takes them, to `images` in [-1, 1].
 
     The decoder is exported as a whole, whether the frozen model slices or tiles its own calls or not. The sample
-    latents are spread as those of the model are.
+    latents have the spread of the model's own.
 
     Raises:
         ValueError: for the decoder of a video model, and for one whose weights are quantised.
@@ -221,7 +221,7 @@ def vae_decoder_part(frozen: FrozenDiffusersPipeline, *, dynamic_size: bool = Fa
 
 
 def policy_part(policy: NoisePolicy) -> Part:
-    """A policy's network: `prompt_embeds` to `mean_and_log_std`, `(batch, 2, *action_shape)`."""
+    """Return a policy's network as a part, from `prompt_embeds` to `mean_and_log_std`, `(batch, 2, *action_shape)`."""
     generator = torch.Generator().manual_seed(0)
     embeds = torch.randn(2, *policy.prompt_shape, generator=generator)
     axes: dict[str, Axes] = {"prompt_embeds": ("batch", None, None)}
@@ -233,7 +233,7 @@ def policy_part(policy: NoisePolicy) -> Part:
 
 
 def _check_weights(module: nn.Module) -> None:
-    """Raises ValueError for weights that are not plain floating-point tensors, which no exporter takes."""
+    """Raise ValueError for weights that are not plain floating-point tensors, which no exporter takes."""
     name = type(module).__name__
     for child in module.modules():
         if ".quantized." in type(child).__module__:
@@ -250,7 +250,7 @@ def _check_weights(module: nn.Module) -> None:
 
 
 def _unscaled(latents: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
-    """Latents of unit variance, which denoising ends with, as pipelines hand them to the decoder."""
+    """Unscale latents of unit variance, the result of denoising, as pipelines do before the decoder."""
     latents = latents / (config.get("scaling_factor") or 1.0)
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is not None and std is not None:
@@ -264,7 +264,7 @@ def _kept(axes: Axes, dynamic_size: bool) -> Axes:
 
 
 class _Denoiser(nn.Module):
-    """A denoiser called with tensors alone, in the order of their names."""
+    """A denoiser that is called with tensors alone, in the order of their names."""
 
     def __init__(
         self, module: nn.Module, axes: Mapping[str, Axes], parameters: tuple[str, ...], added: Mapping[str, Any]
@@ -305,7 +305,7 @@ class _Policy(nn.Module):
 
 
 class _SplitGEGLU(nn.Module):
-    """GEGLU with its one projection as two: engines multiply twice faster than they cut a wide result in two."""
+    """GEGLU with its projection split in two: two products are faster in engines than cutting one wide result."""
 
     def __init__(self, original: GEGLU) -> None:
         super().__init__()
@@ -322,7 +322,7 @@ class _SplitGEGLU(nn.Module):
 
 @contextmanager
 def prepared_for_export(module: nn.Module) -> Iterator[None]:
-    """Puts what engines run faster, or can run, in the place of what says the same; undone at the end."""
+    """Temporarily replace modules with equivalents that engines support or run faster."""
     replaced = [
         (parent, name, child)
         for parent in module.modules()

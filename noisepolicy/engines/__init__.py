@@ -1,4 +1,4 @@
-"""Engines: what runs a frozen model's denoiser and its VAE's decoder.
+"""Engines, which run a frozen model's denoiser and its VAE's decoder.
 
 An engine is a module with `unavailable_reason(device)`, the reason why it does not run there or None, and
 `open(frozen, dtype)`, which returns the modules that stand in for denoiser and VAE. To add one, write the module and
@@ -31,7 +31,7 @@ ENGINES = {
 }
 """The module of each engine, by the engine's name."""
 ENGINE_DTYPES = ("float32", "float16", "bfloat16")
-"""What an engine may be asked to compute in."""
+"""Data types that an engine may be asked to compute in."""
 _MAX_CHOOSING_SECONDS = 3.0
 
 
@@ -51,24 +51,23 @@ class Choice:
 
 
 def available_engines(device: torch.device) -> dict[str, str | None]:
-    """Every engine by name: None where it runs on `device`, else why it does not."""
+    """Return every engine by name, with None if it runs on `device`, else the reason why it does not."""
     return {name: _module(name).unavailable_reason(device) for name in ENGINES}
 
 
 def use_engine(frozen: "FrozenDiffusersPipeline", name: str, *, dtype: str | None = None) -> None:
-    """Moves the denoiser and the VAE's decoder to an engine, in place.
+    """Move the denoiser and the VAE's decoder to an engine, in place.
 
     The decoder stays where it is if it is sliced or tiled, or a video's.
 
     Args:
-        name: one of `ENGINES`.
-        dtype: one of `ENGINE_DTYPES`, what the engine computes in; None is the model's own.
+        name: One of `ENGINES`.
+        dtype: Data type that the engine computes in, one of `ENGINE_DTYPES`. Default: the model's own.
 
     Raises:
-        ValueError: for a name that is none, or a dtype or model that the engine cannot do; for a model that has moved
-            already.
+        ValueError: for an unknown name, a dtype or model that the engine cannot do, or a model that has moved already.
         RuntimeError: if the engine does not run here.
-        VerificationError: if it does not compute what PyTorch does in float32.
+        VerificationError: if the engine does not compute the same as PyTorch in float32.
     """
     with frozen.in_use():
         denoiser, vae = _open(frozen, name, dtype)
@@ -79,7 +78,7 @@ def use_engine(frozen: "FrozenDiffusersPipeline", name: str, *, dtype: str | Non
 def choose_engine(
     frozen: "FrozenDiffusersPipeline", prompt_embeds: "PromptEmbeds", *, num_inference_steps: int, guidance_scale: float
 ) -> Choice:
-    """Measures every engine that runs here on the rollout's own shapes, for a few seconds, and moves to the fastest.
+    """Measure every engine that runs here on the rollout's own shapes, for a few seconds, and move to the fastest.
 
     The engines compute in the model's own dtype. `compile` is left out on a CPU, where compiling takes minutes.
     """
@@ -124,7 +123,7 @@ def _module(name: str) -> ModuleType:
 
 
 def _open(frozen: "FrozenDiffusersPipeline", name: str, dtype: str | None) -> tuple[nn.Module | None, nn.Module | None]:
-    """Checked modules for denoiser and VAE; None where the model's own stays."""
+    """Open an engine's checked modules for denoiser and VAE; None stands for the model's own module."""
     if frozen.engine != "eager":
         raise ValueError(f"the model is on {frozen.engine} already; load it again for another engine")
     if name not in ENGINES:
@@ -137,7 +136,7 @@ def _open(frozen: "FrozenDiffusersPipeline", name: str, dtype: str | None) -> tu
 
 
 def _seconds(call: Callable[[], None], device: torch.device) -> float:
-    """The median time of a call, after one that warms up; a few seconds in all."""
+    """Measure the median time of a call, after one that warms up, for a few seconds in all."""
     call()
     begin, times = time.perf_counter(), []
     while not times or time.perf_counter() - begin < _MAX_CHOOSING_SECONDS:

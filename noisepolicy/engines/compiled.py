@@ -18,12 +18,12 @@ _MAX_COMPILED_SHAPES = 64
 
 
 def unavailable_reason(device: torch.device) -> str | None:
-    """None: it runs wherever PyTorch does."""
+    """Return None: this engine runs wherever PyTorch does."""
     return None
 
 
 def open(frozen: FrozenDiffusersPipeline, dtype: torch.dtype | None) -> StandIns:
-    """Wraps the model's own modules, which are compiled when they are called.
+    """Wrap the model's own modules, which are compiled when they are called.
 
     Raises:
         ValueError: if a dtype is asked for, or the calls are to be captured in a CUDA graph.
@@ -56,7 +56,7 @@ class CompiledDenoiser(CompiledStandIn):
     """The denoiser under `torch.compile`, compiled for each shape it meets.
 
     Args:
-        like: the denoiser; it and its weights are kept.
+        like: The denoiser; it and its weights are kept.
     """
 
     def __init__(self, like: nn.Module) -> None:
@@ -68,12 +68,12 @@ class CompiledDenoiser(CompiledStandIn):
 
 
 class CompiledVae(CompiledStandIn):
-    """The same for a VAE's decoder; it cannot encode.
+    """A VAE whose decoder is under `torch.compile`; it cannot encode.
 
     Args:
-        like: the VAE.
-        upcasts: decode in float32 on a copy of the weights, for a pipeline that would cast its VAE around every call.
-            A compiled decoder would be compiled, and its CUDA graphs be captured, for each such cast.
+        like: The VAE.
+        upcasts: Decode in float32 on a copy of the weights, for a pipeline that would cast its VAE around every call.
+            Each such cast would compile the decoder, and capture its CUDA graphs, anew.
     """
 
     def __init__(self, like: nn.Module, *, upcasts: bool = False) -> None:
@@ -82,14 +82,14 @@ class CompiledVae(CompiledStandIn):
         self._call = compile_for_each_shape(self.module.decode, like.device)
 
     def decode(self, z: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Images of latents, as the VAE's own `decode`."""
+        """Decode latents to images, as the VAE's own `decode`."""
         return self._call(z.to(self.dtype), *args, **kwargs)
 
 
 def compile_for_each_shape(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """`torch.compile` that never falls back to eager: what it cannot compile is a RuntimeError.
+    """Apply `torch.compile` without its fallback to eager: code that cannot be compiled is a RuntimeError.
 
-    After a few shapes of one function dynamo would quietly run it uncompiled.
+    By default dynamo quietly runs a function uncompiled after a few shapes.
     """
     # On a GPU with CUDA graphs.
     compiled = torch.compile(function, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)

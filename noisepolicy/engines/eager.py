@@ -6,12 +6,12 @@ from noisepolicy.frozen import FrozenDiffusersPipeline
 
 
 def unavailable_reason(device: torch.device) -> str | None:
-    """None: it runs wherever PyTorch does."""
+    """Return None: this engine runs wherever PyTorch does."""
     return None
 
 
 def open(frozen: FrozenDiffusersPipeline, dtype: torch.dtype | None) -> tuple[None, None]:
-    """Nothing stands in for the model's modules.
+    """Return no stand-ins: the model's own modules stay.
 
     Raises:
         ValueError: if a dtype is asked for.
@@ -21,7 +21,7 @@ def open(frozen: FrozenDiffusersPipeline, dtype: torch.dtype | None) -> tuple[No
 
 
 def refuse_dtype(name: str, dtype: torch.dtype | None) -> None:
-    """Raises ValueError if an engine that runs the model's own modules is asked to compute in a dtype."""
+    """Raise ValueError if an engine that runs the model's own modules is asked to compute in a dtype."""
     if dtype is not None:
         asked = str(dtype).removeprefix("torch.")
         raise ValueError(f"--engine {name} computes in the model's own dtype, not in {asked}")

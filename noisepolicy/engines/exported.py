@@ -1,4 +1,4 @@
-"""Engines that run an exported file: how such a file stands in for a pipeline's denoiser and VAE.
+"""Engines that run exported files, which stand in for a pipeline's denoiser and VAE.
 
 The stand-ins are called as the pipeline calls its own parts:
 `unet(sample, timestep, encoder_hidden_states=..., return_dict=False)`. Each engine is exported once, cached, and
@@ -23,7 +23,7 @@ from noisepolicy.frozen import FrozenDiffusersPipeline
 from noisepolicy.frozen.diffusers_pipeline import StandIn
 
 StandIns = tuple[nn.Module | None, nn.Module | None]
-"""Modules in the place of a pipeline's denoiser and VAE; None leaves its own."""
+"""Modules in the place of a pipeline's denoiser and VAE; None stands for the pipeline's own."""
 
 
 class Engine(Protocol):
@@ -32,21 +32,21 @@ class Engine(Protocol):
     input_names: Sequence[str]
 
     def run(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The output for `inputs`, which are cast to the engine's types; a tensor that the caller owns."""
+        """Compute the output for `inputs`, which are cast to the engine's types. The caller owns the output."""
         ...
 
 
 class Loader(Protocol):
-    """Opens one part of a model on an engine."""
+    """A function that opens one part of a model on an engine."""
 
     def __call__(self, part: Part, dtype: torch.dtype, max_rows: int, sha256: str, renew: bool) -> tuple[Engine, Entry]:
-        """The engine, which nobody has checked yet, and its entry, new if nothing of it was in the cache.
+        """Return the engine, which is not checked yet, and its entry in the cache, which may be new.
 
         Args:
-            dtype: what the engine computes in.
-            max_rows: the largest batch.
-            sha256: hash of the part's weights.
-            renew: export it again, whatever is in the cache.
+            dtype: Data type that the engine computes in.
+            max_rows: Largest batch.
+            sha256: Hash of the part's weights.
+            renew: Export the part again, whatever is in the cache.
         """
         ...
 
@@ -54,15 +54,15 @@ class Loader(Protocol):
 def open_exported(
     frozen: FrozenDiffusersPipeline, dtype: torch.dtype, load: Loader, *, batches: tuple[int, ...] | None = None
 ) -> StandIns:
-    """Stand-ins for denoiser and VAE, each compared with PyTorch in float32.
+    """Make stand-ins for denoiser and VAE, each compared with PyTorch in float32.
 
     Args:
-        dtype: what the engine computes in. A decoder that the pipeline runs in float32 stays in float32.
-        batches: batch sizes at which an engine is compared with PyTorch.
+        dtype: Data type that the engine computes in. A decoder that the pipeline runs in float32 stays in float32.
+        batches: Batch sizes at which an engine is compared with PyTorch.
 
     Raises:
         ValueError: if a part cannot be exported.
-        VerificationError: if an engine does not compute what PyTorch does.
+        VerificationError: if an engine does not compute the same as PyTorch.
     """
     # Both before either is built: what cannot be exported is told at once.
     part, decoder = denoiser_part(frozen), vae_decoder_part(frozen) if moves_vae(frozen) else None
@@ -77,7 +77,7 @@ def open_exported(
 
 
 def moves_vae(frozen: FrozenDiffusersPipeline) -> bool:
-    """Whether the decoder goes to another engine: not if it is sliced or tiled, nor a video's."""
+    """Tell whether the decoder moves to another engine. Sliced, tiled and video decoders stay."""
     is_cut = any(getattr(frozen.vae, option, False) for option in ("use_slicing", "use_tiling"))
     return len(frozen.latent_shape) == 3 and not is_cut
 
@@ -85,7 +85,7 @@ def moves_vae(frozen: FrozenDiffusersPipeline) -> bool:
 def checked_engine(
     load: Loader, part: Part, dtype: torch.dtype, max_rows: int, sha256: str, batches: tuple[int, ...] | None = None
 ) -> Engine:
-    """A part on an engine, compared with PyTorch. A cached export that differs is made again, once."""
+    """Open a part on an engine and compare it with PyTorch. A cached export that differs is made again, once."""
     batches = batches or (1, 2, min(3, max_rows))
     engine, entry = load(part, dtype, max_rows, sha256, renew=False)
     try:
@@ -102,9 +102,9 @@ def checked_engine(
 
 
 class EngineStandIn(StandIn):
-    """A stand-in that keeps none of the weights of `like`, but what pipelines read of it: `config`, `dtype`, `device`.
+    """A stand-in without the weights of `like`, but with all that pipelines read: `config`, `dtype`, `device`.
 
-    `to` and its like change `dtype` and `device`, hence the type of the outputs; the engine stays as it is.
+    `to` and the like change `dtype` and `device`, and so the type of the outputs; the engine stays as it is.
     """
 
     def __init__(self, like: nn.Module) -> None:
@@ -123,7 +123,7 @@ class EngineStandIn(StandIn):
         return self._placed_as.device
 
     def cache_context(self, name: str) -> AbstractContextManager[None]:
-        """Pipelines of transformers say here whose turn it is; nothing is kept between turns."""
+        """Return an empty context: transformer pipelines name each guidance pass here, for caches that engines lack."""
         return nullcontext()
 
 
@@ -131,8 +131,8 @@ class EngineDenoiser(EngineStandIn):
     """A denoiser that an engine runs.
 
     Args:
-        engine: of the exported denoiser.
-        like: the denoiser that was exported.
+        engine: Engine of the exported denoiser.
+        like: The denoiser that was exported.
     """
 
     def __init__(self, engine: Engine, like: nn.Module) -> None:
@@ -141,10 +141,10 @@ class EngineDenoiser(EngineStandIn):
         self._parameters_of_call = tuple(inspect.signature(type(like).forward).parameters)[1:]
 
     def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
-        """The denoiser's prediction, shaped and typed as the original's.
+        """Compute the denoiser's prediction, shaped and typed as the original's.
 
         Raises:
-            ValueError: if it is called with other inputs than it was exported with.
+            ValueError: if the inputs are not those that the denoiser was exported with.
         """
         inputs = flat_inputs(self._parameters_of_call, args, kwargs)
         if inputs.keys() != set(self.engine.input_names):
@@ -157,11 +157,11 @@ class EngineDenoiser(EngineStandIn):
 
 
 class EngineVae(EngineStandIn):
-    """A VAE whose decoder an engine runs; it cannot encode. Images are of the type in which the engine gives them.
+    """A VAE whose decoder an engine runs; it cannot encode. Images have the engine's data type.
 
     Args:
-        engine: of the exported decoder, from scaled latents to images in [-1, 1].
-        like: the VAE.
+        engine: Engine of the exported decoder, from scaled latents to images in [-1, 1].
+        like: The VAE.
     """
 
     def __init__(self, engine: Engine, like: nn.Module) -> None:
@@ -170,19 +170,19 @@ class EngineVae(EngineStandIn):
         self.config = without_upcast(like.config)
 
     def decode(self, z: torch.Tensor, return_dict: bool = True, generator: torch.Generator | None = None) -> Any:
-        """Images of latents; `generator` is what pipelines pass and decoders do not use."""
+        """Decode latents to images. Pipelines pass a `generator`, which decoders do not use."""
         (name,) = self.engine.input_names
         output = self.engine.run({name: z}).to(self.device)
         return Transformer2DModelOutput(output) if return_dict else (output,)
 
 
 def without_upcast(config: Any) -> Any:
-    """A VAE's configuration that does not ask its pipeline to cast it to float32 and back around every call."""
+    """Copy a VAE's configuration so that its pipeline does not cast the VAE to float32 and back around every call."""
     return type(config)({**config, "force_upcast": False}) if config.get("force_upcast") else config
 
 
 def engine_failure(what: str, error: Exception) -> RuntimeError:
-    """An engine's exception as one of a single line; want of memory as torch's own, for which callers halve a batch."""
+    """Turn an engine's exception into one of a single line; lack of memory into torch's own, which callers handle."""
     text = " ".join(str(error).split())
     is_out_of_memory = re.search("out of memory|failed to allocate|bad_alloc", text, re.IGNORECASE)
     return (torch.OutOfMemoryError if is_out_of_memory else RuntimeError)(f"{what}: {text}")

@@ -16,20 +16,20 @@ from noisepolicy.export.to_openvino import exported_openvino, load_openvino
 from noisepolicy.frozen import FrozenDiffusersPipeline
 
 _MAX_SHAPES = 2
-"""Shapes that stay compiled, each with a copy of the weights: a full batch's and the last one's."""
+"""Number of shapes that stay compiled, each with a copy of the weights: those of a full batch and of the last one."""
 _MAX_BLOBS = 8
 _HINTS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
 def unavailable_reason(device: torch.device) -> str | None:
-    """The reason why OpenVINO does not run on `device` here, or None."""
+    """Return the reason why OpenVINO does not run on `device` here, or None."""
     if device.type == "cuda":
         return "it runs on the CPU"
     return missing("openvino", "onnx", "onnxscript", extra="openvino")
 
 
 def open(frozen: FrozenDiffusersPipeline, dtype: torch.dtype | None) -> StandIns:
-    """Exports the model's denoiser and decoder, unless the cache has them, and loads them.
+    """Export the model's denoiser and decoder, unless the cache has them, and load them.
 
     Raises:
         ValueError: if the processor cannot compute in `dtype`; as `open_exported`.
@@ -47,10 +47,10 @@ class OpenVinoEngine:
     """OpenVINO on the CPU. Compiled once for each shape, which is faster than dynamic shapes; the last few are kept.
 
     Args:
-        path: the model, an ONNX file or OpenVINO's own format (.xml, with its .bin), float32.
-        dtype: what it computes in; inputs and output are float32.
-        cache_dir: where the last compiled models are kept for the next process, without their weights, which stay in
-            the .bin file. It needs OpenVINO's own format; a release that cannot leave out the weights keeps nothing.
+        path: The model, an ONNX file or OpenVINO's own format (.xml, with its .bin), float32.
+        dtype: Data type that the model computes in; inputs and output are float32.
+        cache_dir: Folder that keeps the last compiled models for the next process. It needs OpenVINO's own format,
+            whose weights stay in the .bin file; a release that cannot leave out the weights keeps nothing.
 
     Raises:
         RuntimeError: if OpenVINO is not installed; from `run`, if OpenVINO fails there (`torch.OutOfMemoryError` where

@@ -24,11 +24,11 @@ from noisepolicy.frozen import FrozenDiffusersPipeline
 
 _MAX_GRAPHS = 8
 _ALIGNMENT = 256
-"""Bytes, of every address TensorRT is given."""
+"""Alignment in bytes of every address that TensorRT is given."""
 
 
 def unavailable_reason(device: torch.device, *, flavor: str = "tensorrt") -> str | None:
-    """The reason why TensorRT does not run on `device` here, or None."""
+    """Return the reason why TensorRT does not run on `device` here, or None."""
     if device.type != "cuda":
         return "it needs an NVIDIA GPU"
     try:
@@ -39,7 +39,7 @@ def unavailable_reason(device: torch.device, *, flavor: str = "tensorrt") -> str
 
 
 def open(frozen: FrozenDiffusersPipeline, dtype: torch.dtype | None, *, flavor: str = "tensorrt") -> StandIns:
-    """Exports and builds the model's denoiser and decoder, unless the cache has them, and loads them.
+    """Export and build the model's denoiser and decoder, unless the cache has them, and load them.
 
     Raises:
         ValueError, VerificationError: as `open_exported`.
@@ -60,8 +60,8 @@ def open(frozen: FrozenDiffusersPipeline, dtype: torch.dtype | None, *, flavor: 
 class _Stream:
     """The engine's own CUDA stream, tied to the caller's by events, so the host never waits.
 
-    Its own, because TensorRT synchronises the device on the default stream, which no graph can be captured on either,
-    and because an engine's memory serves one call at a time.
+    The engine has a stream of its own for two reasons. On the default stream TensorRT synchronises the device, and no
+    graph can be captured. And an engine's memory serves one call at a time.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -75,7 +75,7 @@ class _Stream:
 
     @contextmanager
     def joined(self) -> Iterator[None]:
-        """Work inside comes after what the caller's stream holds and before what it is given next."""
+        """Order the work inside after the caller's earlier work and before its later work."""
         caller = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(caller)
         try:
@@ -85,12 +85,12 @@ class _Stream:
             caller.wait_stream(self._stream)
 
     def is_captured_by_caller(self) -> bool:
-        """Whether the caller is capturing a CUDA graph, of which the work on this stream becomes a part."""
+        """Tell whether the caller is capturing a CUDA graph; the work on this stream then becomes a part of it."""
         with torch.cuda.device(self.device):
             return torch.cuda.is_current_stream_capturing()
 
     def capture(self, launch: Callable[[], None]) -> Callable[[], None]:
-        """Records what `launch` puts on this stream; the result does it again. The host waits here, once a graph."""
+        """Record what `launch` puts on this stream; calling the result replays it. The host waits, once a graph."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             launch()
@@ -101,7 +101,7 @@ class _Stream:
 class _Profile:
     index: int
     shapes: dict[str, tuple[Shape, Shape]]
-    """Least and largest by input."""
+    """Smallest and largest shape of each input."""
     min_batch: int
     max_batch: int
 
@@ -110,7 +110,7 @@ class _Profile:
 class _Graph:
     replay: Callable[[], None]
     context: Any
-    """Its own, because a context that takes other shapes breaks the graphs that were captured of it."""
+    """The graph's own context: a context that takes other shapes breaks the graphs that were captured from it."""
     inputs: dict[str, torch.Tensor]
     output: torch.Tensor
 
@@ -122,10 +122,10 @@ class TensorRTEngine:
     is run in pieces, with one warning; one below the profile's least is filled up with its last row.
 
     Args:
-        path: of the engine; its sidecar lies beside it.
-        flavor: "tensorrt" or "tensorrt-rtx", which built it.
-        device: a CUDA device.
-        use_cuda_graph: replay a CUDA graph for each shape; the eight used last are kept, with buffers of their own.
+        path: Path of the engine; its sidecar lies beside it.
+        flavor: "tensorrt" or "tensorrt-rtx", which built the engine.
+        device: A CUDA device.
+        use_cuda_graph: Replay a CUDA graph for each shape; the eight used last are kept, with buffers of their own.
             Without it the caller may capture `run` in graphs of its own, each of which gets a context of its own.
 
     Raises:
@@ -163,18 +163,19 @@ class TensorRTEngine:
 
     @property
     def max_batch(self) -> int:
-        """Rows that one launch can take."""
+        """Largest number of rows that one launch can take."""
         return max(profile.max_batch for profile in self._profiles)
 
     def run(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The output `(batch, ...)` in the engine's dtype, a tensor of the caller's own.
+        """Compute the output `(batch, ...)` in the engine's dtype. The caller owns it.
 
         Args:
-            inputs: by name, on the engine's device, of any dtype and strides; one of no axes may lie on the CPU.
+            inputs: Inputs by name, on the engine's device, of any dtype and strides. An input of no axes may lie on the
+                CPU.
 
         Raises:
-            ValueError: if inputs are missing, too many, on another device, or shaped as no profile allows.
-            RuntimeError: if TensorRT refuses; with its reason.
+            ValueError: if inputs are missing, too many, on another device, or of a shape that no profile allows.
+            RuntimeError: if TensorRT refuses; the message has its reason.
         """
         with torch.inference_mode(False), torch.no_grad():  # buffers outlive the caller's mode
             batch = self._check(inputs)
@@ -241,7 +242,7 @@ class TensorRTEngine:
         return context
 
     def _context(self, profile: _Profile, key: tuple[Shape, ...]) -> Any:
-        """The context of these shapes for launches outside of our own graphs; no graph shares its context.
+        """Return the context of these shapes for launches outside of our own graphs; graphs do not share contexts.
 
         A caller who captures runs once before, because what TensorRT does at a context's first launch cannot be
         captured. After the capture that context is left to the caller's graph, and the next launch gets another.
@@ -271,7 +272,7 @@ class TensorRTEngine:
         return next(iter(rows.values()))
 
     def _choose(self, inputs: Mapping[str, torch.Tensor], batch: int) -> _Profile:
-        """Of the profiles that take these shapes the one that pads least, else splits least, else is smallest."""
+        """Choose the profile that takes these shapes and pads least, or else splits least, or else is smallest."""
         fitting, misfit = [], ""
         for profile in self._profiles:
             for name, (least, largest) in profile.shapes.items():
@@ -333,7 +334,7 @@ class TensorRTEngine:
         return self._graphs[key]
 
     def _ready(self, name: str, tensor: torch.Tensor, shape: Shape) -> torch.Tensor:
-        """The tensor itself where TensorRT can read it, else a copy."""
+        """Return the tensor itself if TensorRT can read it, else a copy."""
         is_ready = tensor.dtype == self._dtypes[name] and tensor.device == self._stream.device
         if is_ready and tensor.shape == shape and tensor.is_contiguous() and tensor.data_ptr() % _ALIGNMENT == 0:
             return tensor
@@ -345,7 +346,7 @@ class TensorRTEngine:
         return torch.empty(shape, dtype=self._dtypes[name], device=self._stream.device)
 
     def _bind(self, context: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Gives the context its addresses; returns the output's tensor."""
+        """Give the context its addresses and return the output's tensor."""
         is_set = [context.set_input_shape(name, tuple(tensor.shape)) for name, tensor in inputs.items()]
         is_set += [context.set_tensor_address(name, tensor.data_ptr()) for name, tensor in inputs.items()]
         if not all(is_set) or context.infer_shapes():
@@ -361,7 +362,7 @@ class TensorRTEngine:
 
 
 def _fill(buffer: torch.Tensor, tensor: torch.Tensor) -> None:
-    """Copies with the buffer's dtype; rows the tensor lacks repeat its last. Nothing here makes the host wait."""
+    """Copy a tensor to a buffer of another dtype or more rows, which repeat the last one. The host never waits."""
     if not tensor.ndim:
         if tensor.device == buffer.device:
             buffer.copy_(tensor)

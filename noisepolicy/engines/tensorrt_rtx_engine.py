@@ -1,4 +1,4 @@
-"""TensorRT-RTX: as TensorRT, for RTX GPUs; its engines can be built on machines without one."""
+"""TensorRT-RTX: TensorRT for RTX GPUs, whose engines can be built on machines without a GPU."""
 
 import torch
 
@@ -10,10 +10,10 @@ _FLAVOR = "tensorrt-rtx"
 
 
 def unavailable_reason(device: torch.device) -> str | None:
-    """The reason why TensorRT-RTX does not run on `device` here, or None."""
+    """Return the reason why TensorRT-RTX does not run on `device` here, or None."""
     return tensorrt_engine.unavailable_reason(device, flavor=_FLAVOR)
 
 
 def open(frozen: FrozenDiffusersPipeline, dtype: torch.dtype | None) -> StandIns:
-    """As `tensorrt_engine.open`."""
+    """Export, build and load the model's parts; see `tensorrt_engine.open`."""
     return tensorrt_engine.open(frozen, dtype, flavor=_FLAVOR)

@@ -1,4 +1,4 @@
-"""Frozen models: what the trainer starts from noise and never changes."""
+"""Frozen models, which are started from noise and never changed."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -9,15 +9,15 @@ import torch
 
 @dataclass(frozen=True)
 class PromptEmbeds:
-    """What a frozen text encoder says of a batch of prompts."""
+    """A frozen text encoder's output for a batch of prompts."""
 
     prompt_embeds: torch.Tensor
-    """`(batch, tokens, width)`"""
+    """Embedding of every token, `(batch, tokens, width)`."""
     pooled_prompt_embeds: torch.Tensor | None = None
-    """`(batch, width)`, where the model has it."""
+    """Embedding of each prompt as a whole, `(batch, width)`, if the model has it."""
 
     prompt_attention_mask: torch.Tensor | None = None
-    """`(batch, tokens)`, where the model has it."""
+    """Mask of the tokens, `(batch, tokens)`, if the model has it."""
 
     def __len__(self) -> int:
         return len(self.prompt_embeds)
@@ -30,12 +30,12 @@ class PromptEmbeds:
 
     @staticmethod
     def cat(parts: Sequence["PromptEmbeds"]) -> "PromptEmbeds":
-        """One batch of several, all of the same model."""
+        """Concatenate several batches of the same model."""
         columns = zip(*(part.tensors().items() for part in parts), strict=True)
         return PromptEmbeds(**{column[0][0]: torch.cat([tensor for _, tensor in column]) for column in columns})
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Those there are, by name."""
+        """Return the tensors that are not None, by name."""
         return {field.name: tensor for field in fields(self) if (tensor := getattr(self, field.name)) is not None}
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "PromptEmbeds":
@@ -53,13 +53,13 @@ class FrozenModel(Protocol):
     """Shape of one row of latents: `(channels, height, width)`, video `(channels, frames, height, width)`."""
 
     def encode(self, prompts: Sequence[str]) -> PromptEmbeds | torch.Tensor:
-        """The prompts' embeddings, one row each; a tensor `(batch, tokens, width)` will do."""
+        """Return the prompts' embeddings, one row each; a tensor `(batch, tokens, width)` will do."""
         ...
 
     def generate(
         self, latents: torch.Tensor, prompt_embeds: PromptEmbeds, *, num_inference_steps: int, guidance_scale: float
     ) -> torch.Tensor:
-        """Images in [0, 1], float32, `(batch, 3, height, width)`, from latents `(batch, *latent_shape)`, float32.
+        """Make images in [0, 1], float32, `(batch, 3, height, width)`, from latents `(batch, *latent_shape)`, float32.
 
         Videos are `(batch, frames, 3, height, width)`. Where nobody looks at the images but the reward, they may be
         of any shape `(batch, ...)`. The same latents must give the same images.

@@ -1,4 +1,4 @@
-"""Which part of a pipeline makes NaN, draws noise or fails: errors name it, and say what to do."""
+"""Diagnosis of a pipeline that makes NaN, draws noise or fails: errors name the part, and say what to do."""
 
 import traceback
 from collections.abc import Callable, Iterable
@@ -11,7 +11,7 @@ from noisepolicy.frozen.recording import wrapped
 
 
 def mark_overflow(images: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-    """Sets infinite pixels to NaN, in place, and images whose latents are not finite to NaN altogether.
+    """Set infinite pixels to NaN, and all of an image whose latents are not finite, in place.
 
     Clamping to [0, 1] would turn infinity into black or white, and some decoders clamp their latents too. Nothing here
     waits for the device.
@@ -26,7 +26,7 @@ def mark_overflow(images: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
 
 
 def overflow_marked(vae: torch.nn.Module) -> AbstractContextManager[None]:
-    """Applies `mark_overflow` to all that `vae.decode` returns while it is open."""
+    """Apply `mark_overflow` to everything that `vae.decode` returns within this context."""
 
     def wrapper(decode: Callable[..., Any]) -> Callable[..., Any]:
         def marked(z: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -40,7 +40,7 @@ def overflow_marked(vae: torch.nn.Module) -> AbstractContextManager[None]:
 
 
 def first_not_finite(denoiser: torch.nn.Module, make_latents: Callable[[], torch.Tensor]) -> str:
-    """The part that first makes NaN or infinity: "denoiser", "scheduler", or "vae" if the latents are finite.
+    """Find the part that first makes NaN or infinity: "denoiser", "scheduler", or "vae" if the latents are finite.
 
     Args:
         denoiser: the pipeline's.
@@ -67,7 +67,7 @@ def first_not_finite(denoiser: torch.nn.Module, make_latents: Callable[[], torch
 
 
 def not_finite(part: str, dtype: torch.dtype) -> str:
-    """The message that `part`, which computes in `dtype`, makes NaN or infinity.
+    """Make the message that `part`, which computes in `dtype`, makes NaN or infinity.
 
     Args:
         part: the subject of the sentence, e.g. "the VAE AutoencoderKL".
@@ -83,9 +83,9 @@ def not_finite(part: str, dtype: torch.dtype) -> str:
 
 
 def failure(pipeline: Any, num_inference_steps: int, error: Exception) -> ValueError | RuntimeError:
-    """The error, of one line, that the pipeline cannot be called with this many steps.
+    """Make the error, of one line, that the pipeline cannot be called with this many steps.
 
-    It is a RuntimeError where `error` is one and the scheduler has no part in it, as when an engine fails.
+    It is a RuntimeError if `error` is one and did not come from the scheduler, e.g. because an engine failed.
     """
     scheduler = pipeline.scheduler
     text = " ".join(str(error).split())

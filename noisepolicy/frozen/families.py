@@ -1,4 +1,4 @@
-"""What differs between families of diffusers pipelines: one short entry each, and the few functions that read it.
+"""Families of diffusers pipelines: a short entry for each holds the differences, and a few functions read it.
 
 To add a family, add its entry to `FAMILIES` and a tiny pipeline to the tests. Pipelines are known by their class's
 name, so nothing of diffusers is imported here.
@@ -27,22 +27,22 @@ _MASKED = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "
 
 @dataclass(frozen=True)
 class Family:
-    """How a pipeline is called. The defaults are Stable Diffusion's."""
+    """Description of how a pipeline is called. The defaults are Stable Diffusion's."""
 
     encoded: tuple[str | None, ...] = _PLAIN
-    """What `encode_prompt` returns, by the names under which `__call__` takes it; None is left out."""
+    """Names under which `__call__` takes the results of `encode_prompt`; results named None are dropped."""
     denoiser: str = "unet"
-    """The attribute that holds it."""
+    """Attribute that holds the denoiser."""
     pixels_per_latent: str = "vae_scale_factor"
-    """The attribute that holds the VAE's spatial factor."""
+    """Attribute that holds the VAE's spatial factor."""
     frames_per_latent: Callable[[Any], int] | None = None
     """The VAE's temporal factor, from the pipeline; None for images."""
     latents_per_token: Callable[[Any], int] = lambda pipeline: 1
-    """Along an edge; the resolution must be a multiple of it and of `pixels_per_latent`."""
+    """Latents per token along an edge. The resolution must be a multiple of this number times `pixels_per_latent`."""
     channels: Callable[[Any], int] = lambda denoiser: denoiser.config.in_channels
-    """Of the latents before packing."""
+    """Channels of the latents before packing."""
     pack: Callable[[Any, torch.Tensor], torch.Tensor] = lambda pipeline, latents: latents
-    """To the shape that `__call__` expects."""
+    """Packs latents to the shape that `__call__` expects."""
     keeps_float32: bool = False
     """Whether `__call__` denoises in float32, whatever the denoiser's dtype."""
     upcasts_vae: bool = False
@@ -51,7 +51,7 @@ class Family:
     has_loop: bool = False
     """Whether `loop.py` knows all that `__call__` does."""
     out_of_memory: tuple[type[Exception], ...] = (torch.OutOfMemoryError,)
-    """What `__call__` raises where memory runs out."""
+    """Errors that `__call__` raises where memory runs out."""
     call: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     """Further arguments of `__call__`."""
 
@@ -112,10 +112,10 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(pipeline: "DiffusionPipeline") -> Family:
-    """The entry of the pipeline's class, or of the class it derives from.
+    """Return the entry of the pipeline's class, or of the class it derives from.
 
     Raises:
-        ValueError: if there is none; names those there are.
+        ValueError: if there is no entry; the message names the entries.
     """
     for kind in type(pipeline).__mro__:
         if kind.__name__ in FAMILIES:
@@ -124,14 +124,14 @@ def family_of(pipeline: "DiffusionPipeline") -> Family:
 
 
 def unsupported(name: str) -> ValueError:
-    """The error for a pipeline class that has no entry."""
+    """Make the error for a pipeline class that has no entry."""
     return ValueError(f"unsupported pipeline {name}; supported: {', '.join(FAMILIES)}")
 
 
 def resolution(
     pipeline: "DiffusionPipeline", height: int | None = None, width: int | None = None, num_frames: int | None = None
 ) -> dict[str, int]:
-    """`height`, `width` and, of video, `num_frames` as `__call__` takes them; what is not given is its default.
+    """Return `height`, `width` and, for video, `num_frames` as `__call__` takes them; None stands for the default.
 
     Raises:
         ValueError: if the model cannot make such a size.
@@ -163,7 +163,7 @@ def resolution(
 def latent_shape(
     pipeline: "DiffusionPipeline", height: int | None = None, width: int | None = None, num_frames: int | None = None
 ) -> tuple[int, ...]:
-    """Of one row, before packing: `(channels, height, width)`, video `(channels, frames, height, width)`.
+    """Return the shape of one row before packing: `(channels, height, width)`, or with frames second.
 
     Raises:
         ValueError: as `resolution`.
@@ -178,7 +178,7 @@ def latent_shape(
 
 
 def pack_latents(pipeline: "DiffusionPipeline", latents: torch.Tensor) -> torch.Tensor:
-    """`(batch, *latent_shape)` as `__call__` takes it under `latents=`: packed, on its device, in its dtype."""
+    """Bring `(batch, *latent_shape)` to the form of `__call__`'s `latents=`: packed, on its device, in its dtype."""
     family = family_of(pipeline)
     dtype = torch.float32 if family.keeps_float32 else getattr(pipeline, family.denoiser).dtype
     return family.pack(pipeline, latents).to(pipeline._execution_device, dtype)
@@ -187,7 +187,7 @@ def pack_latents(pipeline: "DiffusionPipeline", latents: torch.Tensor) -> torch.
 def encode_prompts(
     pipeline: "DiffusionPipeline", prompts: Sequence[str], *, max_sequence_length: int | None = None
 ) -> PromptEmbeds:
-    """The embeddings that `__call__` would compute, one row a prompt.
+    """Compute the embeddings that `__call__` would compute, one row per prompt.
 
     Raises:
         ValueError: if `max_sequence_length` is given and the pipeline's length is fixed.
@@ -202,10 +202,10 @@ def encode_prompts(
 def encode_negative(
     pipeline: "DiffusionPipeline", negative_prompt: str | None = None, *, max_sequence_length: int | None = None
 ) -> dict[str, torch.Tensor]:
-    """What `__call__` guides away from, one row, by argument; empty for a model without such guidance.
+    """Encode the negative prompt, one row, by argument of `__call__`; empty for a model without such guidance.
 
     Raises:
-        ValueError: if such a model is given a negative prompt; as `encode_prompts`.
+        ValueError: if a model without guidance is given a negative prompt; and as `encode_prompts`.
     """
     if not any(name is not None and name.startswith("negative_") for name in family_of(pipeline).encoded):
         if negative_prompt is not None:
@@ -222,7 +222,7 @@ def encode_negative(
 def _encode(
     pipeline: "DiffusionPipeline", prompts: list[str], max_sequence_length: int | None, **guidance: Any
 ) -> dict[str, torch.Tensor]:
-    """`encode_prompt` with the arguments that `__call__` gives it: their defaults differ."""
+    """Call `encode_prompt` with the arguments that `__call__` gives it, whose defaults differ."""
     taken = inspect.signature(pipeline.encode_prompt).parameters
     called = _defaults(type(pipeline).__call__)
     arguments = {name: called[name] for name in taken if name in called}

@@ -1,4 +1,4 @@
-"""Loading a diffusers pipeline from a folder or the hub; whatever is wrong is said in one line."""
+"""Loading of diffusers pipelines from a folder or the hub. Every error is one line."""
 
 import importlib.util
 import inspect
@@ -26,13 +26,13 @@ from noisepolicy.frozen.families import FAMILIES, unsupported
 
 _SPACINGS = ("leading", "linspace", "trailing")
 _CONVOLUTIONAL = ("UNet2DConditionModel", "AutoencoderKL", "AutoencoderTiny")
-"""Faster with channels last."""
+"""Components that are faster with channels last."""
 _UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 """Components that play no part in making an image from a prompt and latents."""
 _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|model)(?:-\d+-of-\d+)?(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors", re.ASCII
 )
-"""The name of a file of weights, with its variant."""
+"""Pattern of the name of a weight file, with its variant."""
 
 
 def load_pipeline(
@@ -99,10 +99,10 @@ def load_pipeline(
 
 
 def place_pipeline(pipeline: DiffusionPipeline, device: torch.device, *, cpu_offload: bool = False) -> None:
-    """Prepares a pipeline that nobody else uses: evaluation mode, no gradients, on `device`, laid out for speed.
+    """Prepare a pipeline that nobody else uses: evaluation mode, no gradients, on `device`, laid out for speed.
 
     Args:
-        cpu_offload: keep on `device` only the component that runs.
+        cpu_offload: Keep only the component that runs on `device`.
 
     Raises:
         ValueError: if the pipeline cannot be moved or offloaded.
@@ -130,7 +130,7 @@ def place_pipeline(pipeline: DiffusionPipeline, device: torch.device, *, cpu_off
 
 
 def _read_index(model: str | Path) -> tuple[str, dict[str, Any]]:
-    """The pipeline's class and the contents of `model_index.json`, whose components are pairs of library and class.
+    """Read the pipeline's class and `model_index.json`, whose components are pairs of library and class.
 
     Raises:
         OSError: if there is no such model, or the index is malformed.
@@ -168,7 +168,7 @@ def _read_index(model: str | Path) -> tuple[str, dict[str, Any]]:
 
 
 def _only_variant(folder: Path, index: dict[str, Any]) -> str | None:
-    """The variant that the weight files of a model folder have; None where plain files are there.
+    """Return the variant of a model folder's weight files, or None if there are plain files.
 
     Raises:
         ValueError: if there are several variants and no plain files.
@@ -191,7 +191,7 @@ def _only_variant(folder: Path, index: dict[str, Any]) -> str | None:
 
 
 def _make_scheduler(name: str, model: str | Path, own: str | None) -> SchedulerMixin:
-    """The named scheduler with the settings of the model's own, whose class need not be loadable.
+    """Make the named scheduler with the settings of the model's own, whose class need not be loadable.
 
     Raises:
         OSError: if the model's scheduler settings cannot be read.
@@ -222,7 +222,7 @@ def _make_scheduler(name: str, model: str | Path, own: str | None) -> SchedulerM
 
 
 def _process_of(name: str, config: Mapping[str, Any]) -> str:
-    """The process from noise to image that a scheduler follows. A model is trained for one of them."""
+    """Return the process from noise to image that a scheduler follows. A model is trained for one of them."""
     if "Inverse" in name:
         return "the way from images to noise"
     is_flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
@@ -235,7 +235,7 @@ def _process_of(name: str, config: Mapping[str, Any]) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Leaves only errors in the log of diffusers."""
+    """Leave only errors in the log of diffusers."""
     verbosity = diffusers_logging.get_verbosity()
     diffusers_logging.set_verbosity_error()
     try:
@@ -246,10 +246,10 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def _whole_weights() -> Iterator[None]:
-    """Refuses a component whose files lack some of its weights, as those of another release's layout may.
+    """Refuse a component whose files lack some of its weights, e.g. files in the layout of another release.
 
-    diffusers and transformers give such weights random values and log a warning. They report them to a caller that
-    asks, and `DiffusionPipeline` does not, so the method that it calls is another one for as long as this is open.
+    diffusers and transformers give such weights random values and log a warning. They report missing weights to
+    callers that ask for it. `DiffusionPipeline` does not ask, so this context replaces the method that it calls.
     """
     originals = {kind: vars(kind)["from_pretrained"] for kind in (diffusers.ModelMixin, transformers.PreTrainedModel)}
 
@@ -281,7 +281,7 @@ def _whole_weights() -> Iterator[None]:
 
 @contextmanager
 def _one_line(model: str | Path) -> Iterator[None]:
-    """Turns what loading raises into an `OSError` of one line."""
+    """Turn errors of loading into an `OSError` of one line."""
     try:
         yield
     except Exception as error:  # a damaged model makes the libraries raise almost anything

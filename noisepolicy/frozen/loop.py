@@ -1,4 +1,4 @@
-"""The denoising loop of Stable Diffusion and SDXL with nothing left to do between two calls of the UNet.
+"""The denoising loop of Stable Diffusion and SDXL, with as little as possible between two calls of the UNet.
 
 A deterministic scheduler is linear: the sample after each step is a sum of the initial noise and the predictions so
 far, with weights that depend on the step count alone. They are read off the scheduler itself, by running it once on
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _LINEAR_TOLERANCE = 1e-4
 _ROUNDINGS = 4
-"""Roundings of the largest sample that may be left in a later, smaller one."""
+"""Rounding errors of the largest sample that may remain in a later, smaller one."""
 _MAX_GRAPHS = 8
 
 
@@ -31,19 +31,19 @@ class Schedule:
     """A scheduler at one step count: after call k the sample is `sum_j weights[k][j] * (noise, e_0, ..., e_k)_j`."""
 
     timesteps: torch.Tensor
-    """Of each call, `(calls,)`."""
+    """Timestep of each call, `(calls,)`."""
     input_scales: tuple[float, ...]
-    """What the sample is multiplied by before it goes to the denoiser."""
+    """Factors of the sample before it goes to the denoiser."""
     first: float
-    """What the noise is multiplied by at the start."""
+    """Factor of the noise at the start."""
     weights: tuple[tuple[float, ...], ...]
 
 
 def read_schedule(scheduler: "SchedulerMixin", num_inference_steps: int, **step_options: Any) -> Schedule | None:
-    """What the scheduler does in `num_inference_steps`, or None where that is not linear.
+    """Read a scheduler's weights for `num_inference_steps`; None if the scheduler is not linear.
 
     Args:
-        step_options: of `scheduler.step`, as the pipeline gives them.
+        step_options: Options of `scheduler.step`, as the pipeline gives them.
     """
 
     def walk(noise: torch.Tensor, predictions: torch.Tensor) -> tuple[list[torch.Tensor], list[float]]:
@@ -79,13 +79,13 @@ def read_schedule(scheduler: "SchedulerMixin", num_inference_steps: int, **step_
 
 
 class DenoisingLoop:
-    """From latents and embeddings to decoded images, for one step count, with guidance or without.
+    """Makes images from latents and embeddings, for one step count, with guidance or without.
 
     Args:
-        pipeline: a `StableDiffusionPipeline` or `StableDiffusionXLPipeline`.
-        schedule: of its scheduler.
-        constants: inputs of the UNet that no prompt changes, one row each, e.g. SDXL's `time_ids`.
-        use_cuda_graph: capture the whole loop, UNet, steps and decoder, once for each batch size, and replay it.
+        pipeline: A `StableDiffusionPipeline` or `StableDiffusionXLPipeline`.
+        schedule: Schedule of the pipeline's scheduler.
+        constants: Inputs of the UNet that are the same for all prompts, one row each, e.g. SDXL's `time_ids`.
+        use_cuda_graph: Capture the whole loop, UNet, steps and decoder, once for each batch size, and replay it.
     """
 
     def __init__(
@@ -111,12 +111,12 @@ class DenoisingLoop:
     def __call__(
         self, latents: torch.Tensor, conditions: Mapping[str, torch.Tensor], guidance_scale: float
     ) -> torch.Tensor:
-        """Images in [0, 1], in the VAE's dtype, `(batch, 3, height, width)`; NaN where the decoder overflows.
+        """Make images in [0, 1], in the VAE's dtype, `(batch, 3, height, width)`; NaN where the decoder overflows.
 
         Args:
             latents: `(batch, *latent_shape)` on the pipeline's device.
-            conditions: `prompt_embeds`, `pooled_prompt_embeds`, and with `negative_` before them what guidance leads
-                away from, one row an image.
+            conditions: `prompt_embeds`, `pooled_prompt_embeds` and, for guidance, the same with `negative_` before
+                them; one row per image.
         """
         inputs = {"latents": latents, **conditions}
         if self._graphs is None:
@@ -173,10 +173,10 @@ class DenoisingLoop:
 def make_loop(
     pipeline: "DiffusionPipeline", num_inference_steps: int, recorded: Mapping[str, Any], *, use_cuda_graph: bool
 ) -> DenoisingLoop | None:
-    """The loop of a pipeline that `can_loop`, or None where its scheduler is not linear.
+    """Make the loop of a pipeline that `can_loop`; None if its scheduler is not linear.
 
     Args:
-        recorded: keyword arguments that the pipeline gives its UNet.
+        recorded: Keyword arguments that the pipeline gives its UNet.
     """
     options = pipeline.prepare_extra_step_kwargs(torch.Generator().manual_seed(0), 0.0)
     schedule = read_schedule(pipeline.scheduler, num_inference_steps, **options)
@@ -188,7 +188,7 @@ def make_loop(
 
 
 def can_loop(pipeline: "DiffusionPipeline") -> bool:
-    """Whether `DenoisingLoop` knows all that the pipeline's `__call__` does."""
+    """Tell whether `DenoisingLoop` does everything that the pipeline's `__call__` does."""
     family = FAMILIES.get(type(pipeline).__name__)  # of this very class: one that derives from it may do more
     if family is None or not family.has_loop:
         return False

@@ -1,4 +1,4 @@
-"""Any object as a frozen model: what it leaves out gets a default, and what it returns is checked."""
+"""Any object as a frozen model: missing members get defaults, and results are checked."""
 
 import math
 import sys
@@ -15,20 +15,20 @@ if TYPE_CHECKING:
     from noisepolicy.frozen.diffusers_pipeline import FrozenDiffusersPipeline
 
 _SAME_IMAGE = 1e-3
-"""Two images whose values differ by less are one; relative to the largest value where that is above 1."""
+"""Largest difference of two images that count as the same; relative to the largest value if that is above 1."""
 
 
 def as_frozen_model(
     model: Any, *, device: torch.device | str | None = None, **options: Any
 ) -> "FrozenDiffusersPipeline | PlainModel":
-    """`model` with the whole interface of a frozen model, not only what `FrozenModel` requires.
+    """Return `model` with the whole interface of a frozen model, not only the members that `FrozenModel` requires.
 
     Args:
-        model: a diffusers pipeline, which is used where and as it is; any object with the members of `FrozenModel`;
+        model: A diffusers pipeline, which is used where and as it is; any object with the members of `FrozenModel`;
             or a result of this function.
-        device: where a pipeline must be; for another object, where latents go if it does not say where it is. None
-            takes the model's own.
-        options: keyword arguments of `FrozenDiffusersPipeline`, for a pipeline. Those that are None are left out.
+        device: Device that a pipeline must be on. For another object, device of latents if the object does not tell
+            its own. Default: the model's own.
+        options: Keyword arguments of `FrozenDiffusersPipeline`, for a pipeline. None stands for the default.
 
     Raises:
         ValueError: if the object lacks a member, if the pipeline is unsupported or elsewhere, or if options are given
@@ -56,12 +56,12 @@ def as_frozen_model(
 
 
 class PlainModel:
-    """An object with the members of `FrozenModel`, and defaults for the rest of what is asked of a frozen model.
+    """An object with the members of `FrozenModel`, and defaults for the rest of a frozen model's interface.
 
     Args:
-        model: the object. Its own `device`, `weights_sha256` and `drop_text_encoders` are used where it has them.
-        device: where its latents and embeddings go if neither its `device` nor its modules say it. None leaves them
-            where they are.
+        model: The object. Its own `device`, `weights_sha256` and `drop_text_encoders` are used if it has them.
+        device: Device of latents and embeddings, if neither the object's `device` nor its modules tell it. None
+            leaves them where they are.
 
     Raises:
         ValueError: if the object lacks a member.
@@ -91,13 +91,13 @@ class PlainModel:
             own = tensor.device
         own = device if own is None else own
         self.device = None if own is None else torch.device(own)
-        """Where latents and embeddings go; None leaves them where they are."""
+        """Device of latents and embeddings; None leaves them where they are."""
         self._example: PromptEmbeds | None = None
         self._checked: set[int] = set()
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> PromptEmbeds:
-        """The prompts' embeddings, one row each.
+        """Return the prompts' embeddings, one row each.
 
         Raises:
             ValueError: if the object returns anything else than finite embeddings of as many rows.
@@ -123,7 +123,7 @@ class PlainModel:
     def generate(
         self, latents: torch.Tensor, prompt_embeds: PromptEmbeds, *, num_inference_steps: int, guidance_scale: float
     ) -> torch.Tensor:
-        """Images, float32, `(batch, ...)`, usually `(batch, 3, height, width)` in [0, 1].
+        """Make images, float32, `(batch, ...)`, usually `(batch, 3, height, width)` in [0, 1].
 
         Raises:
             ValueError: if the object returns anything else than finite floats of as many rows, or different images
@@ -136,7 +136,7 @@ class PlainModel:
 
     @torch.no_grad()
     def check_deterministic(self, num_inference_steps: int, guidance_scale: float) -> None:
-        """Tries one image of a prompt that was encoded before, twice.
+        """Try one image of a prompt that was encoded before, twice.
 
         `generate` does so once for each step count, so nothing is lost if no prompt has been encoded yet.
 
@@ -153,14 +153,14 @@ class PlainModel:
             self._try_twice(latents, self._example, **settings)
 
     def weights_sha256(self) -> str | None:
-        """The object's own hash, or one of all torch modules that it is or has as attributes; None without any."""
+        """Return the object's own hash, or a hash of all torch modules in it; None if it has none."""
         if callable(own := getattr(self._model, "weights_sha256", None)):
             return own()
         digests = {name: weights_digest(module) for name, module in self._modules().items()}
         return combined_digest(digests) if digests else None
 
     def drop_text_encoders(self) -> None:
-        """Calls the object's own method, if it has one. Prompts that are encoded already go on working."""
+        """Call the object's own method, if it has one. Prompts that are encoded already still work."""
         if callable(own := getattr(self._model, "drop_text_encoders", None)):
             own()
 

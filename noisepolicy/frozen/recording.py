@@ -1,4 +1,4 @@
-"""What is done with a model's modules from outside: hashing weights, recording calls, timing, evaluation mode."""
+"""Tools that work on a model's modules from outside: hashing weights, recording calls, timing, evaluation mode."""
 
 import hashlib
 import time
@@ -12,11 +12,11 @@ import torch
 
 
 class _Recorded(Exception):  # noqa: N818  nothing went wrong
-    """Ends a call whose first arguments are all that was wanted."""
+    """Raised to end a call once its arguments are recorded."""
 
 
 def recorded_call(module: torch.nn.Module, call: Callable[[], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments with which `call` first calls `module`; it goes no further than that."""
+    """Record the positional and keyword arguments of `call`'s first call of `module`; `call` goes no further."""
     recorded: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def hook(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -37,7 +37,7 @@ def recorded_call(module: torch.nn.Module, call: Callable[[], Any]) -> tuple[tup
 def wrapped(
     module: torch.nn.Module, method: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]
 ) -> Iterator[None]:
-    """Replaces `module.method` by `wrapper` of it while it is open."""
+    """Replace `module.method` by `wrapper` of it within this context."""
     original = getattr(module, method)
     had_own = method in vars(module)
     setattr(module, method, wrapper(original))
@@ -52,7 +52,7 @@ def wrapped(
 
 @contextmanager
 def evaluating(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
-    """Puts modules and all inside them in evaluation mode while it is open, e.g. without dropout."""
+    """Put modules and all inside them in evaluation mode within this context, e.g. without dropout."""
     training = [part for module in modules for part in module.modules() if part.training]
     for part in training:
         part.training = False
@@ -66,7 +66,7 @@ def evaluating(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
 def timed(
     module: torch.nn.Module, method: str, seconds: dict[str, float], name: str, device: torch.device
 ) -> AbstractContextManager[None]:
-    """Adds the time of every call of `module.method` to `seconds[name]` while it is open."""
+    """Add the time of every call of `module.method` within this context to `seconds[name]`."""
 
     def wait() -> None:
         if device.type == "cuda":
@@ -88,7 +88,7 @@ def timed(
 
 
 def weights_digest(module: torch.nn.Module) -> str:
-    """SHA-256 over a module's parameters and buffers by name, quantised and packed ones included.
+    """Compute the SHA-256 of a module's parameters and buffers by name, including quantised and packed ones.
 
     A module under `torch.compile` has the hash of the module itself.
 
@@ -103,12 +103,12 @@ def weights_digest(module: torch.nn.Module) -> str:
 
 
 def combined_digest(digests: Mapping[str, str]) -> str:
-    """SHA-256 over several modules' digests and their names."""
+    """Compute the SHA-256 of several modules' digests and their names."""
     return hashlib.sha256("".join(f"{name} {digests[name]}\n" for name in sorted(digests)).encode()).hexdigest()
 
 
 def _update(digest: "hashlib._Hash", name: str, value: Any) -> None:
-    """Adds an entry of a state dict: a tensor, or the extra state in which some modules keep packed weights."""
+    """Add an entry of a state dict: a tensor, or the extra state in which some modules keep packed weights."""
     if isinstance(value, torch.Tensor):
         if value.is_meta:
             raise RuntimeError(f"the weights {name} are not in memory; load the model without offloading to disk")

@@ -257,11 +257,8 @@ class NoisePolicy(Float32Module):
             # Each prompt on its own, as in `latents`: a text encoder rounds differently in a batch. What comes again
             # is encoded once.
             with float32_by_default():  # text encoders of transformers 4 fail under another default dtype
-                encoded = {
-                    text: (encode if is_pipeline else model.encode)([text]).prompt_embeds
-                    for text in dict.fromkeys(texts)
-                }
-            rows = [encoded[text] for text in texts]
+                encoded = {text: (encode if is_pipeline else model.encode)([text]) for text in dict.fromkeys(texts)}
+            rows = [getattr(encoded[text], "prompt_embeds", encoded[text]) for text in texts]  # or a plain tensor
         if not rows:
             raise ValueError("prompts must hold at least one prompt")
         if tuple(rows[0].shape[1:]) != self.prompt_shape:

@@ -94,7 +94,7 @@ def test_any_object_with_encode_and_latent_shape(policy):
         latent_shape = (8, 8, 8)
 
         def encode(self, prompts):
-            return PromptEmbeds(torch.stack([torch.full((20, 128), len(prompt) / 100) for prompt in prompts]))
+            return torch.stack([torch.full((20, 128), len(prompt) / 100) for prompt in prompts])
 
     latents = policy.latents(Model(), ["a", "bcd"], seed=1)
     assert latents.shape == (2, 8, 8, 8) and latents.dtype == torch.float32
