@@ -23,18 +23,13 @@ from noisepolicy.export.spec import Part
 from noisepolicy.export.tensorrt_files import (
     DTYPES,
     EngineInfo,
-    EngineMismatch,
     Shape,
     capability,
-    check_engine,
     load_tensorrt,
-    read_sidecar,
     sidecar_path,
     the_log,
 )
 from noisepolicy.storage import file_sha256, write_bytes, write_json
-
-__all__ = ["EngineInfo", "EngineMismatch", "build_engine", "check_engine", "load_tensorrt", "read_sidecar"]
 
 
 def build_engine(

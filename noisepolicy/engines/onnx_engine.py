@@ -53,7 +53,6 @@ class OnnxEngine:
     Args:
         path: the ONNX file.
         device: where the tensors are.
-        provider: an execution provider; None takes the device's own, CPU or CUDA.
         output_shape: from the inputs' shapes, by name, to the output's; CUDA needs it to bind the output.
 
     Raises:
@@ -67,14 +66,13 @@ class OnnxEngine:
         path: Path,
         *,
         device: torch.device,
-        provider: str | None = None,
         output_shape: Callable[[Mapping[str, Sequence[int]]], tuple[int, ...]] | None = None,
     ) -> None:
         ort = require("onnxruntime", _extra(device))
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         self._path, self._device, self._output_shape = path, device, output_shape
-        provider = provider or ("CUDAExecutionProvider" if device.type == "cuda" else "CPUExecutionProvider")
+        provider = "CUDAExecutionProvider" if device.type == "cuda" else "CPUExecutionProvider"
         if provider not in ort.get_available_providers():
             raise RuntimeError(
                 f"ONNX Runtime here has no {provider}, only {', '.join(ort.get_available_providers())}; "
@@ -88,15 +86,10 @@ class OnnxEngine:
         # Versions before 1.26 ignore this entry.
         options.add_session_config_entry("session.intra_op.spin_duration_us", "20")
         settings: dict[str, str] = {}
-        if provider != "CPUExecutionProvider":
-            settings["device_id"] = str(device.index or 0)
-        if provider == "CUDAExecutionProvider":
-            settings["use_tf32"] = "0"  # float32 is float32, as in the other engines
+        if device.type == "cuda":
+            settings = {"device_id": str(device.index), "use_tf32": "0"}  # float32 is float32, as in the other engines
         try:
-            providers = [(provider, settings)]
-            if provider == "TensorrtExecutionProvider":  # what TensorRT cannot do stays on the GPU
-                providers.append(("CUDAExecutionProvider", {**settings, "use_tf32": "0"}))
-            self._session = ort.InferenceSession(str(path), options, providers=providers)
+            self._session = ort.InferenceSession(str(path), options, providers=[(provider, settings)])
         except Exception as error:  # ONNX Runtime's exceptions share no narrower base
             raise ValueError(f"ONNX Runtime cannot load {path}: {first_line(error)}; export it again") from error
         if (got := self._session.get_providers()[0]) != provider:

@@ -145,10 +145,12 @@ class FrozenDiffusersPipeline:
         cpu_offload: bool = False,
         **options: Any,
     ) -> "FrozenDiffusersPipeline":
-        """Loads a folder or hub id with `loading.load_pipeline`, places it with `loading.place_pipeline`.
+        """Loads a folder or hub id for this model alone, and places it for speed.
 
         Args:
-            options: of the constructor.
+            device: where it runs.
+            cpu_offload: keep on `device` only the component that runs.
+            options: keyword arguments of the constructor. The other arguments are those of `loading.load_pipeline`.
 
         Raises:
             OSError, ValueError: as these do.

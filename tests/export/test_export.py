@@ -159,14 +159,14 @@ def test_an_engine_that_runs_out_of_memory_is_known_for_it(decoder, text, kind):
 
 def test_a_provider_that_is_not_there_is_never_replaced(decoder, monkeypatch):
     with pytest.raises(RuntimeError, match=r"no CUDAExecutionProvider.*noisepolicy\[onnx-gpu\]"):
-        OnnxEngine(decoder[1], device=CPU, provider="CUDAExecutionProvider")
+        OnnxEngine(decoder[1], device=torch.device("cuda", 0))
     import onnxruntime
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: namedtuple("Stream", "cuda_stream")(0))
     # The real session logs, and takes the CPU.
     with pytest.raises((RuntimeError, ValueError), match="CUDAExecutionProvider"):
-        OnnxEngine(decoder[1], device=CPU, provider="CUDAExecutionProvider")
+        OnnxEngine(decoder[1], device=torch.device("cuda", 0))
 
 
 def test_other_inputs_than_exported_are_refused(frozen, decoder):

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from noisepolicy.export import tensorrt_files
-from noisepolicy.export.to_tensorrt import EngineMismatch, build_engine, check_engine, load_tensorrt, read_sidecar
+from noisepolicy.export.tensorrt_files import EngineMismatch, check_engine, load_tensorrt, read_sidecar
+from noisepolicy.export.to_tensorrt import build_engine
 from noisepolicy.worlds.shapes import model_folder
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: no engine is built")
