@@ -151,7 +151,7 @@ def test_auto_takes_the_fastest_and_says_why(frozen, monkeypatch):
         denoiser, vae = original(frozen, name, dtype)
         if denoiser is not None:
             forward = denoiser.forward
-            denoiser.forward = lambda *a, **k: (time.sleep(0.3), forward(*a, **k))[1]
+            denoiser.forward = lambda *a, **k: (time.sleep(1.0), forward(*a, **k))[1]
         return denoiser, vae
 
     monkeypatch.setattr(engines, "_open", sleepy)

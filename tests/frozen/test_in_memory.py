@@ -216,8 +216,11 @@ def test_an_offloaded_pipeline_keeps_its_own_hooks(family_folder):
         pytest.skip(f"this diffusers offloads to GPUs only: {error}")
     frozen = FrozenDiffusersPipeline(pipeline, **SIZE[NAME])
     embeds = frozen.encode(PROMPTS)
+    frozen.check_deterministic(2, 2.0)
     for call in (frozen.generate, frozen.call_pipeline):
+        before = pipeline._all_hooks
         call(draw(frozen), embeds, **SETTINGS)
+        assert pipeline._all_hooks is not before  # all parts are off the device again
         parts = (pipeline.text_encoder, pipeline.unet, pipeline.vae)
         assert [part._hf_hook for part in parts] == [hook.hook for hook in pipeline._all_hooks]
     frozen.drop_text_encoders()
