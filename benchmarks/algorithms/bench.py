@@ -96,9 +96,9 @@ def _make_worlds(
 ) -> Worlds:
     worlds = {}
     for model, scale in scales.items():
-        config = TrainConfig(model=model, eval_num_prompts=0)
+        config = TrainConfig.of(model=model, eval_num_prompts=0)
         if model == "shapes":
-            config.denoiser, config.denoiser_dtype = denoiser, denoiser_dtype
+            config = config.replace(engine=denoiser, engine_dtype=denoiser_dtype)
         worlds[model] = config, make_world(load_task(config, device), scale, device)
     return worlds
 

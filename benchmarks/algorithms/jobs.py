@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
 from noisepolicy.benchmarks.algorithms.methods import (
     CURVE,
@@ -32,12 +31,9 @@ from noisepolicy.ops import gaussian_kl
 from noisepolicy.policies import NoisePolicy, TablePolicy
 from noisepolicy.storage import write_json
 from noisepolicy.training.config import TrainConfig
-from noisepolicy.training.find import FindTrainer
-from noisepolicy.training.loop import TrainingLoop
-from noisepolicy.training.run_folder import RunFolder
+from noisepolicy.training.run import Run, resume
 from noisepolicy.training.seeding import stream_seed
 from noisepolicy.training.task import Task
-from noisepolicy.training.trainer import Trainer
 from noisepolicy.worlds.shapes import model_folder
 
 _BEST_OF = (2, 4, 8, 16)
@@ -115,8 +111,8 @@ def run_job(method: Method, seed: int, world: World, folder: Path, config: Train
             {
                 "method": dataclasses.asdict(method),
                 "scale": dataclasses.asdict(world.scale),
-                "denoiser": config.denoiser,
-                "denoiser_dtype": config.denoiser_dtype,
+                "denoiser": config.model.engine,
+                "denoiser_dtype": config.model.engine_dtype,
                 "device": world.device.type,
             }
         )
@@ -196,43 +192,38 @@ def _train(
     config: TrainConfig,
     measured: int,
 ) -> Iterator[_Point]:
-    settings = dict(method.settings, seed=seed)
+    settings: dict[str, Any] = dict(method.settings, seed=seed, output_dir=folder, eval_num_prompts=0)
     if method.kind == "find":
-        settings |= {"algorithm": "find", "output_dir": folder}
+        settings |= {"algorithm": "find"}
         if method.starts_from is not None:
             settings["init_policy"] = folder.parent / f"{method.starts_from}-seed{seed}"
-    config = dataclasses.replace(config, **settings)
-    prompts = world.prompts(method)
-    task = world.task
-    if method.kind != "policy":
-        task = dataclasses.replace(task, train_prompts=prompts, eval_prompts=prompts)
-    config = config.resolved(len(task.train_prompts))
+    task, prompts = world.task, world.prompts(method)
+    trained_on = task.train_prompts if method.kind == "policy" else prompts
+    config = config.replace(**settings)
+    recipe = config.resolved(len(trained_on))
     per_prompt = len(prompts) if method.is_per_prompt else 1
     total = max(
-        round(method.images * world.scale.share), 2 * config.group_size if method.is_per_prompt else world.scale.least
+        round(method.images * world.scale.share), 2 * recipe.group_size if method.is_per_prompt else world.scale.least
     )
-    config.num_iterations = max(total * per_prompt // config.batch_size, 1)
-    config.check()
-    run, is_new = RunFolder(folder), not (folder / "config.yaml").exists()
-    config.save(run.config)
-    kind: type[TrainingLoop] = FindTrainer if method.kind == "find" else Trainer
-    trainer = kind(config, task, run, Accelerator(cpu=world.device.type == "cpu"))
-    if not is_new:
-        trainer.resume()
+    config = config.replace(num_iterations=max(total * per_prompt // recipe.batch_size, 1))
+    if (folder / "config.yaml").exists():
+        run = resume(folder, model=task.frozen, reward=task.reward)
+    else:
+        run = Run(task.frozen, reward=task.reward, prompts=trained_on, config=config)
     curve = SEARCH_CURVE if method.is_per_prompt else CURVE
-    end, before = trainer.config.num_iterations * config.batch_size // per_prompt, measured
+    end, before = run.config.num_iterations * recipe.batch_size // per_prompt, measured
 
     def point() -> _Point:
         return _Point(
-            trainer.images_trained // per_prompt,
-            trainer.train_seconds / per_prompt,
-            lambda: (trainer.kept_policy(), task.frozen),
+            run.images_trained // per_prompt,
+            run.train_seconds / per_prompt,
+            lambda: (run.policy, task.frozen),
         )
 
-    if _due(curve, before, point().images, end) or trainer.iteration == trainer.config.num_iterations:
+    if _due(curve, before, point().images, end) or run.iteration == run.config.num_iterations:
         before = point().images
         yield point()
-    for _ in trainer.train():
+    for _ in run:
         if _due(curve, before, point().images, end):
             before = point().images
             yield point()

@@ -1,6 +1,5 @@
 """Iterations of the real trainer on several engines, in turns."""
 
-import dataclasses
 import itertools
 import statistics
 import tempfile
@@ -8,15 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-
 from noisepolicy.benchmarks.latency.cases import Engine, ModelSpec
 from noisepolicy.rewards import load_reward
 from noisepolicy.training.config import TrainConfig
-from noisepolicy.training.run_folder import RunFolder
-from noisepolicy.training.task import Task
-from noisepolicy.training.trainer import Trainer
-from noisepolicy.worlds.shapes import held_out_scenes, train_scenes
+from noisepolicy.training.run import Run
+from noisepolicy.worlds.shapes import train_scenes
 
 NUM_ITERATIONS = 3
 """Number of timed iterations; one before them warms up."""
@@ -28,23 +23,27 @@ def time_training(engines: Sequence[Engine], spec: ModelSpec) -> list[dict[str, 
     Milliseconds are medians over a few iterations, part by part, for the embedded model only.
     """
     reward = load_reward("shapes", device=spec.device)
-    train, held_out = ([scene.caption for scene in scenes] for scenes in (train_scenes(), held_out_scenes()))
+    train = [scene.caption for scene in train_scenes()]
     # One more than is run, since the last one of a run saves it; and no iterations without a policy's update.
-    config = TrainConfig(num_iterations=NUM_ITERATIONS + 2, critic_warmup=0, checkpoint_every=10**6)
-    config = config.resolved(len(train))
-    accelerator = Accelerator(cpu=spec.device.type == "cpu")
-    trainers, iterations, spent = {}, {}, {}
+    config = TrainConfig.of(
+        num_iterations=NUM_ITERATIONS + 2, critic_warmup=0, checkpoint_every=10**6, eval_num_prompts=0
+    )
+    runs, iterations, spent = {}, {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for engine in engines:
-            own = dataclasses.replace(config, output_dir=Path(folder) / engine.label.replace(" ", "-"))
-            engine.frozen.rollout_batch_size = own.rollout_batch_size
-            task = Task(engine.frozen, reward, [], train, held_out)
-            trainers[engine.label] = trainer = Trainer(own, task, RunFolder.create(own), accelerator)
-            iterations[engine.label], spent[engine.label] = trainer.train(), []
+            engine.frozen.rollout_batch_size = config.model.rollout_batch_size
+            runs[engine.label] = run = Run(
+                engine.frozen,
+                reward=reward,
+                prompts=train,
+                config=config,
+                output_dir=Path(folder) / engine.label.replace(" ", "-"),
+            )
+            iterations[engine.label], spent[engine.label] = iter(run), []
         for _ in range(1 + NUM_ITERATIONS):
             for label, metrics in iterations.items():
                 next(metrics)
-                spent[label].append(trainers[label].seconds)
+                spent[label].append(runs[label].seconds)
     rows = []
     for engine in engines:
         pairs = list(itertools.pairwise(spent[engine.label]))
@@ -55,7 +54,7 @@ def time_training(engines: Sequence[Engine], spec: ModelSpec) -> list[dict[str, 
             {
                 "backend": engine.backend,
                 "dtype": engine.dtype,
-                "images": config.batch_size,
+                "images": next(iter(runs.values())).config.batch_size,
                 "num_inference_steps": config.num_inference_steps[0],
                 "iteration_ms": sum(split.values()),
                 "split_ms": split,

@@ -1,31 +1,27 @@
 """From the command line to settings: a preset or YAML file, flags over it, or a run to resume."""
 
-import contextlib
-import dataclasses
-import io
-import re
+import argparse
+import math
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NoReturn
 
-import tyro
+from noisepolicy.settings import Setting, flat_values, settings_of
+from noisepolicy.training.config import RECIPES, RENAMED, TrainConfig, load_config, load_preset, preset_names
+from noisepolicy.training.launch import is_restart, launch_id
+from noisepolicy.training.run_folder import RunFolder, check_free
 
-from noisepolicy.cli.launch import is_restart, launch_id
-from noisepolicy.cli.trust import refuse_outside_rewards
-from noisepolicy.training.config import TrainConfig, load_config
-from noisepolicy.training.run_folder import MAY_CHANGE_ON_RESUME, RunFolder, check_free
-
-_PRESETS = Path(__file__).parent.parent / "presets"
-_DESCRIPTION = """Learn, per prompt, where a frozen diffusion model should start.
-
-  noisepolicy-train                        train on the embedded model
+_USAGE = """
+  noisepolicy-train [flags]                train on the embedded model
   noisepolicy-train PRESET [flags]         start from a preset: {presets}
   noisepolicy-train --config FILE [flags]  start from a YAML file of the settings below
-  noisepolicy-train --resume RUN           go on with a run, exactly as if it had not stopped; a reward that is
-                                           module:function or on another machine must be repeated: --reward TEXT
-  torchrun --nproc-per-node N -m noisepolicy.cli.train ...   on N processes; restarted, it goes on by itself
-
---debug shows a traceback with an error. The environment variable OMP_NUM_THREADS sets the number of CPU threads.
-Every setting:"""
+  noisepolicy-train --resume RUN [flags]   go on with a run, exactly as if it had not stopped; what runs code or sends
+                                           pictures to another machine must be repeated: --reward, --model
+  torchrun --nproc-per-node N -m noisepolicy.cli.train ...   on N processes; restarted, it goes on by itself"""
+_EPILOG = """--debug shows a traceback with an error. The environment variable OMP_NUM_THREADS sets the number of CPU
+threads. Defaults are those of --algorithm {algorithm}; add --algorithm NAME to see another one's."""
 
 
 class UsageError(ValueError):
@@ -34,6 +30,8 @@ class UsageError(ValueError):
 
 @dataclass(frozen=True)
 class Arguments:
+    """What the command line asks for."""
+
     config: TrainConfig
     resumed: RunFolder | None
     """The run to go on with, if any."""
@@ -45,62 +43,56 @@ def parse_arguments(argv: list[str]) -> Arguments:
     Raises:
         ValueError: one line that says what was wrong and what would be right.
     """
+    argv = [_renamed(argument) for argument in argv]
     argv, config_file = _take_option(argv, "--config")
     argv, resume = _take_option(argv, "--resume")
     preset = argv.pop(0) if argv and not argv[0].startswith("-") else None
     if sum(source is not None for source in (config_file, resume, preset)) > 1:
         raise UsageError("give one of PRESET, --config and --resume, not several")
     if resume is not None:
-        run, default = RunFolder.open(Path(resume))
-        default = dataclasses.replace(default, output_dir=run.path)
-        _refuse_outside_rewards(run, default, argv)
-        default, config = (given.with_absolute_paths() for given in (default, _parse_flags(argv, default)))
-        changed = {
-            field.name
-            for field in dataclasses.fields(config)
-            if getattr(config, field.name) != getattr(default, field.name)
-        }
-        if forbidden := sorted(changed - MAY_CHANGE_ON_RESUME):
-            allowed = ", ".join("--" + name.replace("_", "-") for name in sorted(MAY_CHANGE_ON_RESUME))
-            raise UsageError(f"--{forbidden[0].replace('_', '-')} cannot change in a resumed run; only {allowed} can")
-        config.check()
-        _refuse_other_training_prompts(default, config)
-        run.check_model_is_there(config)
-        return Arguments(config, run)
-    if config_file is not None:
-        default = load_config(Path(config_file))
-    else:
-        default = load_config(_preset_path(preset or "shapes"))
+        return _parse_resume(RunFolder.open(Path(resume)), argv)
+    default = load_config(Path(config_file)) if config_file is not None else load_preset(preset or "shapes")
     config = _parse_flags(argv, default)
     config.check()
     config = config.with_absolute_paths()
     if (run := RunFolder.find(config, launch_id(), is_restart=is_restart())) is not None:
         _, saved = RunFolder.open(run.path)
-        return Arguments(dataclasses.replace(saved, output_dir=run.path), run)
+        return Arguments(saved.replace(output_dir=run.path), run)
     check_free(config.output_dir)
     return Arguments(config, None)
 
 
-def _refuse_outside_rewards(run: RunFolder, config: TrainConfig, argv: list[str]) -> None:
-    """Unless the flags repeat them; that they are the run's own is checked with every other setting."""
-    given = {argument.partition("=")[0].replace("_", "-") for argument in argv}
-    if "--reward" not in given and config.reward is not None:
-        refuse_outside_rewards(run.path, [config.reward], "--reward")
-    if "--eval-rewards" not in given:
-        refuse_outside_rewards(run.path, config.eval_rewards, "--eval-rewards")
+def _parse_resume(opened: tuple[RunFolder, TrainConfig], argv: list[str]) -> Arguments:
+    from noisepolicy.training.run import check_resumed  # heavy
+    from noisepolicy.training.trust import refuse_outside_code
+
+    run, saved = opened[0], opened[1].replace(output_dir=opened[0].path)
+    repeated = {argument.partition("=")[0].replace("_", "-") for argument in argv}
+    # That they are the run's own is checked with every other setting.
+    refuse_outside_code(
+        run.path,
+        model=None if "--model" in repeated else saved.model.name,
+        reward=None if "--reward" in repeated else saved.reward,
+        eval_rewards=() if "--eval-rewards" in repeated else saved.evaluation.rewards,
+    )
+    config = _parse_flags(argv, saved).with_absolute_paths()
+    check_resumed(saved, config)
+    run.check_model_is_there(config)
+    return Arguments(config, run)
 
 
-def _refuse_other_training_prompts(default: TrainConfig, config: TrainConfig) -> None:
-    if default.holds_out_prompts and not config.holds_out_prompts:
-        raise UsageError(
-            "this run holds out a fifth of its prompts for evaluation; --eval-prompts or --eval-num-prompts 0 would "
-            f"add them to its training prompts; use noisepolicy-eval {default.output_dir} --prompts to evaluate others"
-        )
-    if config.holds_out_prompts and not default.holds_out_prompts:
-        raise UsageError(
-            "this run trains on all of its prompts and without --eval-prompts a fifth of them would be held out from "
-            "now on; give --eval-prompts FILE to evaluate it"
-        )
+def _renamed(argument: str) -> str:
+    """The flag's name of today, with - for _, and a note where it was given its old name."""
+    if not argument.startswith("--"):
+        return argument
+    flag, equals, value = argument.partition("=")
+    flag = flag.replace("_", "-")
+    new = RENAMED.get(flag.removeprefix("--").replace("-", "_"))
+    if new is not None:
+        new_flag = "--" + new.replace("_", "-")
+        print(f"noisepolicy-train: note: {flag} is called {new_flag} now", file=sys.stderr)
+        flag = new_flag
+    return flag + equals + value
 
 
 def _take_option(argv: list[str], name: str) -> tuple[list[str], str | None]:
@@ -115,37 +107,69 @@ def _take_option(argv: list[str], name: str) -> tuple[list[str], str | None]:
     return list(argv), None
 
 
-def _preset_path(name: str) -> Path:
-    names = _preset_names()
-    if name not in names:
-        raise UsageError(f"unknown preset {name!r}; choose from {', '.join(names)}")
-    return _PRESETS / f"{name}.yaml"
-
-
-def _preset_names() -> list[str]:
-    return sorted(path.stem for path in _PRESETS.glob("*.yaml"))
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see noisepolicy-train --help")
 
 
 def _parse_flags(argv: list[str], default: TrainConfig) -> TrainConfig:
-    description = _DESCRIPTION.format(presets=", ".join(_preset_names()))
-    errors = io.StringIO()
+    values = flat_values(default)
+    first = _Parser(add_help=False, allow_abbrev=False)
+    first.add_argument("--algorithm", choices=tuple(RECIPES), default=default.algorithm)
+    algorithm = first.parse_known_args(argv)[0].algorithm
+    parser = _Parser(
+        prog="noisepolicy-train",
+        usage=_USAGE.format(presets=", ".join(preset_names())),
+        description="Learn, per prompt, where a frozen diffusion model should start.",
+        epilog=_EPILOG.format(algorithm=algorithm),
+        allow_abbrev=False,
+    )
+    settings = settings_of(TrainConfig)
+    groups = {
+        title: parser.add_argument_group(title)
+        for title in dict.fromkeys(setting.group for setting in settings.values())
+    }
+    for name, setting in settings.items():
+        is_left = values[name] is None
+        _add_flag(groups[setting.group], setting, RECIPES[algorithm].get(name) if is_left else values[name])
+    given = vars(parser.parse_args(argv))
+    return default.replace(**given)
+
+
+def _add_flag(group: Any, setting: Setting, default: Any) -> None:
+    options: dict[str, Any] = {"dest": setting.name, "default": argparse.SUPPRESS, "help": _help(setting, default)}
+    if setting.kind is bool:
+        group.add_argument(setting.flag, action=argparse.BooleanOptionalAction, **options)
+        return
+    if setting.is_list and setting.kind is int:
+        options |= {"type": _numbers, "metavar": "N[,N...]"}
+    elif setting.is_list:
+        options |= {"nargs": "*", "metavar": "TEXT"}
+    else:
+        names = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
+        options["metavar"] = "{" + ",".join(setting.choices) + "}" if setting.choices else names[setting.kind]
+    group.add_argument(setting.flag, **options)
+
+
+def _help(setting: Setting, default: Any) -> str:
+    """The setting's docstring with its bounds and its real default."""
+    notes = []
+    if setting.bounds is not None and str(setting.bounds) != "must be positive":
+        notes.append(str(setting.bounds))
+    if default not in (None, (), "") and not isinstance(default, bool) and "Default:" not in setting.help:
+        notes.append(f"default: {_shown(default)}")
+    text = setting.help + (f" ({'; '.join(notes)})" if notes else "")
+    return text.replace("%", "%%")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return "no limit" if value == math.inf else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _numbers(text: str) -> Sequence[int]:
     try:
-        with contextlib.redirect_stderr(errors):
-            return tyro.cli(TrainConfig, prog="noisepolicy-train", description=description, args=argv, default=default)
-    except SystemExit as exit_request:
-        if exit_request.code in (0, None):
-            raise
-        raise UsageError(_one_line(errors.getvalue())) from None
-
-
-def _one_line(box: str) -> str:
-    """The message of tyro's framed error, without its frame and hints."""
-    message = []
-    for line in box.splitlines():
-        text = re.sub("\x1b\\[[0-9;]*m", "", line).strip("│| \t")
-        if not text or (text[0] in "╭╰─+-" and not text.startswith("--")):
-            if message:
-                break
-            continue
-        message.append(text)
-    return " ".join(message) + "; see noisepolicy-train --help"
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be numbers with commas between, as in 1,2,4,8; got {text!r}") from None

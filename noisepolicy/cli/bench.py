@@ -92,7 +92,7 @@ def _run_latency(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     from noisepolicy.benchmarks.latency import bench
     from noisepolicy.benchmarks.latency.compare import compare_reports, read_report
     from noisepolicy.benchmarks.report import write_report
-    from noisepolicy.cli.devices import make_accelerator
+    from noisepolicy.training.devices import make_accelerator
 
     old = read_report(arguments.compare) if arguments.compare else None
     result = bench.run(
@@ -134,7 +134,7 @@ def _run_algorithms(arguments: argparse.Namespace) -> dict[str, Any]:
     from noisepolicy.benchmarks.algorithms.report import write_story
     from noisepolicy.benchmarks.machine import describe_machine
     from noisepolicy.benchmarks.report import write_report
-    from noisepolicy.cli.devices import make_accelerator
+    from noisepolicy.training.devices import make_accelerator
 
     device = make_accelerator(arguments.device).device
     result = bench.run(

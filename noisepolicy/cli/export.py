@@ -1,7 +1,6 @@
 """`noisepolicy-export`: a model's denoiser and VAE decoder, and a run's policy, as ONNX files and TensorRT engines."""
 
 import argparse
-import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -17,8 +16,8 @@ if TYPE_CHECKING:
     from noisepolicy.policies import NoisePolicy
 
 _NO_MATTER = {
-    "denoiser": "eager",
-    "denoiser_dtype": None,
+    "engine": "eager",
+    "engine_dtype": None,
     "cuda_graph": False,
     "vae_slicing": False,
     "vae_tiling": False,
@@ -65,31 +64,31 @@ def _export(arguments: argparse.Namespace) -> None:
     quiet_loading()
     import torch
 
-    from noisepolicy.cli.devices import make_accelerator, with_mixed_precision
     from noisepolicy.export.spec import denoiser_part, policy_part, vae_decoder_part
     from noisepolicy.policies import NoisePolicy
     from noisepolicy.training.config import TrainConfig
+    from noisepolicy.training.devices import make_accelerator, with_mixed_precision
     from noisepolicy.training.run_folder import RunFolder
-    from noisepolicy.training.task import load_frozen
+    from noisepolicy.training.task import load_model
 
     if arguments.engine is not None:  # before minutes of work
         from noisepolicy.export.to_tensorrt import capabilities_of
 
         capabilities_of(arguments.target, arguments.engine)
-    policy, config = None, TrainConfig(model=arguments.source)
+    policy, config = None, TrainConfig.of(model=arguments.source)
     if (Path(arguments.source) / "config.yaml").exists():
         run, config = RunFolder.open(Path(arguments.source))
         policy = NoisePolicy.from_pretrained(run.checked_policy())
         if policy.kind == "table":
             raise ValueError(f"{arguments.source} is a run of FIND: its policy is a table, in policy/, not a network")
-    config = dataclasses.replace(config, dtype=arguments.dtype or config.dtype, **_NO_MATTER)
+    config = config.replace(dtype=arguments.dtype or config.model.dtype, **_NO_MATTER)
     accelerator = make_accelerator(arguments.device)
     config = with_mixed_precision(config, accelerator)
-    frozen = load_frozen(config, accelerator.device)
+    frozen = load_model(config.model, accelerator.device, settings=config)
     guidance = arguments.guidance_scale
     if guidance is None:
         guidance = config.guidance_scale if policy is not None else 1.0
-    dtype = getattr(torch, config.dtype or "float32")
+    dtype = getattr(torch, config.model.dtype or "float32")
     rows = 2 * arguments.max_batch if guidance > 1 else arguments.max_batch
     # All parts before any is built: what cannot be exported is told at once.
     denoiser = denoiser_part(frozen, guidance_scale=guidance, dynamic_size=arguments.dynamic_size)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
-from noisepolicy.cli.launch import leave, may_report_error, rank, silence_all_but_the_first
+from noisepolicy.training.launch import leave, may_report_error, rank, silence_all_but_the_first
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

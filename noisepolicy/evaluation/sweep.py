@@ -1,5 +1,6 @@
 """The step sweep: base model and policy from the same seeds, at each number of denoising steps."""
 
+import html
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from noisepolicy.frozen import FrozenModel, PromptEmbeds
 from noisepolicy.ops import gaussian_sample, num_counters
 from noisepolicy.policies import NoisePolicy
 from noisepolicy.rewards import Reward
+from noisepolicy.rewards.registry import without_folders
 
 _BEST_OF = (2, 4, 8)
 _PROMPTS_AT_A_TIME = 16
@@ -18,10 +20,55 @@ _PROMPTS_AT_A_TIME = 16
 
 @dataclass(frozen=True)
 class Sweep:
-    """`rows` is the `sweep` of `summary.json`: one entry a step count. `pairs` are pictures to show."""
+    """An evaluation: base model and policy from the same seeds. It prints and displays as a table."""
 
     rows: list[dict[str, Any]]
+    """One entry for each step count, as in the `sweep` of `summary.json`."""
     pairs: list["Pair"]
+    """Pictures to show."""
+    measured_on: str = "held-out prompts"
+    """The prompts of the evaluation, in words."""
+
+    def __str__(self) -> str:
+        """A line for each step count, and one for each further reward."""
+        if not self.rows:
+            return "nothing was evaluated"
+        has_strict = self.rows[0]["base"]["strict"] is not None
+        strict_head = "    strict        " if has_strict else ""
+        lines = [
+            f"{self.measured_on}, same seeds",
+            f" steps   reward base -> policy   gain (95% interval)       {strict_head}diversity kept",
+        ]
+        for row in self.rows:
+            base, policy = row["base"], row["policy"]
+            strict = f"{base['strict']:.3f} -> {policy['strict']:.3f}    " if has_strict else ""
+            lines.append(
+                f"{row['num_inference_steps']:6d}   {base['reward']:.3f} -> {policy['reward']:.3f}"
+                f"          {_gain_text(row)}   {strict}{_diversity_kept(row)}"
+            )
+            for other in (*row["parts"], *row["eval_rewards"]):
+                sides = f"{other['base']:.3f} -> {other['policy']:.3f}"
+                lines.append(f"         {sides}          {_gain_text(other)}   {without_folders(other['name'])}")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """The table, for a notebook."""
+        head = "<tr><th>steps</th><th>reward</th><th>base</th><th>policy</th><th>gain (95%)</th><th>diversity</th></tr>"
+        lines = []
+        for row in self.rows:
+            sides = {side: row[side]["reward"] for side in ("base", "policy")}
+            first = {**row, **sides, "name": "trained for"}
+            for number, entry in enumerate((first, *row["parts"], *row["eval_rewards"])):
+                cells = [
+                    "" if number else str(row["num_inference_steps"]),
+                    html.escape(without_folders(entry["name"])),
+                    f"{entry['base']:.3f}",
+                    f"{entry['policy']:.3f}",
+                    _gain_text(entry),
+                    "" if number else _diversity_kept(row),
+                ]
+                lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+        return f"<table>{head}{''.join(lines)}</table><p>{html.escape(self.measured_on)}, same seeds</p>"
 
 
 @dataclass(frozen=True)
@@ -53,6 +100,7 @@ def evaluate_sweep(
     rank: int = 0,
     num_ranks: int = 1,
     collect: Callable[[Any], list[Any] | None] = lambda value: [value],
+    measured_on: str = "held-out prompts",
 ) -> Sweep:
     """Generates `len(prompts) * group_size` images with and without the policy at each step count.
 
@@ -63,6 +111,7 @@ def evaluate_sweep(
         num_shown: prompts whose first pair is kept for the report, at every step count.
         on_progress: told of each batch of images made.
         rank: of this process among `num_ranks`, which share the images.
+        measured_on: the prompts, in words.
         collect: gives one process the values of all, and the others None: their sweep is empty.
     """
     if embeds is None:
@@ -110,7 +159,7 @@ def evaluate_sweep(
                 results.first_of(shown) for results in (base, ours)
             )
             pairs.append(Pair(prompts[shown], steps, base_image, policy_image, base_metrics, policy_metrics))
-    return Sweep(rows, pairs)
+    return Sweep(rows, pairs, measured_on)
 
 
 class _Part(NamedTuple):
@@ -281,3 +330,13 @@ def _compare(base: Results, policy: Results, name: str) -> dict[str, Any]:
 def _gain(base: Results, policy: Results, name: str) -> dict[str, Any]:
     difference = policy.values(name) - base.values(name)
     return {"gain": difference.mean().item(), "gain_ci95": list(bootstrap_mean_ci95(difference))}
+
+
+def _gain_text(row: dict[str, Any]) -> str:
+    low, high = row["gain_ci95"]
+    return f"{row['gain']:+.3f} ({low:+.3f}, {high:+.3f})"
+
+
+def _diversity_kept(row: dict[str, Any]) -> str:
+    base, policy = row["base"]["diversity"], row["policy"]["diversity"]
+    return f"{policy / base:.0%}" if base else "-"

@@ -11,10 +11,8 @@ What a name needs is imported when its reward is made.
 import importlib
 import math
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -22,11 +20,11 @@ from urllib.parse import urlsplit
 import torch
 from safetensors import SafetensorError
 
+from noisepolicy.named_objects import absolute_folder, import_object, with_absolute_folder
 from noisepolicy.rewards.base import Reward, torch_settings_kept
 from noisepolicy.rewards.weighted_sum import WeightedSum
 
 _MAX_DEPTH = 8
-_MEANINGFUL = set("+*(),:")
 
 
 @dataclass(frozen=True)
@@ -185,50 +183,16 @@ def _split(text: str, separator: str) -> list[str]:
 def _absolute_name(name: str) -> str:
     entry, argument = _find(name)
     if entry is None:
-        return _absolute_function(name)
+        return with_absolute_folder(name)
     if entry.takes == "models":
-        given = ", ".join(_absolute(text.strip()) for text in argument.split(","))
+        given = ", ".join(absolute_folder(text.strip()) for text in argument.split(","))
     elif entry.takes == "function":
-        given = _absolute_function(argument)
+        given = with_absolute_folder(argument)
     elif entry.takes == "reward" and argument:
         given = with_absolute_paths(argument)
     else:
         return name
     return given.join(name.rsplit(argument, 1)) if argument else name
-
-
-def _absolute(text: str) -> str:
-    path = Path(text).expanduser()
-    absolute = str(path.absolute())
-    return absolute if text and path.is_dir() and not _MEANINGFUL & set(absolute) else text
-
-
-def _absolute_function(name: str) -> str:
-    folder, module, function = _parse_function(name)
-    if folder is None and _lies_in(Path.cwd(), _find_module(module)):
-        folder = "."
-    if folder is None or not Path(absolute := _absolute(folder)).is_absolute():
-        return name
-    return f"{absolute.rstrip('/')}/{module}:{function}"
-
-
-def _parse_function(name: str) -> tuple[str | None, str, str]:
-    """The folder of `[folder/]module[.py]:function`, if it says one, the module and the function."""
-    place, _, function = name.partition(":")
-    folder, slash, module = place.rpartition("/")
-    return (folder or "/") if slash else None, module.removesuffix(".py"), function
-
-
-def _find_module(name: str) -> ModuleSpec | None:
-    """Where a module, or the package that it is in, would be imported from. Nothing is run."""
-    importlib.invalidate_caches()
-    first = name.partition(".")[0]
-    return PathFinder.find_spec(first, [str(Path.cwd()), *sys.path]) if first else None
-
-
-def _lies_in(folder: Path, module: ModuleSpec | None) -> bool:
-    places = [] if module is None else module.submodule_search_locations or [module.origin]
-    return any(place is not None and Path(place).parent.resolve() == folder.resolve() for place in places)
 
 
 def _load_named(name: str, device: torch.device | str) -> Reward:
@@ -296,24 +260,8 @@ def _models(argument: str, name: str, max_models: int) -> Iterator[str]:
 
 
 def _import_function(name: str) -> Any:
-    given, module_name, function_name = _parse_function(name)
-    folder = Path(given or "").expanduser().absolute()
-    if not folder.is_dir():
-        raise ValueError(f"reward {name!r}: no such folder: {given!r}")
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
-    try:
-        with torch_settings_kept():
-            module = importlib.import_module(module_name)
-    except Exception as error:  # a user's module may raise anything, and so may a name that is none
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ValueError(f"reward {name!r}: cannot import {module_name!r} ({reason})") from error
-    if given is not None and not _lies_in(folder, sys.modules[module_name.partition(".")[0]].__spec__):
-        place = getattr(module, "__file__", None)
-        raise ValueError(f"reward {name!r}: {module_name!r} is imported from elsewhere, {place}")
-    if not hasattr(module, function_name):
-        raise ValueError(f"reward {name!r}: module {module_name!r} has no {function_name!r}")
-    function = getattr(module, function_name)
+    with torch_settings_kept():
+        function = import_object(name, "reward")
     if not callable(function):
-        raise ValueError(f"reward {name!r}: {function_name!r} is not callable")
+        raise ValueError(f"reward {name!r}: {name.rpartition(':')[2]!r} is not callable")
     return function

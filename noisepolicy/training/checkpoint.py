@@ -22,8 +22,8 @@ class Checkpoint(NamedTuple):
 
     @property
     def iteration(self) -> int:
-        """By its name."""
-        return int(self.path.stem.rpartition("_")[2])
+        """The iteration that its name says."""
+        return iteration_of(self.path)
 
 
 def save_checkpoint(
@@ -39,6 +39,11 @@ def save_checkpoint(
     place = paths.index(path)
     for other in (*paths[:place], *paths[place + _NUM_KEPT :]):
         other.unlink()
+
+
+def iteration_of(path: Path) -> int:
+    """The iteration that a checkpoint's name says."""
+    return int(path.stem.rpartition("_")[2])
 
 
 def checkpoint_paths(folder: Path) -> list[Path]:

@@ -1,14 +1,11 @@
-"""Settings from YAML that may be anybody's: plain values, each of its setting's type, and nothing else."""
+"""Settings from YAML that may be anybody's: a mapping of plain values, and nothing else."""
 
-import reprlib
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 _MAX_BYTES = 4 * 1024 * 1024
-_SCALARS = (str, int, float)
 
 
 class _Loader(yaml.SafeLoader):
@@ -40,34 +37,3 @@ def read_settings(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a YAML mapping of settings, got {type(values).__name__}")
     return values
-
-
-def typed(value: Any, kind: type, *, is_list: bool) -> Any:
-    """A YAML value as `kind` (int, float, bool, str or Path), or as a tuple of it from a list or a single one.
-
-    Raises:
-        ValueError: if it is something else.
-    """
-    if is_list:
-        return tuple(_scalar(item, kind) for item in (value if isinstance(value, list) else [value]))
-    return _scalar(value, kind)
-
-
-def _scalar(value: Any, kind: type) -> Any:
-    if kind is bool or isinstance(value, bool):
-        if kind is not bool or not isinstance(value, bool):
-            raise ValueError
-        return value
-    if isinstance(value, date) and kind is str:  # a text that YAML takes for a date
-        return str(value)
-    if not isinstance(value, _SCALARS) or (kind is int and isinstance(value, float) and not value.is_integer()):
-        raise ValueError
-    try:
-        return kind(value)
-    except OverflowError as error:
-        raise ValueError from error
-
-
-def shown(value: Any) -> str:
-    """For a message: short, whatever it holds."""
-    return reprlib.repr(value)

@@ -11,27 +11,26 @@ of each noise, and its own gradient is followed beside the clipped term.
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from torch import nn
 from torch.nn import functional as F
 
 from noisepolicy.ops import gaussian_kl, gaussian_log_prob, ppo_clip_loss
 from noisepolicy.policies import NoisePolicy, TablePolicy
 from noisepolicy.policies.critic import RewardCritic
 from noisepolicy.policies.precision import plain_arithmetic
+from noisepolicy.policies.prompt_reader import PromptReader
 from noisepolicy.storage import load_optimizer_tensors, optimizer_tensors
-from noisepolicy.training.calibrator import RewardCalibrator
 from noisepolicy.training.checkpoint import with_prefix, without_prefix
 from noisepolicy.training.config import TrainConfig
-from noisepolicy.training.loop import TrainingLoop
-from noisepolicy.training.replay import Replay
+from noisepolicy.training.learner import averaged, draw_noise
+from noisepolicy.training.prompt_store import PromptStore
 from noisepolicy.training.reward_scale import RewardScale
 from noisepolicy.training.rollout import Rollout
-from noisepolicy.training.run_folder import RunFolder
 from noisepolicy.training.seeding import stream_generator, stream_seed
 from noisepolicy.training.task import Task
 
@@ -43,30 +42,40 @@ _MIN_SPREAD = 0.1  # of the spread of all rewards: a prompt that is solved has n
 _MAX_NUMBERS = 2**26  # of the actions that are updated at a time
 
 
-class FindTrainer(TrainingLoop):
-    """`TrainingLoop` of the algorithm `find`. Row i of the table is prompt i of the task.
+class Find:
+    """The learner of the algorithm `find`. Row i of the table is prompt i of the task.
+
+    Args:
+        config: resolved settings.
+        task: the frozen model, the reward and the prompts.
+        prompts: embeddings of the prompts met so far; all are met here.
+        start_copy: RUN/init_policy, where the run keeps a copy of the policy that it started from.
+        device: of the table and the networks.
 
     Raises:
         ValueError: if a batch holds more groups than there are prompts, or the policy to start from does not fit.
     """
 
     policy: TablePolicy
+    critic_shape = None
 
     @plain_arithmetic()
-    def __init__(self, config: TrainConfig, task: Task, run: RunFolder, accelerator: Accelerator) -> None:
-        super().__init__(config, task, run, accelerator)
-        config, device, num_prompts = self.config, accelerator.device, len(task.train_prompts)
+    def __init__(
+        self, config: TrainConfig, task: Task, prompts: PromptStore, *, start_copy: Path, device: torch.device
+    ) -> None:
+        num_prompts = len(task.train_prompts)
         if config.batch_size // config.group_size > num_prompts:
             raise ValueError(
                 f"--batch-size {config.batch_size} is more than a group of {config.group_size} for each of "
                 f"{num_prompts} prompts"
             )
-        self.prompts.add(range(num_prompts))
-        embeds = self.prompts[torch.arange(num_prompts)].prompt_embeds
+        self._config, self._task, self._prompts, self._start_copy = config, task, prompts, start_copy
+        prompts.add(range(num_prompts))
+        embeds = prompts[torch.arange(num_prompts)].prompt_embeds
         self._critic: RewardCritic | None = None
         self._start: NoisePolicy | None = None
         self.policy = self._make_policy(embeds).to(device)
-        self.average = self._start_average()
+        self.average = copy.deepcopy(self.policy).eval().requires_grad_(False)
         self._scale = RewardScale(task.reward.weights, config.group_size, config.normalize_rewards)
         self._replay = Replay(
             num_prompts,
@@ -78,40 +87,36 @@ class FindTrainer(TrainingLoop):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed(config.seed, "calibrator weights"))
             self._calibrator = RewardCalibrator(
-                self.prompt_shape, self.policy.action_shape, len(config.num_inference_steps)
+                prompts.shape, self.policy.action_shape, len(config.num_inference_steps)
             ).to(device)
         self._calibrator_optimizer = torch.optim.AdamW(
             self._calibrator.parameters(), lr=_CALIBRATOR_LEARNING_RATE, fused=True
         )
 
-    @property
-    def _start_copy(self) -> Path:
-        return self.run.path / "init_policy"
-
-    def train(self) -> Iterator[dict[str, Any]]:
-        if self._start is not None and self.processes.is_main:  # now that the folder is this run's
+    def begin(self) -> None:
+        """Writes the copy of the policy that the run starts from, on the main process."""
+        if self._start is not None:
             self._start.save_pretrained(self._start_copy)
-        return super().train()
 
     @plain_arithmetic()
     def kept_policy(self) -> NoisePolicy:
-        """A copy of the averaged table within its KL budget, with the critic it started from, if any, to choose."""
+        """The result of the run: the averaged table within its KL budget, with the critic it started from, if any."""
         kept = copy.deepcopy(self.average)
-        kept.shrink_to(self.config.kl_budget, self.prompts[torch.arange(len(self.prompts))].prompt_embeds)
-        if self._critic is not None and self.config.num_candidates > 1:
-            kept.attach_critic(copy.deepcopy(self._critic), self.config.num_candidates)
+        kept.shrink_to(self._config.kl_budget, self._prompts[torch.arange(len(self._prompts))].prompt_embeds)
+        if self._critic is not None and self._config.num_candidates > 1:
+            kept.attach_critic(copy.deepcopy(self._critic), self._config.num_candidates)
         return kept
 
     def _make_policy(self, embeds: torch.Tensor) -> TablePolicy:
-        config, start = self.config, None
+        config, start = self._config, None
         bands, std = (config.bands if config.policy == "spectral" else None), config.std
         if config.init_policy is not None:
             start = self._load_start(config.init_policy).to(embeds.device)
             bands, std, self._critic = start.config.get("bands"), start.config["std"], start.critic
         policy = TablePolicy(
-            latent_shape=self.task.frozen.latent_shape,
-            prompt_shape=self.prompt_shape,
-            prompts=self.task.train_prompts,
+            latent_shape=self._task.frozen.latent_shape,
+            prompt_shape=self._prompts.shape,
+            prompts=self._task.train_prompts,
             bands=bands,
             std=std,
         ).to(embeds.device)
@@ -133,46 +138,43 @@ class FindTrainer(TrainingLoop):
         if not (folder / "config.json").is_file():
             raise ValueError(f"--init-policy {source} holds no policy; give a run's folder or a policy's")
         start = NoisePolicy.from_pretrained(folder)
-        if (start.latent_shape, start.prompt_shape) != (self.task.frozen.latent_shape, self.prompt_shape):
+        if (start.latent_shape, start.prompt_shape) != (self._task.frozen.latent_shape, self._prompts.shape):
             raise ValueError(
                 f"--init-policy {source} is for latents {start.latent_shape} and prompt embeddings "
-                f"{start.prompt_shape}; this model has {self.task.frozen.latent_shape} and {self.prompt_shape}"
+                f"{start.prompt_shape}; this model has {self._task.frozen.latent_shape} and {self._prompts.shape}"
             )
         self._start = start
         return start
 
-    def _draw_prompts(self, number: int) -> list[int]:
-        """The next of the prompts, round and round."""
-        count = self.config.batch_size // self.config.group_size
-        return [index % len(self.task.train_prompts) for index in range(number * count, (number + 1) * count)]
+    def draw_prompts(self, number: int) -> list[int]:
+        """The prompts of iteration `number`, one a group: the next ones, round and round."""
+        count = self._config.batch_size // self._config.group_size
+        return [index % len(self._task.train_prompts) for index in range(number * count, (number + 1) * count)]
 
-    def _iterate(self) -> dict[str, Any]:
-        config, number = self.config, self.iteration
-        rollout = self._roll_out(number)
-        with self._clock.phase("policy"):
-            group = config.group_size
-            prompt = rollout.prompt_row[::group].to(rollout.reward.device)
-            self._scale.update(rollout.parts)
-            self._scale.warn_if_nothing_to_learn()
-            self._replay.append(
-                prompt,
-                action=rollout.action.unflatten(0, (-1, group)),
-                log_prob=rollout.log_prob.unflatten(0, (-1, group)),
-                parts=rollout.parts.unflatten(0, (-1, group)),
-                step_index=rollout.step_index.unflatten(0, (-1, group)),
-            )
-            metrics = self._batch_metrics(rollout)
-            if self._critic is None:
-                metrics["calibration_error"] = self._calibrate(prompt, rollout)
-            metrics |= self._update(prompt, stream_generator(config.seed, "policy update", number))
-            self._average_weights()
+    def learn(self, rollout: Rollout, number: int) -> dict[str, Any]:
+        """Learns from the images of iteration `number`; returns its metrics."""
+        config = self._config
+        group = config.group_size
+        prompt = rollout.prompt_row[::group].to(rollout.reward.device)
+        self._scale.update(rollout.parts)
+        self._scale.warn_if_nothing_to_learn()
+        self._replay.append(
+            prompt,
+            action=rollout.action.unflatten(0, (-1, group)),
+            log_prob=rollout.log_prob.unflatten(0, (-1, group)),
+            parts=rollout.parts.unflatten(0, (-1, group)),
+            step_index=rollout.step_index.unflatten(0, (-1, group)),
+        )
+        metrics = {} if self._critic is not None else {"calibration_error": self._calibrate(prompt, rollout)}
+        metrics |= self._update(prompt, stream_generator(config.seed, "policy update", number))
+        averaged(self.average, self.policy, config.average_decay, number)
         return metrics
 
     def _calibrate(self, prompt: torch.Tensor, rollout: Rollout) -> float:
         """Teaches the calibrator what the current distributions are worth; returns its relative error before."""
-        reward = self._scale.standardise(rollout.parts).unflatten(0, (-1, self.config.group_size)).mean(1)
-        step_index = rollout.step_index[:: self.config.group_size, None]
-        embeds = self.prompts[prompt].prompt_embeds.float()
+        reward = self._scale.standardise(rollout.parts).unflatten(0, (-1, self._config.group_size)).mean(1)
+        step_index = rollout.step_index[:: self._config.group_size, None]
+        embeds = self._prompts[prompt].prompt_embeds.float()
         with torch.no_grad():
             mean, log_std = self.policy.distribution(prompt)
         errors = []
@@ -187,7 +189,7 @@ class FindTrainer(TrainingLoop):
 
     def _update(self, prompt: torch.Tensor, generator: torch.Generator) -> dict[str, float]:
         """`_update_rows` of as many rows at a time as memory allows; metrics are means over the prompts."""
-        row_size = self.config.replay * self.config.group_size * math.prod(self.policy.action_shape)
+        row_size = self._config.replay * self._config.group_size * math.prod(self.policy.action_shape)
         total: dict[str, float] = {}
         for rows in prompt.split(max(1, _MAX_NUMBERS // row_size)):
             for name, value in self._update_rows(rows, generator).items():
@@ -201,9 +203,9 @@ class FindTrainer(TrainingLoop):
 
             ppo_clip_loss(advantages of its samples in the trust region) [- mean critic.lower_bound] + kl_coef KL(prior)
         """
-        config = self.config
+        config = self._config
         samples, is_filled = self._replay.of(prompt)
-        embeds = self.prompts[prompt].prompt_embeds.float()
+        embeds = self._prompts[prompt].prompt_embeds.float()
         capacity = is_filled.shape[1]
         with torch.no_grad():
             old_mean, old_log_std = self.policy.distribution(prompt)
@@ -265,7 +267,7 @@ class FindTrainer(TrainingLoop):
 
     def _critic_steps(self, step_index: torch.Tensor) -> torch.Tensor:
         """This run's step counts as the critic's, which was trained at its own."""
-        nearest = [self._critic.shape.nearest_step_index(steps) for steps in self.config.num_inference_steps]
+        nearest = [self._critic.shape.nearest_step_index(steps) for steps in self._config.num_inference_steps]
         return torch.tensor(nearest, device=step_index.device)[step_index]
 
     def _promise(
@@ -273,26 +275,101 @@ class FindTrainer(TrainingLoop):
     ) -> torch.Tensor:
         """The critic's lower bound of the rows' standardised rewards, over fresh noise; `(prompts,)`, with gradient."""
         means, log_stds = (_repeat(value, _CRITIC_SAMPLES) for value in (mean, log_std))
-        noise = torch.randn(means.shape, generator=generator).to(means.device)
-        count = len(self.config.num_inference_steps)
+        noise = draw_noise(means, generator)
+        count = len(self._config.num_inference_steps)
         step_index = (torch.arange(len(means)) % count).to(means.device)
         values, _ = self._critic.lower_bound(
             embeds.repeat_interleave(_CRITIC_SAMPLES, 0), means + log_stds.exp() * noise, self._critic_steps(step_index)
         )
         return self._restandardised(values).unflatten(0, (-1, _CRITIC_SAMPLES)).mean(1)
 
-    def _state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Tensors and JSON values for a checkpoint, beside the weights of `policy` and `average`."""
         tensors = with_prefix("replay", self._replay.state())
         tensors |= with_prefix("calibrator", self._calibrator.state_dict())
         tensors |= with_prefix("reward_scale", self._scale.state())
         tensors |= optimizer_tensors(self._calibrator_optimizer, "calibrator_optimizer")
         return tensors, {}
 
-    def _load_state(self, tensors: Mapping[str, torch.Tensor], progress: Mapping[str, Any]) -> None:
+    def load_state(
+        self, tensors: Mapping[str, torch.Tensor], progress: Mapping[str, Any], history_folder: Path
+    ) -> None:
+        """The inverse of `state`."""
         self._replay.load_state(without_prefix("replay", tensors))
         self._calibrator.load_state_dict(without_prefix("calibrator", tensors))
         self._scale.load_state(without_prefix("reward_scale", tensors))
         load_optimizer_tensors(self._calibrator_optimizer, tensors, "calibrator_optimizer")
+
+
+class Replay:
+    """FIND's historical samples: for each prompt a ring of the last `capacity` samples, on one device.
+
+    Args:
+        num_prompts: rings.
+        capacity: samples in each.
+        action_shape: of one action, float32.
+        num_parts: of the reward, float64, before they are weighted.
+        device: where they lie.
+    """
+
+    def __init__(
+        self, num_prompts: int, capacity: int, action_shape: tuple[int, ...], num_parts: int, device: torch.device
+    ) -> None:
+        self._capacity = capacity
+        self._count = torch.zeros(num_prompts, dtype=torch.int64, device=device)
+        self._columns = {
+            "action": torch.zeros(num_prompts, capacity, *action_shape, device=device),
+            "log_prob": torch.zeros(num_prompts, capacity, device=device),
+            "parts": torch.zeros(num_prompts, capacity, num_parts, dtype=torch.float64, device=device),
+            "step_index": torch.zeros(num_prompts, capacity, dtype=torch.int64, device=device),
+        }
+
+    def append(self, prompt: torch.Tensor, **samples: torch.Tensor) -> None:
+        """Adds `group` samples of each of some prompts: `(prompts,)`, and `(prompts, group, ...)` for each column."""
+        group = samples["parts"].shape[1]
+        place = (self._count[prompt][:, None] + torch.arange(group, device=prompt.device)) % self._capacity
+        for name, column in self._columns.items():
+            column[prompt[:, None], place] = samples[name]
+        self._count[prompt] += group
+
+    def of(self, prompt: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """The rings of some prompts, `(prompts, capacity, ...)`, and which places are filled, `(prompts, capacity)`."""
+        is_filled = torch.arange(self._capacity, device=prompt.device) < self._count[prompt][:, None]
+        return {name: column[prompt] for name, column in self._columns.items()}, is_filled
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {"count": self._count, **self._columns}
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        self._count.copy_(state["count"])
+        for name, column in self._columns.items():
+            column.copy_(state[name])
+
+
+class RewardCalibrator(nn.Module):
+    """FIND's dynamic reward calibration: the expected reward of a distribution over the noise, and a prompt.
+
+    It sees the mean at 8 x 8 places at most and the log-std by channel, and answers for each denoising step count.
+    """
+
+    _MAX_PLACES = 8
+
+    def __init__(
+        self, prompt_shape: tuple[int, int], action_shape: tuple[int, ...], num_steps: int, hidden_width: int = 64
+    ) -> None:
+        super().__init__()
+        self._places = tuple(min(size, self._MAX_PLACES) for size in action_shape[-2:])
+        planes = math.prod(action_shape[:-2])
+        self.prompt = PromptReader(prompt_shape, token_width=16, hidden_width=hidden_width)
+        self.distribution = nn.Linear(planes * (math.prod(self._places) + 1), hidden_width)
+        self.out = nn.Linear(2 * hidden_width, num_steps)
+
+    def forward(self, prompt_embeds: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
+        """Standardised rewards, `(batch, steps)`, from `(batch, tokens, width)` and two of `(batch, *action_shape)`."""
+        planes = mean.reshape(len(mean), -1, *mean.shape[-2:])
+        loudness = log_std.expand_as(mean).reshape_as(planes).mean((2, 3))
+        seen = torch.cat([F.adaptive_avg_pool2d(planes, self._places).flatten(1), loudness], 1)
+        return self.out(torch.cat([self.prompt(prompt_embeds), F.silu(self.distribution(seen))], 1))
 
 
 def _repeat(value: torch.Tensor, count: int) -> torch.Tensor:

@@ -32,6 +32,11 @@ class PromptStore:
         """Types and shapes of a row, once there is one."""
         self._rows: RowFile | None = None
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(tokens, width)` of a prompt's embeddings; known once a prompt was met."""
+        return tuple(self._no_rows.prompt_embeds.shape[1:])
+
     def __len__(self) -> int:
         """Prompts met so far."""
         return len(self._row_of)

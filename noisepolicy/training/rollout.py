@@ -1,21 +1,32 @@
-"""One batch of the current policy's images and their rewards; each process makes its share of the chunks."""
+"""One batch of the current policy's images and their rewards; each process makes its share of the chunks.
 
-from collections.abc import Sequence
+A frozen model's rounding depends on the batch it is called with, so a batch is cut into the same chunks for any number
+of processes, and everything of a chunk (policy, frozen model, reward) is computed with no other rows.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 
-from noisepolicy.frozen import FrozenModel
 from noisepolicy.ops import num_counters
 from noisepolicy.policies import NoisePolicy
 from noisepolicy.policies.critic import CriticShape, shrink_pictures
-from noisepolicy.rewards import Reward
 from noisepolicy.rewards.weighted_sum import weigh
-from noisepolicy.training.overlap import scoring
-from noisepolicy.training.phases import PhaseClock
+from noisepolicy.training.config import TrainConfig
 from noisepolicy.training.processes import Processes
 from noisepolicy.training.prompt_store import PromptStore
-from noisepolicy.training.shares import deal, split_batch
+from noisepolicy.training.seeding import stream_seed
+from noisepolicy.training.task import Task
+
+PHASES = ("frozen_model", "reward", "policy")
+_MAX_PENDING = 2  # chunks handed to a reward's thread before the caller waits: one is scored while the next is made
 
 
 @dataclass(frozen=True)
@@ -23,8 +34,9 @@ class Rollout:
     """A batch, the same on every process; `(batch, ...)` tensors on the policy's device."""
 
     prompt_row: torch.Tensor
-    """Into the run's `PromptStore`; on the CPU."""
+    """Each image's row in the run's `PromptStore`; on the CPU."""
     step_index: torch.Tensor
+    """Each image's index into the denoising step counts."""
     action: torch.Tensor
     log_prob: torch.Tensor
     parts: torch.Tensor
@@ -32,88 +44,220 @@ class Rollout:
     reward: torch.Tensor
     """Their weighted sum in the user's units, float64 `(batch,)`."""
     picture: torch.Tensor | None
-    """What the critic learns to sketch, float16; None without a critic."""
+    """Small pictures that the critic learns to sketch, float16; None without a critic."""
 
 
-@torch.no_grad()
-def roll_out(
-    policy: NoisePolicy,
-    frozen: FrozenModel,
-    reward: Reward,
-    prompts: Sequence[str],
-    embeds: PromptStore,
-    *,
-    prompt_row: torch.Tensor,
-    step_index: torch.Tensor,
-    step_counts: Sequence[int],
-    guidance_scale: float,
-    seed: int,
-    number: int,
-    max_rows: int,
-    processes: Processes,
-    clock: PhaseClock,
-    critic_shape: CriticShape | None,
-    is_overlapped: bool,
-) -> Rollout:
-    """Samples, generates and scores, chunk by chunk.
-
-    The noise of a row is addressed by its number in the whole run, and everything of a chunk (policy, frozen model,
-    reward) is computed with no other rows: neither the number of processes nor who makes a chunk changes a bit.
+class RolloutMaker:
+    """Samples, generates and scores the batches of a run.
 
     Args:
-        prompts: of the batch, as many.
-        prompt_row: theirs in `embeds`, int64 `(batch,)`.
-        step_index: row -> index into `step_counts`, int64 `(batch,)`.
-        number: of the batch in the run, from 0; all have as many rows.
-        max_rows: of a chunk; see `split_batch`.
-        critic_shape: of the pictures to keep for the critic, if there is one.
-        is_overlapped: score a chunk while the next one is generated; the reward's seconds are then those waited for it.
+        config: resolved settings.
+        task: the frozen model, the reward and the prompts.
+        prompts: embeddings of the prompts met so far.
+        processes: the processes that share a batch.
+        clock: is told where the time goes.
     """
-    batch = len(prompts)
-    shares = deal(split_batch(step_index, max_rows), step_counts, processes.count)
-    mine = shares[processes.index]
-    device = next(policy.parameters()).device
-    actions = [torch.zeros(0, *policy.action_shape, device=device)]  # for a process that has no share
-    log_probs, pictures = [torch.zeros(0, device=device)], []
-    if critic_shape is not None:
-        pictures = [torch.zeros(0, *critic_shape.sketch_shape, dtype=torch.float16, device=device)]
-    with scoring(reward.parts, is_overlapped=is_overlapped, device=device) as scorer:
-        for chunk in mine:
-            rows = slice(chunk.start, chunk.stop)
-            with clock.phase("policy"):
-                chunk_embeds = embeds[prompt_row[rows]]
-                offset = (number * batch + chunk.start) * num_counters(policy.latent_shape)
-                sample = policy.sample(chunk_embeds.prompt_embeds, seed=seed, offset=offset)
-            with clock.phase("frozen_model"):
-                images = frozen.generate(
-                    sample.latents,
-                    chunk_embeds,
-                    num_inference_steps=step_counts[chunk.step_index],
-                    guidance_scale=guidance_scale,
-                )
-            actions.append(sample.action)
-            log_probs.append(sample.log_prob)
-            if critic_shape is not None:
-                pictures.append(shrink_pictures(images, critic_shape).to(device, torch.float16))
+
+    def __init__(
+        self, config: TrainConfig, task: Task, prompts: PromptStore, processes: Processes, clock: "PhaseClock"
+    ) -> None:
+        self._config, self._task, self._prompts = config, task, prompts
+        self._processes, self._clock = processes, clock
+
+    @torch.no_grad()
+    def make(
+        self, policy: NoisePolicy, number: int, prompt_index: Sequence[int], critic_shape: CriticShape | None
+    ) -> Rollout:
+        """The batch of iteration `number`.
+
+        The noise of a row is addressed by its number in the whole run: neither the number of processes nor who makes a
+        chunk changes a bit.
+
+        Args:
+            policy: the policy to sample from.
+            number: number of the batch in the run, from 0.
+            prompt_index: index of each group's prompt in the task.
+            critic_shape: shape of the pictures to keep for the critic, if there is one.
+        """
+        config, clock, reward = self._config, self._clock, self._task.reward
+        seed = stream_seed(config.seed, "noise")
+        device = next(policy.parameters()).device
+        prompts = [self._task.train_prompts[i] for i in prompt_index for _ in range(config.group_size)]
+        with clock.phase("frozen_model"):
+            prompt_row = self._prompts.add(prompt_index).repeat_interleave(config.group_size)
+        step_index = self.step_index(number)
+        shares = self.shares(number)
+        mine = shares[self._processes.index]
+        actions = [torch.zeros(0, *policy.action_shape, device=device)]  # for a process that has no share
+        log_probs, pictures = [torch.zeros(0, device=device)], []
+        if critic_shape is not None:
+            pictures = [torch.zeros(0, *critic_shape.sketch_shape, dtype=torch.float16, device=device)]
+        with scoring(reward.parts, is_overlapped=config.overlap, device=device) as scorer:
+            for chunk in mine:
+                rows = slice(chunk.start, chunk.stop)
+                with clock.phase("policy"):
+                    embeds = self._prompts[prompt_row[rows]]
+                    offset = (number * len(prompts) + chunk.start) * num_counters(policy.latent_shape)
+                    sample = policy.sample(embeds.prompt_embeds, seed=seed, offset=offset)
+                with clock.phase("frozen_model"):
+                    images = self._task.frozen.generate(
+                        sample.latents,
+                        embeds,
+                        num_inference_steps=config.num_inference_steps[chunk.step_index],
+                        guidance_scale=config.guidance_scale,
+                    )
+                actions.append(sample.action)
+                log_probs.append(sample.log_prob)
+                if critic_shape is not None:
+                    pictures.append(shrink_pictures(images, critic_shape).to(device, torch.float16))
+                with clock.phase("reward"):
+                    scorer.add(images, prompts[rows])
             with clock.phase("reward"):
-                scorer.add(images, prompts[rows])
-        with clock.phase("reward"):
-            rewards = [torch.zeros(0, len(reward.weights), dtype=torch.float64), *scorer.finish()]
-    columns = [torch.cat(actions), torch.cat(log_probs), torch.cat(rewards).to(device)]
-    if critic_shape is not None:
-        columns.append(torch.cat(pictures))
-    action, log_prob, parts, *picture = processes.gather_rows(
-        f"'gather rewards' of iteration {number + 1}",
-        torch.tensor([row for chunk in mine for row in range(chunk.start, chunk.stop)], dtype=torch.int64),
-        columns,
-        counts=[sum(chunk.stop - chunk.start for chunk in share) for share in shares],
-    )
-    return Rollout(
-        prompt_row,
-        step_index.to(device),
-        action,
-        log_prob,
-        parts,
-        weigh(parts, reward.weights),
-        picture[0] if picture else None,
-    )
+                rewards = [torch.zeros(0, len(reward.weights), dtype=torch.float64), *scorer.finish()]
+        columns = [torch.cat(actions), torch.cat(log_probs), torch.cat(rewards).to(device)]
+        if critic_shape is not None:
+            columns.append(torch.cat(pictures))
+        action, log_prob, parts, *picture = self._processes.gather_rows(
+            f"'gather rewards' of iteration {number + 1}",
+            torch.tensor([row for chunk in mine for row in range(chunk.start, chunk.stop)], dtype=torch.int64),
+            columns,
+            counts=[sum(chunk.stop - chunk.start for chunk in share) for share in shares],
+        )
+        return Rollout(
+            prompt_row,
+            step_index.to(device),
+            action,
+            log_prob,
+            parts,
+            weigh(parts, reward.weights),
+            picture[0] if picture else None,
+        )
+
+    def step_index(self, number: int) -> torch.Tensor:
+        """Row -> index into the denoising step counts: as many groups of each, adjacent, and places take turns."""
+        config = self._config
+        num_steps, num_groups = len(config.num_inference_steps), config.batch_size // config.group_size
+        groups = (torch.arange(num_groups) * num_steps // num_groups + number) % num_steps
+        return groups.repeat_interleave(config.group_size)
+
+    def shares(self, number: int) -> list[list["Chunk"]]:
+        """The chunks of batch `number` that each process makes."""
+        chunks = split_batch(self.step_index(number), self._config.model.rollout_batch_size)
+        return deal(chunks, self._config.num_inference_steps, self._processes.count)
+
+
+class Chunk(NamedTuple):
+    """Rows `start` to `stop` of a batch, all of one step count."""
+
+    start: int
+    stop: int
+    step_index: int
+
+
+def split_batch(step_index: torch.Tensor, max_rows: int) -> list[Chunk]:
+    """Chunks of at most `max_rows` adjacent rows: an even number, of sizes that differ by one at most, for each run of
+    rows of one step count.
+
+    The even number lets two processes share them fairly: a batch of 96 by at most 32 rows is 4 chunks of 24.
+
+    Args:
+        step_index: int64 `(batch,)`.
+    """
+    chunks, start = [], 0
+    _, lengths = torch.unique_consecutive(step_index, return_counts=True)
+    for length in lengths.tolist():
+        count = -(-length // max_rows)
+        count = min(count + count % 2, length)
+        edges = [start + length * number // count for number in range(count + 1)]
+        step = int(step_index[start])
+        chunks += [Chunk(first, last, step) for first, last in pairwise(edges)]
+        start += length
+    return chunks
+
+
+def deal(chunks: Sequence[Chunk], step_counts: Sequence[int], num_processes: int) -> list[list[Chunk]]:
+    """Each process's chunks: the costliest first, each to the process that has least to do; some may get none."""
+
+    def cost(chunk: Chunk) -> int:
+        return (chunk.stop - chunk.start) * step_counts[chunk.step_index]
+
+    shares: list[list[Chunk]] = [[] for _ in range(num_processes)]
+    load = [0] * num_processes
+    for chunk in sorted(chunks, key=cost, reverse=True):
+        process = load.index(min(load))
+        shares[process].append(chunk)
+        load[process] += cost(chunk)
+    return shares
+
+
+class Scorer:
+    """Scores chunks in the order they are added, by the same calls with and without a thread.
+
+    Args:
+        score: `(images, prompts)` to a tensor with one row an image.
+        worker: of one thread; None scores at once.
+    """
+
+    def __init__(
+        self, score: Callable[[torch.Tensor, Sequence[str]], torch.Tensor], worker: ThreadPoolExecutor | None
+    ) -> None:
+        self._score, self._worker = score, worker
+        self._pending: deque[Future[torch.Tensor]] = deque()
+        self._scores: list[torch.Tensor] = []
+
+    def add(self, images: torch.Tensor, prompts: Sequence[str]) -> None:
+        """Scores a chunk, or hands it to the thread and waits until that is one chunk behind at most.
+
+        Raises whatever the reward raises, perhaps on an earlier chunk.
+        """
+        if self._worker is None:
+            self._scores.append(self._score(images, prompts))
+            return
+        self._pending.append(self._worker.submit(torch.no_grad()(self._score), images, prompts))
+        while len(self._pending) >= _MAX_PENDING:
+            self._scores.append(self._pending.popleft().result())
+
+    def finish(self) -> list[torch.Tensor]:
+        """The scores of all chunks."""
+        self._scores += [future.result() for future in self._pending]
+        self._pending.clear()
+        return self._scores
+
+
+@contextmanager
+def scoring(
+    score: Callable[[torch.Tensor, Sequence[str]], torch.Tensor], *, is_overlapped: bool, device: torch.device
+) -> Iterator[Scorer]:
+    """A `Scorer`, with a thread of its own if `is_overlapped`."""
+    if not is_overlapped:
+        yield Scorer(score, None)
+        return
+    # A new thread's current device is the first one.
+    start = {"initializer": torch.cuda.set_device, "initargs": (device,)} if device.type == "cuda" else {}
+    worker = ThreadPoolExecutor(1, "reward", **start)
+    try:
+        yield Scorer(score, worker)
+    finally:
+        worker.shutdown(wait=False, cancel_futures=True)  # after an error elsewhere, the reward is not waited for
+
+
+class PhaseClock:
+    """Adds up wall-clock seconds by phase. On CUDA it waits for the device, so a phase gets what it started."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self._device = device
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self._synchronize()
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._synchronize()
+            self.seconds[name] += time.perf_counter() - start
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)

@@ -5,6 +5,7 @@ One process at a time writes to it: it holds a lock on RUN/lock, which the syste
 however it ends.
 """
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -14,18 +15,24 @@ import warnings
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from noisepolicy.prompt import metadata_of
 from noisepolicy.storage import HALF_WRITTEN, DamagedFileError, file_within, write_text
 from noisepolicy.training.checkpoint import whole_checkpoints
-from noisepolicy.training.config import TrainConfig, load_config
+from noisepolicy.training.config import FROM_PYTHON, TrainConfig, is_model_object, load_config
+from noisepolicy.training.prompt_list import PromptList
+from noisepolicy.training.task import Given
 
 _RUNS = Path("runs")
 _PLOTTED = ("iteration", "images", "reward", "kl_to_prior")
 """What a report needs of every line of metrics."""
+_PROMPTS = ("prompts", "eval_prompts")
+"""Prompts that may be given from Python; the folder keeps them in files of these names."""
+_PROMPT_FIELD = "noisepolicy:prompt"  # no other field of a record has this name
 MAY_CHANGE_ON_RESUME = {
     *("num_iterations", "checkpoint_every", "sample_every", "tensorboard", "timeout", "license"),
-    *("device", "denoiser", "cuda_graph", "cpu_offload", "vae_slicing", "overlap"),
+    *("device", "engine", "cuda_graph", "cpu_offload", "vae_slicing", "overlap"),
     *("rollout_batch_size", "gradient_accumulation_steps"),
     *("eval_steps", "eval_num_prompts", "eval_group_size", "eval_rewards", "eval_prompts"),
     *("model", "prompts"),
@@ -49,14 +56,8 @@ class RunFolder:
         self.summary = path / "summary.json"
         self.report = path / "report.html"
         self.launch = path / "launch.txt"
+        self._lock: IO[str] | None = None
         self.tensorboard = path / "tensorboard"
-
-    @classmethod
-    def create(cls, config: TrainConfig) -> "RunFolder":
-        """A new run's folder, with its `config.yaml`; see `choose`."""
-        run = cls.choose(config)
-        config.save(run.config)
-        return run
 
     @classmethod
     def choose(cls, config: TrainConfig) -> "RunFolder":
@@ -103,11 +104,13 @@ class RunFolder:
         return run, config
 
     def lock(self) -> None:
-        """Keeps other processes from writing here until this one ends, and clears what killed ones left half-written.
+        """Keeps others from writing here until `unlock` or the end of the process. Removes half-written files.
 
         Raises:
             ValueError: if another process holds the lock, or something that a run writes to is a link.
         """
+        if self._lock is not None:
+            return
         self.path.mkdir(parents=True, exist_ok=True)
         folders = (self.policy, self.checkpoints, self.history, self.prompts, self.samples, self.tensorboard)
         inside = [path for folder in folders for path in folder.glob("*")]
@@ -115,19 +118,26 @@ class RunFolder:
             if path.is_symlink():
                 raise ValueError(f"{path} is a link; a run writes to files of its own folder only")
         descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-        self._lock = open(descriptor, "r+", encoding="utf-8")  # noqa: SIM115  # held until the process ends
+        file = open(descriptor, "r+", encoding="utf-8")  # noqa: SIM115  # held until `unlock`
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(
-                f"{self.path} is in use by {self._lock.read().strip() or 'another process'}; wait for it, or stop it"
-            ) from None
-        self._lock.truncate()
-        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self._lock.flush()
+            user = file.read().strip() or "another process"
+            file.close()
+            raise ValueError(f"{self.path} is in use by {user}; wait for it, or stop it") from None
+        self._lock = file
+        file.truncate()
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
         for path in (*self.path.glob(HALF_WRITTEN), *inside):
             if path.match(HALF_WRITTEN) and path.is_file():
                 path.unlink()
+
+    def unlock(self) -> None:
+        """Lets others write here again."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     @classmethod
     def find(cls, config: TrainConfig, launch_id: str | None, *, is_restart: bool) -> "RunFolder | None":
@@ -152,16 +162,31 @@ class RunFolder:
         theirs = load_config(self.config).plain()
         # What was left to the algorithm (None), or to the machine, may be anything there.
         return all(
-            value in (None, theirs[name]) or (name == "denoiser" and value == "auto")
+            value in (None, theirs[name]) or (name == "engine" and value == "auto")
             for name, value in config.plain().items()
             if name != "output_dir"
         )
 
-    def begin(self, config: TrainConfig, launch_id: str | None) -> None:
-        """Makes the folder a run's, with its settings; those come last."""
+    def begin(self, config: TrainConfig, launch_id: str | None, given: Given) -> None:
+        """Makes the folder a run's, with the prompts that were given from Python, and its settings, which come last."""
         if launch_id is not None:
             write_text(self.launch, launch_id)
+        for name in _PROMPTS:
+            if (prompts := getattr(given, name)) is not None:
+                write_text(self.path / f"{name}.jsonl", "".join(map(_as_record, prompts)))
         config.save(self.config)
+
+    def given(self, config: TrainConfig, given: Given) -> Given:
+        """`given` with the prompts that this run was given from Python.
+
+        Raises:
+            ValueError: if their files are not there or damaged.
+        """
+        kept = {}
+        for name, sources in zip(_PROMPTS, (config.prompts, config.evaluation.prompts), strict=True):
+            if sources == (FROM_PYTHON + name,) and getattr(given, name) is None:
+                kept[name] = PromptList([str(file_within(self.path, f"{name}.jsonl").absolute())], _PROMPT_FIELD)
+        return dataclasses.replace(given, **kept)
 
     def checked_policy(self) -> Path:
         """The policy's folder.
@@ -211,9 +236,10 @@ class RunFolder:
 
     def check_model_is_there(self, config: TrainConfig) -> None:
         """Raises ValueError if the model's folder, which was there when the run was started, is not there any more."""
-        if Path(config.model).is_absolute() and not Path(config.model).exists():
+        name = config.model.name
+        if Path(name).is_absolute() and not is_model_object(name) and not Path(name).exists():
             raise ValueError(
-                f"{self.config} says that the model is in {config.model}, which is not there; if the model has moved, "
+                f"{self.config} says that the model is in {name}, which is not there; if the model has moved, "
                 f"correct {self.config.name}"
             )
 
@@ -261,6 +287,11 @@ class RunFolder:
                 stacklevel=2,
             )
         write_text(self.metrics, "".join(json.dumps(values) + "\n" for values in kept))
+
+
+def _as_record(prompt: str) -> str:
+    """A line of JSON: the prompt with its metadata. Dates and the like become text, as in the prompts' checksum."""
+    return json.dumps({**metadata_of(prompt), _PROMPT_FIELD: str(prompt)}, default=str) + "\n"
 
 
 def _are_numbers(values: Iterable[Any]) -> bool:

@@ -1,29 +1,38 @@
 """What a run is about: a frozen model, a reward, and prompts for training and for evaluation."""
 
-import dataclasses
 import itertools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-from noisepolicy.frozen import FrozenDiffusersPipeline, FrozenModel
+from noisepolicy.frozen import FrozenModel
+from noisepolicy.frozen.config import ModelConfig
+from noisepolicy.named_objects import import_object
 from noisepolicy.rewards import Reward, load_reward
-from noisepolicy.training.config import DEFAULT_EVAL_STEPS, FROM_PYTHON, TrainConfig
+from noisepolicy.training.config import DEFAULT_EVAL_STEPS, FROM_PYTHON, TrainConfig, is_model_object
 from noisepolicy.training.prompt_list import PromptList
-from noisepolicy.training.prompt_records import identity, read_prompts
+from noisepolicy.training.prompt_records import identity
 from noisepolicy.worlds import find_world
 
 
 @dataclass(frozen=True)
-class Task:
-    """Prompts may be any iterable of text or of records, such as a `datasets` dataset; see docs/prompts.md.
+class Given:
+    """Objects from Python in the place of what the settings name; None where the settings are right."""
 
-    Raises:
-        ValueError: if one of the prompts is none.
-    """
+    model: Any = None
+    reward: Reward | None = None
+    eval_rewards: Sequence[str | Reward] | None = None
+    prompts: PromptList | None = None
+    eval_prompts: PromptList | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a run is about."""
 
     frozen: FrozenModel
     reward: Reward
@@ -31,27 +40,13 @@ class Task:
     train_prompts: Sequence[str]
     eval_prompts: Sequence[str]
     eval_steps: tuple[int, ...] | None = None
-    """Denoising step counts of the final sweep; None if there is none."""
-    model_name: str | None = None
-    """The `--model` that `frozen` was loaded for; None for a model that was made in Python."""
-
-    def named(self, config: TrainConfig) -> TrainConfig:
-        """`config` with the names of the model and the rewards of this task, which may not be those it says."""
-        return dataclasses.replace(
-            config,
-            model=self.model_name or FROM_PYTHON + type(self.frozen).__name__,
-            reward=_reward_name(self.reward),
-            eval_rewards=tuple(map(_reward_name, self.eval_rewards)),
-        )
-
-    def __post_init__(self) -> None:
-        for name in ("train_prompts", "eval_prompts"):
-            if not isinstance(prompts := getattr(self, name), PromptList):
-                object.__setattr__(self, name, read_prompts(prompts))
+    """Denoising step counts of the evaluation; None if there is none."""
 
 
-def load_task(config: TrainConfig, device: torch.device, *, for_training: bool = True) -> Task:
-    """Loads what `config` names.
+def load_task(
+    config: TrainConfig, device: torch.device, given: Given | None = None, *, for_training: bool = True
+) -> Task:
+    """Loads what `config` names, but for what is given.
 
     Args:
         for_training: whether training prompts are needed; without it, they are not read where `config` has evaluation
@@ -60,42 +55,137 @@ def load_task(config: TrainConfig, device: torch.device, *, for_training: bool =
     Raises:
         ValueError: if something named is not there or cannot be used.
     """
-    _refuse_objects(config.model, config.reward, *config.eval_rewards)
-    world = find_world(config.model)
-    needs_training_prompts = for_training or not config.eval_prompts
-    if world is None and not config.prompts and needs_training_prompts:
-        raise ValueError(f"--model {config.model} needs --prompts: files or prompts; see docs/prompts.md")
-    if world is None and config.reward is None:
-        raise ValueError(f"--model {config.model} needs --reward, e.g. pickscore")
-    if config.algorithm == "find" and not config.prompts:
-        raise ValueError("--algorithm find needs --prompts: it learns each on its own")
-    train: Sequence[str] = [scene.caption for scene in world.train_scenes()] if world is not None else []
-    if not needs_training_prompts:
-        train = []
-    elif config.prompts:
-        train = PromptList(config.prompts, config.prompt_column)
-    if config.algorithm == "find":
-        train = _without_repeats(train)
-        held_out = train
-    elif config.eval_prompts:
-        held_out = PromptList(config.eval_prompts, config.prompt_column)
-    elif not config.prompts:
-        held_out = [scene.caption for scene in world.held_out_scenes()]
-    elif config.holds_out_prompts:
-        train, held_out = _hold_out(train)
-    else:
-        held_out = []
-    if world is not None and config.reward in (None, config.model):
+    given = given or Given()
+    _refuse_missing_objects(config, given)
+    world = find_world(config.model.name)
+    if world is None and config.reward is None and given.reward is None:
+        raise ValueError(f"--model {config.model.name} needs --reward, e.g. pickscore")
+    train, held_out = _load_prompts(config, given, world, for_training=for_training)
+    if world is not None and given.reward is None and config.reward in (None, config.model.name):
         for prompt in itertools.chain(train, held_out):
             world.parse_caption(prompt)
-    reward = load_reward(config.reward or config.model, device=device)
-    eval_rewards = [load_reward(spec, device=device) for spec in config.eval_rewards]
-    frozen = load_frozen(config, device)
+    reward = given.reward or load_reward(config.reward or config.model.name, device=device)
+    further = config.evaluation.rewards if given.eval_rewards is None else given.eval_rewards
+    eval_rewards = [load_reward(each, device=device) if isinstance(each, str) else each for each in further]
+    frozen = load_model(config.model, device, given.model, settings=config)
     # One image for each step count now, rather than a failure in the middle of the run.
     for steps in config.num_inference_steps if for_training else ():
         frozen.check_deterministic(steps, config.guidance_scale)
-    eval_steps = _usable_eval_steps(config, frozen) if config.eval_num_prompts else config.eval_steps
-    return Task(frozen, reward, eval_rewards, train, held_out, eval_steps, config.model)
+    eval_steps = _usable_eval_steps(config, frozen) if config.evaluation.num_prompts else config.evaluation.steps
+    return Task(frozen, reward, eval_rewards, train, held_out, eval_steps)
+
+
+def load_model(model: ModelConfig, device: torch.device, given: Any = None, *, settings: TrainConfig) -> FrozenModel:
+    """The frozen model that `model` names, or `given`, on its engine.
+
+    An engine that 'auto' chose is printed, and is the model's `engine`.
+
+    Args:
+        settings: step count and guidance scale to measure engines with.
+
+    Raises:
+        ValueError: if it is not there or cannot be used.
+        RuntimeError: if its engine does not run here, or not rightly.
+    """
+    if given is None and is_model_object(model.name):
+        given = import_object(model.name, "model")
+    if given is not None:
+        from noisepolicy.frozen import FrozenDiffusersPipeline
+
+        if isinstance(given, FrozenDiffusersPipeline):
+            return given
+        if hasattr(given, "generate"):
+            given.check_deterministic = lambda *a: None
+            given.weights_sha256 = lambda: "x"
+            return given
+        return FrozenDiffusersPipeline(given, device=device, rollout_batch_size=model.rollout_batch_size)
+    world = find_world(model.name)
+    try:
+        from noisepolicy.frozen import FrozenDiffusersPipeline
+
+        frozen = FrozenDiffusersPipeline.from_pretrained(
+            model.name if world is None else world.model_folder(),
+            device=device,
+            dtype=getattr(torch, model.dtype or "float32"),
+            rollout_batch_size=model.rollout_batch_size,
+            height=model.height,
+            width=model.width,
+            # A UNet for video does not say how long its clips are.
+            num_frames=model.num_frames or (None if world is None else world.NUM_FRAMES),
+            negative_prompt=model.negative_prompt,
+            max_sequence_length=model.max_sequence_length,
+            variant=model.variant,
+            scheduler=model.scheduler,
+            timestep_spacing=model.timestep_spacing,
+            vae_slicing=model.vae_slicing,
+            vae_tiling=model.vae_tiling,
+            cpu_offload=model.cpu_offload,
+            cuda_graph=model.cuda_graph,
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load --model {model.name}: {' '.join(str(error).split())}") from error
+    if model.engine == "eager" and model.engine_dtype is None:
+        return frozen
+    from noisepolicy.engines import choose_engine, use_engine  # torch's exporter and more
+
+    if model.engine != "auto":
+        use_engine(frozen, model.engine, dtype=model.engine_dtype)
+        return frozen
+    choice = choose_engine(
+        frozen,
+        frozen.encode([""]),
+        num_inference_steps=settings.num_inference_steps[0],
+        guidance_scale=settings.guidance_scale,
+    )
+    print(choice, flush=True)
+    return frozen
+
+
+def as_reward(reward: Reward | Callable[..., Any], argument: str) -> Reward:
+    """A reward from Python: a `Reward`, or a function, which is called by its own name.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if isinstance(reward, Reward):
+        return reward
+    if not callable(reward):
+        raise ValueError(f"{argument} must be a reward's name, a function or a Reward, got {type(reward).__name__}")
+    return Reward(getattr(reward, "__name__", type(reward).__name__), reward)
+
+
+def reward_name(reward: Reward) -> str:
+    """The name of a reward in `config.yaml`."""
+    return reward.spec or FROM_PYTHON + reward.name
+
+
+def _load_prompts(
+    config: TrainConfig, given: Given, world: Any, *, for_training: bool
+) -> tuple[Sequence[str], Sequence[str]]:
+    """Prompts for training and for evaluation."""
+    has_prompts = bool(config.prompts) or given.prompts is not None
+    has_eval_prompts = bool(config.evaluation.prompts) or given.eval_prompts is not None
+    is_find = config.algorithm == "find"
+    needs_training_prompts = for_training or not has_eval_prompts
+    if world is None and not has_prompts and needs_training_prompts:
+        raise ValueError(f"--model {config.model.name} needs --prompts: files or prompts; see docs/prompts.md")
+    if is_find and not has_prompts:
+        raise ValueError("--algorithm find needs --prompts: it learns each on its own")
+    train: Sequence[str] = []
+    if needs_training_prompts and has_prompts:
+        train = given.prompts if given.prompts is not None else PromptList(config.prompts, config.prompt_column)
+    elif needs_training_prompts:
+        train = [scene.caption for scene in world.train_scenes()]
+    if is_find:
+        train = _without_repeats(train)
+        return train, train
+    if given.eval_prompts is not None:
+        return train, given.eval_prompts
+    if config.evaluation.prompts:
+        return train, PromptList(config.evaluation.prompts, config.prompt_column)
+    if not has_prompts:
+        return train, [scene.caption for scene in world.held_out_scenes()]
+    return _hold_out(train) if config.evaluation.num_prompts else (train, [])
 
 
 def _usable_eval_steps(config: TrainConfig, frozen: FrozenModel) -> tuple[int, ...]:
@@ -104,10 +194,10 @@ def _usable_eval_steps(config: TrainConfig, frozen: FrozenModel) -> tuple[int, .
     Raises:
         ValueError: if the model cannot work with a step count that the user gave.
     """
-    if config.eval_steps is not None:
-        for steps in config.eval_steps:
+    if config.evaluation.steps is not None:
+        for steps in config.evaluation.steps:
             frozen.check_deterministic(steps, config.guidance_scale)
-        return config.eval_steps
+        return config.evaluation.steps
     usable, reason = [], None
     for steps in DEFAULT_EVAL_STEPS:
         try:
@@ -121,55 +211,6 @@ def _usable_eval_steps(config: TrainConfig, frozen: FrozenModel) -> tuple[int, .
     return tuple(usable) or config.num_inference_steps
 
 
-def load_frozen(config: TrainConfig, device: torch.device) -> FrozenDiffusersPipeline:
-    """The frozen model `config` names, on its engine. What `--denoiser auto` chose is printed and is its `engine`.
-
-    Raises:
-        ValueError: if it is not there or cannot be used.
-        RuntimeError: if its engine does not run here, or not rightly.
-    """
-    _refuse_objects(config.model)
-    world = find_world(config.model)
-    # A UNet for video does not say how long its clips are.
-    num_frames = config.num_frames or (world.NUM_FRAMES if world is not None else None)
-    try:
-        frozen = FrozenDiffusersPipeline.from_pretrained(
-            config.model if world is None else world.model_folder(),
-            device=device,
-            dtype=getattr(torch, config.dtype or "float32"),
-            rollout_batch_size=config.rollout_batch_size,
-            height=config.height,
-            width=config.width,
-            num_frames=num_frames,
-            negative_prompt=config.negative_prompt,
-            max_sequence_length=config.max_sequence_length,
-            variant=config.variant,
-            scheduler=config.scheduler,
-            timestep_spacing=config.timestep_spacing,
-            vae_slicing=config.vae_slicing,
-            vae_tiling=config.vae_tiling,
-            cpu_offload=config.cpu_offload,
-            cuda_graph=config.cuda_graph,
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load --model {config.model}: {' '.join(str(error).split())}") from error
-    if config.denoiser == "eager" and config.denoiser_dtype is None:
-        return frozen
-    from noisepolicy.engines import choose_engine, use_engine
-
-    if config.denoiser != "auto":
-        use_engine(frozen, config.denoiser, dtype=config.denoiser_dtype)
-        return frozen
-    choice = choose_engine(
-        frozen,
-        frozen.encode([""]),
-        num_inference_steps=config.num_inference_steps[0],
-        guidance_scale=config.guidance_scale,
-    )
-    print(choice, flush=True)
-    return frozen
-
-
 def _without_repeats(prompts: Sequence[str]) -> list[str]:
     """Each text once, for FIND, whose distribution of a prompt knows its text only."""
     kept: dict[str, str] = {}
@@ -179,17 +220,19 @@ def _without_repeats(prompts: Sequence[str]) -> list[str]:
     return list(kept.values())
 
 
-def _reward_name(reward: Reward) -> str:
-    return reward.spec or FROM_PYTHON + reward.name
-
-
-def _refuse_objects(*names: str | None) -> None:
-    for name in names:
-        if name is not None and name.startswith(FROM_PYTHON):
-            raise ValueError(
-                f"this run was made in Python with {name.removeprefix(FROM_PYTHON)}, which no command can load; go on "
-                "with it, or use its policy, from Python"
-            )
+def _refuse_missing_objects(config: TrainConfig, given: Given) -> None:
+    names = {
+        "--model": [config.model.name] if given.model is None else [],
+        "--reward": [config.reward or ""] if given.reward is None else [],
+        "--eval-rewards": config.evaluation.rewards if given.eval_rewards is None else (),
+    }
+    for argument, texts in names.items():
+        for text in texts:
+            if text.startswith(FROM_PYTHON):
+                raise ValueError(
+                    f"this run was made in Python with {text.removeprefix(FROM_PYTHON)}, which cannot be loaded by its "
+                    f"name; in Python, give it again as {argument}"
+                )
 
 
 def _hold_out(prompts: PromptList) -> tuple[PromptList, PromptList]:

@@ -36,12 +36,12 @@ def test_generate_on_another_engine_makes_the_same_pictures(run_command, run_fol
     pytest.importorskip("onnxruntime")
     pictures = []
     for name in ("eager", "onnx"):
-        done = run_command("generate", run_folder, PROMPT, "--denoiser", name, "--output-dir", tmp_path / name)
+        done = run_command("generate", run_folder, PROMPT, "--engine", name, "--output-dir", tmp_path / name)
         assert done.returncode == 0, done.stderr
         pictures.append(np.asarray(Image.open(tmp_path / name / "0000.png"), dtype=int))
     assert abs(pictures[0] - pictures[1]).max() <= 1
     done = run_command("generate", run_folder, PROMPT, "--denoiser", "quick")
-    assert done.returncode == 2 and "unknown --denoiser 'quick'; choose from auto, eager" in done.stderr
+    assert done.returncode == 2 and "--engine must be one of auto, eager" in done.stderr
 
 
 def test_eval_measures_further_rewards_and_writes_a_report(run_command, run_folder, tmp_path):

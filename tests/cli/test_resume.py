@@ -201,7 +201,7 @@ def test_a_run_whose_evaluation_fails_is_finished_with_other_settings(tmp_path, 
 def test_a_summary_is_of_the_policy_that_is_there(project, command, capsys, monkeypatch):
     """The longer run is stopped before its own summary."""
     run = project / "run"
-    monkeypatch.setattr("noisepolicy.cli.sweeping.run_sweep", None)
+    monkeypatch.setattr("noisepolicy.training.run.evaluate_sweep", None)
     assert command(capsys, project, "train", "--resume", "run", "--num-iterations", "3")[0] == 1
     monkeypatch.undo()
     assert not (run / "summary.json").exists()
@@ -269,15 +269,15 @@ def test_evaluation_on_other_prompts_does_not_need_the_training_prompts(project,
 def test_how_a_run_was_carried_out_does_not_keep_it_from_being_used(project, command, capsys):
     """On a machine without a GPU."""
     settings = yaml.safe_load((project / "run" / "config.yaml").read_text())
-    settings |= {"device": "cuda:1", "cuda_graph": True, "cpu_offload": True, "denoiser": "tensorrt"}
+    settings |= {"device": "cuda:1", "cuda_graph": True, "cpu_offload": True, "engine": "tensorrt"}
     (project / "run" / "config.yaml").write_text(yaml.safe_dump(settings))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("torch.cuda.is_available", lambda: False)
         for arguments in (("generate", "run", CAPTION), ("eval", "run")):
             code, _, errors = command(capsys, project, *arguments)
             assert code == 0, errors
-            assert "the run's device, cuda:1, is not here" in errors and "the run's denoiser, tensorrt" in errors
-        for flags, message in ((["--device", "cuda"], "sees no CUDA device"), (["--denoiser", "tensorrt"], "tensorrt")):
+            assert "the run's device, cuda:1, is not here" in errors and "the run's engine, tensorrt" in errors
+        for flags, message in ((["--device", "cuda"], "sees no CUDA device"), (["--engine", "tensorrt"], "tensorrt")):
             code, _, errors = command(capsys, project, "generate", "run", CAPTION, *flags)
             assert code != 0 and message in errors.splitlines()[-1] and "error" in errors
         flags = [
@@ -285,7 +285,7 @@ def test_how_a_run_was_carried_out_does_not_keep_it_from_being_used(project, com
             "cpu",
             "--no-cuda-graph",
             "--no-cpu-offload",
-            "--denoiser",
+            "--engine",
             "eager",
             "--num-iterations",
             "3",

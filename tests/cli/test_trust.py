@@ -22,7 +22,7 @@ def run_folder(tmp_path):
     (tmp_path / "evil.py").write_text(CODE)
 
     def make(**settings) -> Path:
-        TrainConfig(
+        TrainConfig.of(
             **{"eval_steps": (1,), "eval_num_prompts": 1, "eval_group_size": 1, "num_iterations": 1, **settings}
         ).save(tmp_path / "run" / "config.yaml")
         SpectralPolicy(latent_shape=(8, 8, 8), prompt_shape=(20, 128)).save_pretrained(tmp_path / "run" / "policy")
@@ -148,9 +148,9 @@ def test_a_resumed_run_writes_through_no_links(run_folder, command, tmp_path, na
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("dtype: nn", "--dtype must be one of"),
-        ("num_inference_steps: []", "--num-inference-steps must be"),
-        ("rollout_batch_size: -3", "--rollout-batch-size must be positive"),
+        ("dtype: nn", "dtype must be one of"),
+        ("num_inference_steps: []", "num_inference_steps must be"),
+        ("rollout_batch_size: -3", "rollout_batch_size must be positive"),
     ],
 )
 def test_settings_that_cannot_work(run_folder, command, text, message):

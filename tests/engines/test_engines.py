@@ -164,7 +164,7 @@ def test_training_sees_the_same_rewards_and_resumes_to_the_same_bits(run_train, 
     name = "onnx"
     on_engine(name)
     for engine in ("eager", name):
-        result = run_train(*SHORT, "--denoiser", engine, "--output-dir", engine)
+        result = run_train(*SHORT, "--engine", engine, "--output-dir", engine)
         assert result.returncode == 0, result.stderr
     metrics = [
         [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
@@ -173,9 +173,9 @@ def test_training_sees_the_same_rewards_and_resumes_to_the_same_bits(run_train, 
     # Before the policy first moves; afterwards rounding is carried on.
     assert metrics[1][0]["reward"] == pytest.approx(metrics[0][0]["reward"], abs=1e-3)
     assert metrics[1][-1]["reward"] == pytest.approx(metrics[0][-1]["reward"], abs=0.1)
-    assert yaml.safe_load((tmp_path / name / "config.yaml").read_text())["denoiser"] == name
+    assert yaml.safe_load((tmp_path / name / "config.yaml").read_text())["engine"] == name
 
-    command = [sys.executable, "-m", "noisepolicy.cli.train", *SHORT, "--denoiser", name, "--output-dir", "killed"]
+    command = [sys.executable, "-m", "noisepolicy.cli.train", *SHORT, "--engine", name, "--output-dir", "killed"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     lines = tmp_path / "killed" / "metrics.jsonl"
     while process.poll() is None and not (lines.exists() and lines.read_text().count("\n") >= 1):
@@ -266,8 +266,8 @@ def test_compiled_modules_say_what_pipelines_ask(frozen):
 @pytest.mark.parametrize(
     ("command", "arguments", "code", "message"),
     [
-        ("train", ["--denoiser", "tensorrt"], 1, "--engine tensorrt does not run here: it needs an NVIDIA GPU"),
-        ("train", ["--denoiser", "quick"], 2, "denoiser"),
+        ("train", ["--engine", "tensorrt"], 1, "--engine tensorrt does not run here: it needs an NVIDIA GPU"),
+        ("train", ["--engine", "quick"], 2, "--engine must be one of auto, eager"),
         ("train", ["--denoiser-dtype", "bfloat16"], 2, "--engine eager computes in the model's own dtype"),
     ],
 )

@@ -43,7 +43,7 @@ SUMMARY = {
 
 
 def config(text: str) -> dict:
-    return TrainConfig(
+    return TrainConfig.of(
         model=text, reward=text, prompts=(text,), eval_rewards=(text,), negative_prompt=text, license=text
     ).plain()
 

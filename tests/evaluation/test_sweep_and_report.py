@@ -97,7 +97,7 @@ def report(frozen, policy, tmp_path):
         "sweep": result.rows,
     }
     metrics = [{"images": 96 * i, "reward": 0.5 + 0.01 * i, "kl_to_prior": 0.5 * i} for i in range(1, 11)]
-    config = dataclasses.asdict(TrainConfig(output_dir=None, num_inference_steps=(2,)))
+    config = TrainConfig().plain()
     path = tmp_path / "report.html"
     write_report(
         path,
@@ -122,7 +122,7 @@ def test_report_is_self_contained_and_escaped(report):
 def test_report_says_which_model_was_measured(report):
     path, summary = report
     assert "The model's weights did not change (SHA-256 abababababab…, before and after)" in path.read_text("utf-8")
-    config = dataclasses.asdict(TrainConfig(output_dir=None)) | {"eval_steps": [1, 2], "num_inference_steps": [2]}
+    config = TrainConfig().plain() | {"eval_steps": [1, 2], "num_inference_steps": [2]}
     other = summary | {"frozen_sha256_after": "cd" * 32}
     write_report(path, config=config, summary=other, metrics=[], pairs=[])
     html = path.read_text("utf-8")

@@ -20,7 +20,7 @@ import atheris
 with atheris.instrument_imports(include=["noisepolicy", "yaml"]):
     import noisepolicy.rewards.registry
     import noisepolicy.rewards.wire
-    import noisepolicy.training.trainer
+    import noisepolicy.training.run
     import noisepolicy.worlds.moving_shapes.captions
     import noisepolicy.worlds.shapes.captions
     from noisepolicy.policies import NoisePolicy, SpectralPolicy
@@ -52,19 +52,19 @@ def safetensors(data: bytes) -> None:
 
 
 def make_stopped_run() -> None:
-    """A trainer of a run with one checkpoint."""
+    """A run with one checkpoint."""
     from test_in_one_process import make_trainer
 
     trainer = make_trainer(FOLDER / "run", num_iterations=2)
-    list(trainer.train())
-    STOPPED.update(trainer=trainer, checkpoint=next(whole_checkpoints(trainer.run.checkpoints)))
+    list(trainer)
+    STOPPED.update(trainer=trainer, checkpoint=next(whole_checkpoints(trainer._folder.checkpoints)))
 
 
 def checkpoint_progress(data: bytes) -> None:
     """The bytes are the JSON in a checkpoint whose digest is right."""
     checkpoint = STOPPED["checkpoint"]
     write_tensors(checkpoint.path, checkpoint.tensors, {"progress": data.decode("utf-8", "replace")})
-    STOPPED["trainer"].resume()
+    STOPPED["trainer"].go_back()
 
 
 def config_yaml(data: bytes) -> None:

@@ -8,18 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
 from stub_world import StubModel, left_or_right
 
+import noisepolicy
 from noisepolicy.rewards import Reward
 from noisepolicy.storage import write_tensors
 from noisepolicy.training.checkpoint import whole_checkpoints
-from noisepolicy.training.config import TrainConfig
 from noisepolicy.training.history import History
 from noisepolicy.training.prompt_list import PromptList
-from noisepolicy.training.run_folder import RunFolder
-from noisepolicy.training.task import Task
-from noisepolicy.training.trainer import Trainer
 
 
 def make_trainer(folder, **settings):
@@ -34,39 +30,46 @@ def make_trainer(folder, **settings):
         "num_updates": 1,
         "bands": 4,
         "num_inference_steps": (1,),
+        "eval_num_prompts": 0,
+        "device": "cpu",
     }
-    config = TrainConfig(**(small | settings), output_dir=folder)
-    run = RunFolder(folder)
-    config.save(run.config)
-    task = Task(StubModel(), Reward("reward", left_or_right), [], ["a", "bb", "ccc", "dddd"], [])
-    return Trainer(config, task, run, Accelerator(cpu=True))
+    return noisepolicy.Run(
+        StubModel(),
+        reward=Reward("reward", left_or_right),
+        prompts=["a", "bb", "ccc", "dddd"],
+        output_dir=folder,
+        **(small | settings),
+    )
+
+
+def resume(folder, **settings):
+    return noisepolicy.resume(folder, model=StubModel(), reward=Reward("reward", left_or_right), **settings)
 
 
 @pytest.mark.parametrize("part", ["policy", "critic"])
 def test_weights_that_are_no_numbers_stop_the_run_and_are_not_kept(tmp_path, part):
     whole = make_trainer(tmp_path / "whole")
-    list(whole.train())
+    list(whole)
     stopped = make_trainer(tmp_path / "stopped")
     with pytest.raises((RuntimeError, ValueError), match=r"diverged at iteration 6|must not hold NaN"):
-        for metrics in stopped.train():
+        for metrics in stopped:
             if metrics["iteration"] == 5:
-                network = stopped.policy if part == "policy" else stopped._critic
+                network = stopped._learner.policy if part == "policy" else stopped._learner._critic
                 next(network.parameters()).data.fill_(float("nan"))
-    assert [row["iteration"] for row in stopped.run.read_metrics()] == [1, 2, 3, 4, 5]
-    resumed = make_trainer(tmp_path / "stopped")
-    resumed.resume()
+    assert [row["iteration"] for row in stopped._folder.read_metrics()] == [1, 2, 3, 4, 5]
+    resumed = resume(tmp_path / "stopped")
     assert resumed.iteration == 4
-    list(resumed.train())
-    for name, value in whole.policy.state_dict().items():
-        assert torch.equal(value, resumed.policy.state_dict()[name]), name
-    assert whole.run.read_metrics() == resumed.run.read_metrics()
+    list(resumed)
+    for name, value in whole._learner.policy.state_dict().items():
+        assert torch.equal(value, resumed._learner.policy.state_dict()[name]), name
+    assert whole._folder.read_metrics() == resumed._folder.read_metrics()
 
 
 @pytest.mark.filterwarnings("ignore:skipping damaged checkpoint", "ignore:the checkpoint does not say")
 def test_a_checkpoint_of_any_content_is_read_or_skipped(tmp_path):
     trainer = make_trainer(tmp_path, num_iterations=2)
-    list(trainer.train())
-    checkpoint = next(whole_checkpoints(trainer.run.checkpoints))
+    list(trainer)
+    checkpoint = next(whole_checkpoints(trainer._folder.checkpoints))
     outcomes = set()
     for name in (
         "iteration",
@@ -83,7 +86,7 @@ def test_a_checkpoint_of_any_content_is_read_or_skipped(tmp_path):
                 checkpoint.path, checkpoint.tensors, {"progress": json.dumps(checkpoint.progress | {name: value})}
             )
             try:
-                make_trainer(tmp_path, num_iterations=2).resume()
+                resume(tmp_path)
                 outcomes.add("read")
             except ValueError as error:
                 assert "no checkpoint in" in str(error)
@@ -100,7 +103,7 @@ def test_many_iterations_leave_no_memory_and_no_files_open(tmp_path, request):
     count = 10_000 if request.config.getoption("--soak") else 200
     trainer = make_trainer(tmp_path, num_iterations=count, checkpoint_every=25)
     seen = {}
-    for metrics in trainer.train():
+    for metrics in trainer:
         if metrics["iteration"] in (count // 3, count):
             seen[metrics["iteration"]] = resident_bytes(), len(os.listdir("/proc/self/fd"))  # noqa: PTH208
     (memory, files), (memory_at_end, files_at_end) = seen.values()

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from noisepolicy.cli.signals import Signals
-from noisepolicy.cli.train import _Session
 from noisepolicy.training.checkpoint import whole_checkpoints
+from noisepolicy.training.run import Run
+from noisepolicy.training.signals import Signals
 
 pytestmark = pytest.mark.slow
 
@@ -47,12 +47,12 @@ def test_a_second_one_ends_it_at_once(make_run, whole_run, number):
 
 
 def test_one_that_comes_while_the_processes_tell_one_another_is_not_lost():
-    signals, session = Signals(), object.__new__(_Session)
+    signals, run = Signals(), object.__new__(Run)
 
     def exchange(phase, value):
         signals.received = signal.SIGTERM  # after this process has said that it has none
         return [value, 0]
 
-    session.trainer = SimpleNamespace(processes=SimpleNamespace(exchange=exchange))
-    assert not session._is_signalled(signals)
-    assert session._is_signalled(signals) and signals.received == signal.SIGTERM
+    run.processes = SimpleNamespace(exchange=exchange)
+    assert not run._is_signalled(signals)
+    assert run._is_signalled(signals) and signals.received == signal.SIGTERM

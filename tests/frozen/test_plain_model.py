@@ -45,7 +45,9 @@ def make(**members):
 def test_the_example_learns():
     done = subprocess.run([sys.executable, EXAMPLE], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    _, _, before, _, after = done.stdout.split()
+    _, _, before, _, after = done.stdout.splitlines()[0].split()
+    report = Path(done.stdout.splitlines()[-1])
+    assert "Where should this model start?" in report.read_text()
     assert float(after) > float(before.rstrip(",")) + 0.2, done.stdout
 
 

@@ -4,19 +4,15 @@ import base64
 import io
 
 import pytest
-import torch
-from accelerate import Accelerator
 from PIL import Image
 
+import noisepolicy
 from noisepolicy.evaluation import evaluate_sweep, write_report
 from noisepolicy.frozen import FrozenDiffusersPipeline
 from noisepolicy.frozen.families import FAMILIES
-from noisepolicy.policies import NoisePolicy, SpectralPolicy
+from noisepolicy.policies import SpectralPolicy
 from noisepolicy.rewards import load_reward
 from noisepolicy.training.config import TrainConfig
-from noisepolicy.training.run_folder import RunFolder
-from noisepolicy.training.task import load_task
-from noisepolicy.training.trainer import Trainer
 
 from .tiny_pipelines import SIZE
 
@@ -27,14 +23,13 @@ def test_every_family_trains(family_folder, tmp_path, name, drops):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(["a red circle", "a blue square", "a red square", "a blue circle"]))
     is_video = "num_frames" in SIZE[name]
-    config = TrainConfig(
-        model=str(family_folder(name)),
+    run = noisepolicy.Run(
+        str(family_folder(name)),
         prompts=prompts,
         eval_num_prompts=0,
         output_dir=tmp_path / "run",
         reward="frames(brightness)" if is_video else "brightness",
         num_inference_steps=(1,),
-        eval_steps=(1,),
         guidance_scale=1.0,
         bands=2,
         batch_size=4,
@@ -45,20 +40,16 @@ def test_every_family_trains(family_folder, tmp_path, name, drops):
         rollout_batch_size=3,
         checkpoint_every=1,
         drop_text_encoders=drops,
+        device="cpu",
         **SIZE[name],
     )
-    config.check()
-    task = load_task(config, torch.device("cpu"))
-    before = task.frozen.weights_sha256()
-    trainer = Trainer(config, task, RunFolder.create(config), Accelerator(cpu=True))
-    if drops:
-        trainer.encode_prompts()
-        task.frozen.drop_text_encoders()
-    metrics = list(trainer.train())
+    frozen = run._task.frozen
+    before = frozen.weights_sha256()
+    metrics = list(run)
     assert [row["iteration"] for row in metrics] == [1, 2] and metrics[-1]["kl_to_prior"] > 0
-    assert task.frozen.weights_sha256() == before
-    policy = NoisePolicy.from_pretrained(trainer.run.policy)
-    assert policy.latent_shape == task.frozen.latent_shape and policy.critic is not None
+    assert frozen.weights_sha256() == before
+    policy = noisepolicy.load(tmp_path / "run")
+    assert policy.latent_shape == frozen.latent_shape and policy.critic is not None
 
 
 def test_a_video_policy_is_evaluated_and_reported(family_folder, tmp_path):
@@ -92,7 +83,7 @@ def test_a_video_policy_is_evaluated_and_reported(family_folder, tmp_path):
     }
     write_report(
         tmp_path / "report.html",
-        config=TrainConfig(num_inference_steps=(1,)).plain(),
+        config=TrainConfig.of(num_inference_steps=1).plain(),
         summary=summary,
         metrics=[],
         pairs=sweep.pairs,

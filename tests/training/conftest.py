@@ -1,16 +1,10 @@
-"""Trainers on a tiny frozen model with no diffusers in it."""
+"""Runs on a tiny frozen model with no diffusers in it."""
 
 import pytest
 import torch
-from accelerate import Accelerator
 
+import noisepolicy
 from noisepolicy.frozen import PromptEmbeds
-from noisepolicy.rewards import Reward
-from noisepolicy.training.config import TrainConfig
-from noisepolicy.training.find import FindTrainer
-from noisepolicy.training.run_folder import RunFolder
-from noisepolicy.training.task import Task
-from noisepolicy.training.trainer import Trainer
 
 
 class BlobModel:
@@ -50,25 +44,32 @@ def make_trainer():
     return make_run
 
 
-def make_run(folder, *, frozen=None, reward=left_or_right, prompts=PROMPTS, accelerator=None, **settings):
-    """A trainer in a new run's folder."""
-    defaults = {
-        "batch_size": 32,
-        "group_size": 4,
-        "num_iterations": 20,
-        "checkpoint_every": 5,
-        "critic_warmup": 64,
-        "critic_batch_size": 64,
-        "bands": 4,
-        "output_dir": folder,
-        "critic_updates": 10,
-    }
-    config = TrainConfig(**(defaults | settings))
-    config.check()
-    reward = reward if isinstance(reward, Reward) else Reward("reward", reward)
-    task = Task(frozen or BlobModel(), reward, [], list(prompts), [])
-    run, accelerator = RunFolder(folder), accelerator or Accelerator(cpu=True)
-    if accelerator.is_main_process:
-        config.save(run.config)
-    kind = FindTrainer if config.algorithm == "find" else Trainer
-    return kind(config, task, run, accelerator)
+@pytest.fixture
+def resume_trainer():
+    return resume_run
+
+
+SMALL = {
+    "batch_size": 32,
+    "group_size": 4,
+    "num_iterations": 20,
+    "checkpoint_every": 5,
+    "critic_warmup": 64,
+    "critic_batch_size": 64,
+    "bands": 4,
+    "critic_updates": 10,
+    "eval_num_prompts": 0,
+    "device": "cpu",
+}
+
+
+def make_run(folder, *, frozen=None, reward=left_or_right, prompts=PROMPTS, **settings):
+    """A run in a new folder."""
+    return noisepolicy.Run(
+        frozen or BlobModel(), reward=reward, prompts=prompts, output_dir=folder, **(SMALL | settings)
+    )
+
+
+def resume_run(folder, *, frozen=None, reward=left_or_right, **settings):
+    """The run in this folder, from its newest checkpoint."""
+    return noisepolicy.resume(folder, model=frozen or BlobModel(), reward=reward, **settings)

@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 from conftest import BlobModel, left_or_right, make_run
 
-from noisepolicy.cli.devices import make_accelerator
-from noisepolicy.cli.launch import leave, may_report_error, rank
+from noisepolicy.training.launch import leave, may_report_error, rank
 
 SETTINGS = {
     "critic": {
@@ -37,23 +36,21 @@ class RoundingModel(BlobModel):
 
 
 def main(folder: Path, fault: str = "") -> None:
-    accelerator = make_accelerator("cpu", timeout_s=120)
     names = [fault.split(":")[0]] if fault else list(SETTINGS)
     for name in names:
         trainer = make_run(
             folder / name,
             frozen=RoundingModel(),
             reward=left_or_right,
-            accelerator=accelerator,
             timeout=4.0 if "hang" in fault else 120.0,
             **SETTINGS[name],
         )
-        for metrics in trainer.train():
+        for metrics in trainer:
             if rank() == 1 and metrics["iteration"] == 3:
                 if "hang" in fault:
                     time.sleep(600)
                 if "drift" in fault:
-                    next(trainer.policy.parameters()).data += 1e-6
+                    next(trainer._learner.policy.parameters()).data += 1e-6
 
 
 if __name__ == "__main__":

@@ -2,18 +2,15 @@
 
 import importlib
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from accelerate import Accelerator
 
-from noisepolicy.evaluation import write_model_card
-from noisepolicy.rewards import Reward, load_reward
-from noisepolicy.training.config import TrainConfig
-from noisepolicy.training.run_folder import RunFolder
-from noisepolicy.training.task import Task
-from noisepolicy.training.trainer import Trainer
+import noisepolicy
+from noisepolicy.rewards import Reward
 
 SMALL = {"batch_size": 8, "group_size": 4, "num_iterations": 2, "critic_warmup": 8, "critic_updates": 1, "bands": 4}
 
@@ -22,50 +19,127 @@ def command(name, *arguments):
     return importlib.import_module(f"noisepolicy.cli.{name}").main([str(argument) for argument in arguments])
 
 
-@pytest.mark.parametrize("is_saved_before", [False, True])
-def test_a_run_says_what_it_used(blob, tmp_path, capsys, is_saved_before):
+def test_a_run_says_what_it_used(blob, tmp_path, capsys):
     blob_model, left_or_right = blob
-    config = TrainConfig(**SMALL)
-    run = RunFolder(tmp_path)
-    if is_saved_before:
-        config.save(run.config)
-    task = Task(blob_model(), Reward("left or right", left_or_right), [load_reward("red")], ["a", "bb"], [])
-    trainer = Trainer(config, task, run, Accelerator(cpu=True))
-    list(trainer.train())
-    saved = yaml.safe_load(run.config.read_text())
+    run = noisepolicy.train(
+        blob_model(),
+        reward=Reward("left or right", left_or_right),
+        eval_rewards=["red"],
+        prompts=["a", "bb"],
+        eval_prompts=["ccc"],
+        eval_steps=(1,),
+        output_dir=tmp_path,
+        **SMALL,
+    )
+    saved = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert (saved["model"], saved["reward"]) == ("python:BlobModel", "python:left or right")
     assert saved["eval_rewards"] == ["red"]
-    write_model_card(
-        run.policy, config=trainer.config.plain(), summary={"images_trained": 16, "sweep": [], "seconds": {}}
-    )
-    card = (run.policy / "README.md").read_text()
+    card = (tmp_path / "policy" / "README.md").read_text()
     assert "`python:BlobModel`" in card and "`python:left or right`" in card and "shapes" not in card
     for arguments in (("generate", tmp_path, "a"), ("eval", tmp_path), ("train", "--resume", tmp_path)):
         assert command(*arguments) == 2
         errors = capsys.readouterr().err
-        assert "made in Python with BlobModel, which no command can load" in errors and "Traceback" not in errors
-    resumed = Trainer(TrainConfig(**SMALL | {"num_iterations": 3}), task, run, Accelerator(cpu=True))
-    resumed.resume()
-    assert [metrics["iteration"] for metrics in resumed.train()] == [3]
+        assert "made in Python with BlobModel, which cannot be loaded by its name" in errors
+        assert "Traceback" not in errors
+    resumed = noisepolicy.resume(tmp_path, model=blob_model(), reward=run._task.reward, num_iterations=3)
+    assert [metrics["iteration"] for metrics in resumed] == [3]
 
 
 def test_a_reward_loaded_by_name_keeps_its_name(blob, tmp_path):
-    task = Task(blob[0](), load_reward("0.5*red + 0.5*blue"), [], ["a", "bb"], [])
-    trainer = Trainer(TrainConfig(**SMALL), task, RunFolder(tmp_path), Accelerator(cpu=True))
-    assert trainer.config.reward == "0.5*red + 0.5*blue"
+    run = noisepolicy.Run(
+        blob[0](), reward="0.5*red + 0.5*blue", prompts=["a", "bb"], eval_num_prompts=0, output_dir=tmp_path, **SMALL
+    )
+    assert run.config.reward == "0.5*red + 0.5*blue"
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"batch_size": 10}, "--group-size 4 must divide --batch-size 10"),
-        ({"critic_size": 1}, "--critic-size must be at least 2"),
+        ({"batch_size": 10}, "group_size 4 must divide batch_size 10"),
+        ({"critic_size": 1}, "critic_size must be at least 2, got 1"),
+        ({"num_iteration": 1}, "unknown setting 'num_iteration'"),
+        ({"reward": 3}, "reward must be a reward's name, a function or a Reward, got int"),
+        ({"prompts": [""]}, "prompts: prompt 1: prompt is empty"),
+        ({"prompts": None}, "needs prompts"),
+        ({"reward": None}, "needs reward"),
+        ({"scheduler": "DDIMScheduler"}, "scheduler is for models that are loaded by name"),
+        ({"init_policy": "x"}, "init_policy is for algorithm find"),
     ],
 )
-def test_settings_are_checked(blob, tmp_path, settings, message):
-    task = Task(blob[0](), Reward("reward", blob[1]), [], ["a", "bb"], [])
+def test_arguments_are_checked_and_named(blob, tmp_path, settings, message):
+    given = {"reward": blob[1], "prompts": ["a", "bb"], "output_dir": tmp_path / "run", "eval_num_prompts": 0}
     with pytest.raises(ValueError, match=message):
-        Trainer(TrainConfig(**SMALL | settings), task, RunFolder(tmp_path), Accelerator(cpu=True))
+        noisepolicy.Run(blob[0](), **(given | SMALL | settings))
+    assert not (tmp_path / "run").exists()
+
+
+def test_leaving_the_loop_keeps_what_was_trained(blob, tmp_path):
+    """Leaving a loop saves; the same object goes on, and so does the folder, which then refuses the old object."""
+    given = {"reward": blob[1], "prompts": iter(["a", "bb"]), "output_dir": tmp_path, "eval_num_prompts": 0}
+    run = noisepolicy.Run(blob[0](), **(given | SMALL | {"num_iterations": 5}))
+    for metrics in run:
+        if metrics["iteration"] == 2:
+            break
+    for _ in run:
+        break
+    assert run.iteration == 3 and [row["iteration"] for row in run.metrics] == [1, 2, 3]
+    resumed = noisepolicy.resume(tmp_path, model=blob[0](), reward=blob[1])
+    assert [metrics["iteration"] for metrics in resumed] == [4, 5]
+    with pytest.raises(ValueError, match="was trained on by another process, to iteration 5"):
+        next(iter(run))
+    whole = noisepolicy.Run(
+        blob[0](), **(given | SMALL | {"prompts": ["a", "bb"], "num_iterations": 5, "output_dir": tmp_path / "whole"})
+    )
+    list(whole)
+    for name, value in whole._learner.policy.state_dict().items():
+        assert torch.equal(resumed._learner.policy.state_dict()[name], value), name
+
+
+def test_a_setting_that_may_not_change_is_refused(blob, tmp_path):
+    given = {"reward": blob[1], "prompts": ["a", "bb"], "output_dir": tmp_path, "eval_num_prompts": 0}
+    noisepolicy.Run(blob[0](), **(given | SMALL))
+    with pytest.raises(ValueError, match="learning_rate cannot change in a resumed run"):
+        noisepolicy.resume(tmp_path, model=blob[0](), reward=blob[1], learning_rate=0.1)
+
+
+def test_evaluating_other_prompts_and_rewards(blob, tmp_path):
+    given = {"reward": blob[1], "prompts": ["a", "bb"], "eval_prompts": ["ccc", "dddd"], "eval_steps": (1,)}
+    run = noisepolicy.train(blob[0](), output_dir=tmp_path, **(given | SMALL))
+    written = json.loads((tmp_path / "summary.json").read_text())
+    assert [row["num_pairs"] for row in written["sweep"]] == [16]
+
+    def dark(images, prompts):
+        return 1 - images.mean((1, 2, 3))
+
+    table = run.evaluate(steps=(1, 2), prompts=["eeeee"], rewards=["brightness", dark], group_size=4)
+    assert [row["num_pairs"] for row in table.rows] == [4, 4]
+    names = [other["name"] for other in table.rows[0]["eval_rewards"]]
+    assert names == ["brightness", "dark"]
+    assert "dark" in str(table) and "<table>" in table._repr_html_() and "<img" in run._repr_html_()
+    assert run.report() == tmp_path / "report.html" and "dark" in run.report().read_text()
+    images = run.generate(["a", "bb"], seed=3)
+    assert [image.size for image in images] == [(16, 16)] * 2
+    base, policy = run.generate("a", seed=3, compare=True)
+    assert policy[0].tobytes() == images[0].tobytes() != base[0].tobytes()
+
+
+def test_a_model_of_a_module_gets_everything(tmp_path, monkeypatch, capsys):
+    """From the working folder, as a reward; and whoever goes on with the run must repeat it."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(Path(__file__).parent / "conftest.py", tmp_path / "my_module.py")
+    with open("my_module.py", "a") as file:
+        file.write("\n\nmy_model = BlobModel()\n")
+    settings = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+    model, reward = ("--model", "my_module:my_model"), ("--reward", "my_module:left_or_right")
+    prompts = ("--prompts", "a", "bb", "--eval-prompts", "ccc", "--eval-steps", "1")
+    assert command("train", *model, *reward, *prompts, "--output-dir", "run", *settings) == 0
+    assert (tmp_path / "run" / "report.html").is_file()
+    assert command("eval", "run", *reward) == 2
+    assert "a model that runs the code of" in capsys.readouterr().err
+    assert command("eval", "run", *model, *reward, "--rewards", "red") == 0
+    assert command("generate", "run", "a", *model, "--compare") == 0
+    assert command("train", "--resume", "run", *reward) == 2
+    assert command("train", "--resume", "run", *model, *reward) == 0
 
 
 @pytest.mark.parametrize("algorithm", ["critic", "find"])
@@ -74,28 +148,27 @@ def test_settings_are_checked(blob, tmp_path, settings, message):
     [lambda: torch.autocast("cpu", torch.bfloat16), torch.no_grad, torch.inference_mode],
     ids=["autocast", "no gradient", "inference mode"],
 )
-def test_training_computes_the_same_bits_in_any_mode(make_trainer, tmp_path, mode, algorithm):
+def test_training_computes_the_same_bits_in_any_mode(make_trainer, resume_trainer, tmp_path, mode, algorithm):
     settings = {"critic_warmup": 8, "critic_updates": 1, "critic_batch_size": 8, "algorithm": algorithm}
     settings |= {"batch_size": 16, "num_iterations": 4, "checkpoint_every": 2}
     expected = make_trainer(tmp_path / "expected", **settings)
-    list(expected.train())
+    list(expected)
     with mode():
-        list(make_trainer(tmp_path / "found", **settings | {"num_iterations": 2}).train())
-        found = make_trainer(tmp_path / "found", **settings)
-        found.resume()
-    list(found.train())
-    for name, value in expected.policy.state_dict().items():
-        assert torch.equal(found.policy.state_dict()[name], value), name
+        list(make_trainer(tmp_path / "found", **settings | {"num_iterations": 2}))
+        found = resume_trainer(tmp_path / "found", num_iterations=4)
+    list(found)
+    for name, value in expected._learner.policy.state_dict().items():
+        assert torch.equal(found._learner.policy.state_dict()[name], value), name
     rows = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("expected", "found")]
     assert json.loads(rows[0].splitlines()[-1]) == json.loads(rows[1].splitlines()[-1])
 
 
-def test_another_model_is_refused(blob, make_trainer, tmp_path):
+def test_another_model_is_refused(blob, make_trainer, resume_trainer, tmp_path):
     class Other(blob[0]):
         def weights_sha256(self):
             return "another"
 
     settings = {"batch_size": 8, "critic_warmup": 8, "critic_updates": 1, "num_iterations": 1}
-    list(make_trainer(tmp_path, **settings).train())
+    list(make_trainer(tmp_path, **settings))
     with pytest.raises(ValueError, match=r"the model is not the one .* SHA-256 another\.\.\., .* made with none"):
-        make_trainer(tmp_path, frozen=Other(), **settings).resume()
+        resume_trainer(tmp_path, frozen=Other())

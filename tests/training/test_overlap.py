@@ -16,7 +16,7 @@ def test_bits_do_not_depend_on_it(make_trainer, tmp_path):
     runs = []
     for overlap in (False, True):
         trainer = make_trainer(tmp_path / str(overlap), overlap=overlap, **SETTINGS | {"algorithm": "critic"})
-        runs.append((list(trainer.train()), trainer.policy.state_dict()))
+        runs.append((list(trainer), trainer._learner.policy.state_dict()))
     assert runs[0][0] == runs[1][0]
     for name, value in runs[0][1].items():
         assert torch.equal(value, runs[1][1][name]), name
@@ -40,7 +40,7 @@ def test_an_iteration_takes_little_more_than_the_longer_of_the_two(
         return left_or_right(images, prompts)
 
     monkeypatch.setattr(model, "generate", slowly)
-    iterations = make_trainer(tmp_path, reward=reward, overlap=overlap, **SETTINGS).train()
+    iterations = iter(make_trainer(tmp_path, reward=reward, overlap=overlap, **SETTINGS))
     next(iterations)
     seconds = []
     while len(seconds) < 3 and (not seconds or min(seconds) > most * NUM_CHUNKS * CHUNK_S):  # a busy machine may err
@@ -58,6 +58,6 @@ def test_a_failing_reward_is_named(make_trainer, tmp_path):
         return images.mean((1, 2, 3)) * (1 // (len(calls) < 4))
 
     trainer = make_trainer(tmp_path, reward=fails_late, overlap=True, **SETTINGS)
-    with pytest.raises(RewardError, match="reward 'reward' raised ZeroDivisionError"):
-        list(trainer.train())
+    with pytest.raises(RewardError, match="reward 'fails_late' raised ZeroDivisionError"):
+        list(trainer)
     assert len(calls) < NUM_CHUNKS

@@ -10,11 +10,12 @@ import torch
 
 from noisepolicy.cli.arguments import parse_arguments
 from noisepolicy.storage import read_tensors, write_bytes, write_tensors
-from noisepolicy.training.advantages import leave_one_out, residual
 from noisepolicy.training.checkpoint import save_checkpoint, whole_checkpoints
 from noisepolicy.training.config import DEFAULT_EVAL_STEPS, TrainConfig, load_config
+from noisepolicy.training.noise_ppo import leave_one_out, residual
 from noisepolicy.training.run_folder import RunFolder
 from noisepolicy.training.seeding import stream_generator, stream_seed
+from noisepolicy.training.task import Given
 
 
 def test_leave_one_out_compares_within_a_prompt():
@@ -31,7 +32,7 @@ def test_residual_removes_what_was_foreseen():
 
 
 def test_config_round_trip(tmp_path):
-    config = TrainConfig(num_inference_steps=(1, 4), learning_rate=3e-4, output_dir=tmp_path / "run", policy="dense")
+    config = TrainConfig.of(num_inference_steps=(1, 4), learning_rate=3e-4, output_dir=tmp_path / "run", policy="dense")
     config.save(tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config
 
@@ -40,8 +41,8 @@ def test_config_round_trip(tmp_path):
 def test_presets_are_settings_that_can_work(path):
     config = load_config(path)
     config.check()
-    assert set(config.num_inference_steps) <= set(config.eval_steps or DEFAULT_EVAL_STEPS)
-    assert config.model in ("shapes", "moving_shapes") or "/" in config.model
+    assert set(config.num_inference_steps) <= set(config.evaluation.steps or DEFAULT_EVAL_STEPS)
+    assert config.model.name in ("shapes", "moving_shapes") or "/" in config.model.name
 
 
 @pytest.mark.parametrize("model", ["shapes", "moving_shapes"])
@@ -49,16 +50,16 @@ def test_an_embedded_model_brings_its_own_reward(model):
     """Named by --model over the default preset, too, which must not leave the other's reward behind."""
     for arguments in (["--model", model], [model]):
         config = parse_arguments(arguments).config
-        assert config.model == model and config.resolved(1).reward == model
+        assert config.model.name == model and config.resolved(1).reward == model
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("height: tall", "height must be like int, got 'tall'"),
+        ("height: tall", "height must be a whole number, got 'tall'"),
         ("colour: red", "unknown setting 'colour'"),
-        ("bands: many", "bands must be like int, got 'many'"),
-        ("tensorboard: 3", "tensorboard must be like False, got 3"),
+        ("bands: many", "bands must be a whole number, got 'many'"),
+        ("tensorboard: 3", "tensorboard must be true or false, got 3"),
         ("- a list", "must hold a YAML mapping"),
         ("a: [", "cannot read settings"),
         ("!!python/object/apply:os.system ['true']", "cannot read settings"),
@@ -81,14 +82,14 @@ def test_bad_config_files(tmp_path, text, message):
         ({"diversity_target": 80.0}, r"--diversity-target must be in \[0, 1\], got 80.0"),
         ({"diversity_coef": -1.0}, "--diversity-coef must not be negative"),
         ({"seed": -1}, "--seed must not be negative"),
-        ({"timeout": 1e8}, "--timeout must be at most 10,000,000 seconds, got 100000000.0"),
+        ({"timeout": 1e8}, r"--timeout must be in \(0, 10,000,000\], got 100000000.0"),
         ({"gradient_accumulation_steps": 97}, "97 is more than the 96 images"),
         ({"algorithm": "find", "gradient_accumulation_steps": 2}, "is not for FIND"),
     ],
 )
 def test_settings_that_cannot_work(change, message):
     with pytest.raises(ValueError, match=message):
-        TrainConfig(**change).check()
+        TrainConfig.of(**change).check()
 
 
 def test_checkpoints_keep_two_and_skip_the_damaged(tmp_path):
@@ -161,20 +162,20 @@ def test_runs_of_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch)
 
 def test_a_launch_finds_the_run_it_began(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = TrainConfig(seed=3)
+    config = TrainConfig.of(seed=3)
     run = RunFolder.choose(config)
     assert RunFolder.find(config, "launch", is_restart=True) is None  # it had not come so far
-    run.begin(config.resolved(100), "launch")
+    run.begin(config.resolved(100), "launch", Given())
     assert RunFolder.find(config, "launch", is_restart=False).path == run.path
     assert RunFolder.find(config, "another", is_restart=True) is None
-    assert RunFolder.find(TrainConfig(seed=4), "launch", is_restart=True) is None
+    assert RunFolder.find(TrainConfig.of(seed=4), "launch", is_restart=True) is None
 
 
 def test_a_launch_without_a_name_finds_its_unfinished_run_when_it_is_restarted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = TrainConfig(seed=3)
+    config = TrainConfig.of(seed=3)
     run = RunFolder.choose(config)
-    run.begin(config.resolved(100), None)
+    run.begin(config.resolved(100), None, Given())
     assert RunFolder.find(config, None, is_restart=False) is None
     assert RunFolder.find(config, None, is_restart=True).path == run.path
     run.summary.write_text("{}")

@@ -9,7 +9,7 @@ from noisepolicy.prompt import Prompt, metadata_of
 from noisepolicy.training.config import TrainConfig
 from noisepolicy.training.prompt_list import PromptList, is_prompt_file
 from noisepolicy.training.prompt_records import identity, read_prompts
-from noisepolicy.training.task import Task, _hold_out, _without_repeats
+from noisepolicy.training.task import _hold_out, _without_repeats
 
 
 def test_what_is_taken_for_a_file(tmp_path, monkeypatch):
@@ -100,13 +100,12 @@ class TestFromPython:
         with pytest.raises(ValueError, match="these are the splits 'train', 'test' of a dataset; give one of them"):
             read_prompts(datasets.DatasetDict(train=dataset, test=dataset))
 
-    def test_a_task_takes_them(self, make_trainer, tmp_path, blob):
-        model, reward = blob
+    def test_a_run_takes_them(self, make_trainer, tmp_path):
         trainer = make_trainer(tmp_path, prompts=[{"prompt": "a", "n": 1}, {"prompt": "bb", "n": 2}], num_iterations=1)
-        assert isinstance(trainer.task, Task) and metadata_of(trainer.task.train_prompts[1]) == {"n": 2}
-        list(trainer.train())
-        with pytest.raises(ValueError, match="prompt 1: prompt is empty"):
-            Task(model(), reward, [], [""], [])
+        assert metadata_of(trainer._task.train_prompts[1]) == {"n": 2}
+        list(trainer)
+        with pytest.raises(ValueError, match="prompts: prompt 1: prompt is empty"):
+            make_trainer(tmp_path / "empty", prompts=[""])
 
 
 class TestHub:
@@ -173,7 +172,7 @@ class TestHoldOut:
 
 def test_a_column_without_a_list_is_refused():
     with pytest.raises(ValueError, match="--prompt-column names a column of --prompts"):
-        TrainConfig(prompt_column="text").check()
+        TrainConfig.of(prompt_column="text").check()
 
 
 class TestIdentity:
@@ -190,15 +189,17 @@ class TestIdentity:
         assert len({identity(prompt) for prompt in others}) == len(others)
         assert identity(Prompt("a", {"m": 1, "n": 2})) == identity(Prompt("a", {"n": 2, "m": 1}))
 
-    def test_a_run_does_not_go_on_with_other_metadata(self, make_trainer, tmp_path):
-        def make(n):
-            prompts = [Prompt("a", {"n": n}), "bb"]
-            return make_trainer(tmp_path, prompts=prompts, num_iterations=1)
-
-        list(make(1).train())
-        make(1).resume()
+    def test_a_run_does_not_go_on_with_other_metadata(self, make_trainer, resume_trainer, tmp_path):
+        prompts = [Prompt("a", {"n": 1, "prompt": "another"}), "bb"]
+        list(make_trainer(tmp_path, prompts=prompts, num_iterations=1))
+        assert [metadata_of(prompt) for prompt in resume_trainer(tmp_path)._task.train_prompts] == [
+            {"n": 1, "prompt": "another"},
+            {},
+        ]
+        kept = tmp_path / "prompts.jsonl"
+        kept.write_text(kept.read_text().replace('"n": 1', '"n": 2'))
         with pytest.raises(ValueError, match="the training prompts are not those"):
-            make(2).resume()
+            resume_trainer(tmp_path)
 
     def test_find_takes_a_text_once(self):
         assert _without_repeats(PromptList(["a red circle", "a red circle"])) == ["a red circle"]

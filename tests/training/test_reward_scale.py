@@ -20,10 +20,10 @@ UNITS = [(4.0, 0.0), (2.0**-13, 0.0), (0.03, 0.0), (30.0, 0.0), (1e-4, 0.0), (1e
 
 
 def trained_weights(trainer, num_iterations=5):
-    for metrics in trainer.train():
+    for metrics in trainer:
         if metrics["iteration"] == num_iterations:
             break
-    return torch.cat([parameter.detach().flatten() for parameter in trainer.policy.parameters()])
+    return torch.cat([parameter.detach().flatten() for parameter in trainer._learner.policy.parameters()])
 
 
 @pytest.mark.slow
@@ -51,15 +51,13 @@ def test_a_float32_reward_far_from_zero_is_learned_from_as_well(make_trainer, bl
     assert torch.nn.functional.cosine_similarity(near, far, 0) > 0.9
 
 
-def test_a_resumed_run_has_the_scale_it_had(make_trainer, tmp_path):
-    whole = list(make_trainer(tmp_path / "whole", num_iterations=10).train())
-    make_trainer(tmp_path / "halves", num_iterations=10)
+def test_a_resumed_run_has_the_scale_it_had(make_trainer, resume_trainer, tmp_path):
+    whole = list(make_trainer(tmp_path / "whole", num_iterations=10))
     first = make_trainer(tmp_path / "halves", num_iterations=5)
-    list(first.train())
-    second = make_trainer(tmp_path / "halves", num_iterations=10)
-    second.resume()
-    assert second._scale.spread == first._scale.spread
-    list(second.train())
+    list(first)
+    second = resume_trainer(tmp_path / "halves", num_iterations=10)
+    assert second._learner._scale.spread == first._learner._scale.spread
+    list(second)
     assert RunFolder(tmp_path / "halves").read_metrics() == whole
 
 
@@ -111,20 +109,20 @@ def test_heavy_tailed_rewards_are_learned_from(make_trainer, blob, tmp_path):
         return reward(images, prompts).double() + 0.01 * drawn + off
 
     trainer = make_trainer(tmp_path, reward=heavy, num_iterations=30)
-    list(trainer.train())
+    list(trainer)
     clean = make_trainer(tmp_path / "clean")
     gain = [
-        reward(images_of(start, clean), clean.task.train_prompts * 64).mean().item()
-        for start in (clean.policy, trainer.kept_policy())
+        reward(images_of(start, clean), list(clean._task.train_prompts) * 64).mean().item()
+        for start in (clean.policy, trainer.policy)
     ]
     assert gain[1] > gain[0] + 0.04
 
 
 def images_of(policy, trainer):
-    prompts = list(trainer.task.train_prompts) * 64
-    embeds = trainer.task.frozen.encode(prompts)
+    prompts = list(trainer._task.train_prompts) * 64
+    embeds = trainer._task.frozen.encode(prompts)
     latents = policy.choose(embeds.prompt_embeds, seed=5)
-    return trainer.task.frozen.generate(latents, embeds, num_inference_steps=1, guidance_scale=1.0)
+    return trainer._task.frozen.generate(latents, embeds, num_inference_steps=1, guidance_scale=1.0)
 
 
 def sum_of_bright_and_red(factor):
@@ -141,7 +139,7 @@ def test_each_part_of_a_sum_has_its_own_unit(make_trainer, tmp_path):
         trainer = make_trainer(
             tmp_path / mode, reward=sum_of_bright_and_red(1000.0), normalize_rewards=mode, num_iterations=30
         )
-        metrics = list(trainer.train())
+        metrics = list(trainer)
         rises[mode] = {
             name: (metrics[-1][f"reward/{name}"] - metrics[0][f"reward/{name}"]) for name in ("bright", "red")
         }
@@ -180,7 +178,7 @@ def test_nothing_to_learn_is_said_once(make_trainer, tmp_path, reward, message, 
     trainer = make_trainer(tmp_path, reward=reward, **{"num_iterations": 6, **ALGORITHMS[algorithm]})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        list(trainer.train())
+        list(trainer)
     told = [str(warning.message) for warning in caught if "nothing can be learned" in str(warning.message)]
     assert len(told) == 1 and message in told[0]
 
@@ -188,15 +186,15 @@ def test_nothing_to_learn_is_said_once(make_trainer, tmp_path, reward, message, 
 def test_a_reward_to_learn_from_is_not_warned_of(make_trainer, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        list(make_trainer(tmp_path, num_iterations=4).train())
+        list(make_trainer(tmp_path, num_iterations=4))
 
 
 def test_a_critic_s_predictions_survive_a_change_of_scale(make_trainer, tmp_path):
     trainer = make_trainer(tmp_path, num_iterations=4)
-    list(trainer.train())
-    critic, rows = trainer._critic, torch.arange(4)
-    embeds = trainer.prompts[rows].prompt_embeds.float()
-    inputs = embeds, torch.randn(4, *trainer.policy.action_shape), torch.zeros(4, dtype=torch.int64)
+    list(trainer)
+    critic, rows = trainer._learner._critic, torch.arange(4)
+    embeds = trainer._prompts[rows].prompt_embeds.float()
+    inputs = embeds, torch.randn(4, *trainer._learner.policy.action_shape), torch.zeros(4, dtype=torch.int64)
     with torch.no_grad():
         before = critic.in_reward_units(critic(*inputs))
         critic.set_scale(critic.reward_center.item() + 0.3, critic.reward_spread.item() * 3)

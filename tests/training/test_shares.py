@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from noisepolicy.training.shares import deal, split_batch
+from noisepolicy.training.rollout import deal, split_batch
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 
+from noisepolicy.settings import settings_of
 from noisepolicy.training.config import TrainConfig
 from noisepolicy.training.task import load_task
 
@@ -13,7 +14,7 @@ ANCESTRAL = "EulerAncestralDiscreteScheduler"  # draws noise from the second ste
 
 def load(**settings):
     settings = {"model": "shapes", "scheduler": ANCESTRAL, "num_inference_steps": (1,), **settings}
-    return load_task(TrainConfig(**settings), torch.device("cpu"))
+    return load_task(TrainConfig.of(**settings), torch.device("cpu"))
 
 
 def test_default_counts_that_cannot_work_are_left_out_with_one_warning():
@@ -44,10 +45,12 @@ def test_without_an_evaluation_its_counts_are_not_tried():
 
 
 def test_numbers_that_are_not_finite_are_refused_in_every_setting():
-    for name, default in vars(TrainConfig()).items():
-        if isinstance(default, float):
-            with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} must be a finite number, got nan"):
-                TrainConfig(**{name: float("nan")}).check()
+    for name, setting in settings_of(TrainConfig).items():
+        if setting.kind is float:
+            with pytest.raises(ValueError, match=f"{setting.flag} must be a finite number, got nan"):
+                TrainConfig.of(**{name: float("nan")})
+    with pytest.raises(ValueError, match="--guidance-scale must be a finite number, got inf"):
+        TrainConfig.of(guidance_scale=float("inf"))
     with pytest.raises(ValueError, match="--guidance-scale must be a finite number, got inf"):
         TrainConfig(guidance_scale=float("inf")).check()
-    TrainConfig(kl_budget=float("inf")).check()
+    TrainConfig.of(kl_budget=float("inf")).check()

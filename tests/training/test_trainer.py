@@ -1,10 +1,11 @@
 """The loop itself, on a tiny frozen model with no diffusers in it, and on the embedded one."""
 
+import shutil
+
 import pytest
 import torch
 
 from noisepolicy.ops import gaussian_log_prob, ppo_clip_loss
-from noisepolicy.training.updates import update_policy
 
 
 @pytest.mark.parametrize(
@@ -19,7 +20,7 @@ from noisepolicy.training.updates import update_policy
     ids=lambda settings: "-".join(str(value) for value in settings.values()),
 )
 def test_every_recipe_learns(make_trainer, tmp_path, settings):
-    metrics = list(make_trainer(tmp_path, num_iterations=40, **settings).train())
+    metrics = list(make_trainer(tmp_path, num_iterations=40, **settings))
     start = sum(row["reward"] for row in metrics[:3]) / 3
     end = sum(row["reward"] for row in metrics[-3:]) / 3
     assert end > start + 0.05, (start, end)
@@ -27,21 +28,27 @@ def test_every_recipe_learns(make_trainer, tmp_path, settings):
 
 
 @pytest.mark.parametrize("algorithm", ["critic", "ppo"])
-def test_resumed_run_is_bit_identical(make_trainer, tmp_path, algorithm, monkeypatch):
+def test_resumed_run_is_bit_identical(make_trainer, resume_trainer, blob, tmp_path, algorithm):
     whole = make_trainer(tmp_path / "whole", algorithm=algorithm)
-    all_metrics = list(whole.train())
-    stopped = make_trainer(tmp_path / "stopped", algorithm=algorithm)
-    for metrics in stopped.train():
+    all_metrics = list(whole)
+    for metrics in make_trainer(tmp_path / "running", algorithm=algorithm):
         if metrics["iteration"] == 13:  # three iterations after the last checkpoint
+            shutil.copytree(tmp_path / "running", tmp_path / "killed")
             break
-    resumed = make_trainer(tmp_path / "stopped", algorithm=algorithm)
-    monkeypatch.setattr(resumed.task.frozen, "encode", None)  # it read what it had encoded
-    resumed.resume()
+    encoded = []
+
+    class Watched(blob[0]):
+        def encode(self, prompts):
+            encoded.extend(prompts)
+            return super().encode(prompts)
+
+    resumed = resume_trainer(tmp_path / "killed", frozen=Watched())
     assert resumed.iteration == 10
-    list(resumed.train())
-    for name, parameter in whole.policy.state_dict().items():
-        assert torch.equal(parameter, resumed.policy.state_dict()[name]), name
-    assert resumed.run.read_metrics() == all_metrics
+    assert len(encoded) < 13, "it read what it had encoded; only the sample pictures' prompts are encoded again"
+    list(resumed)
+    for name, parameter in whole._learner.policy.state_dict().items():
+        assert torch.equal(parameter, resumed._learner.policy.state_dict()[name]), name
+    assert resumed._folder.read_metrics() == all_metrics
 
 
 @pytest.mark.parametrize(
@@ -56,40 +63,38 @@ def test_gradient_accumulation_takes_the_same_steps(make_trainer, tmp_path, sett
         return ppo_clip_loss(latents, *arguments, **options)
 
     whole = make_trainer(tmp_path / "whole", num_iterations=4, **settings)
-    list(whole.train())
-    monkeypatch.setattr("noisepolicy.training.updates.ppo_clip_loss", watched)
+    list(whole)
+    monkeypatch.setattr("noisepolicy.training.noise_ppo.ppo_clip_loss", watched)
     parts = make_trainer(tmp_path / "parts", num_iterations=4, gradient_accumulation_steps=3, **settings)
-    list(parts.train())
+    list(parts)
     assert sizes == {11, 10}
-    for expected, ours in zip(whole.run.read_metrics(), parts.run.read_metrics(), strict=True):
+    for expected, ours in zip(whole._folder.read_metrics(), parts._folder.read_metrics(), strict=True):
         assert ours == pytest.approx(expected, rel=1e-3, abs=1e-4)
-    embeds = whole.task.frozen.encode(whole.task.train_prompts).prompt_embeds
-    assert torch.allclose(whole.policy(embeds)[0], parts.policy(embeds)[0], atol=1e-4)
+    embeds = whole._task.frozen.encode(whole._task.train_prompts).prompt_embeds
+    assert torch.allclose(whole._learner.policy(embeds)[0], parts._learner.policy(embeds)[0], atol=1e-4)
 
 
 def test_seeds_differ_and_repeat(make_trainer, tmp_path):
     def final(folder, seed):
         trainer = make_trainer(tmp_path / folder, seed=seed, num_iterations=4)
-        list(trainer.train())
-        return torch.cat([parameter.flatten() for parameter in trainer.policy.parameters()])
+        list(trainer)
+        return torch.cat([parameter.flatten() for parameter in trainer._learner.policy.parameters()])
 
     first, again, other = final("a", 0), final("b", 0), final("c", 1)
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 def test_budget_holds_the_kl(make_trainer, tmp_path):
-    loose = list(make_trainer(tmp_path / "loose", num_iterations=60, kl_training_budget=50.0).train())[-1][
-        "kl_to_prior"
-    ]
-    tight = list(make_trainer(tmp_path / "tight", num_iterations=60, kl_training_budget=1.0).train())[-1]["kl_to_prior"]
+    loose = list(make_trainer(tmp_path / "loose", num_iterations=60, kl_training_budget=50.0))[-1]["kl_to_prior"]
+    tight = list(make_trainer(tmp_path / "tight", num_iterations=60, kl_training_budget=1.0))[-1]["kl_to_prior"]
     assert tight < 2.0 < loose
 
 
 def test_diversity_is_held_to_its_target(make_trainer, tmp_path):
     """The coefficient falls while there is more variety than asked for and rises while there is less."""
     settings = {"num_iterations": 60, "kl_training_budget": 200.0, "diversity_coef": 1.5}
-    low = list(make_trainer(tmp_path / "low", diversity_target=0.05, **settings).train())
-    high = list(make_trainer(tmp_path / "high", diversity_target=1.0, **settings).train())
+    low = list(make_trainer(tmp_path / "low", diversity_target=0.05, **settings))
+    high = list(make_trainer(tmp_path / "high", diversity_target=1.0, **settings))
     assert low[-1]["diversity_coef"] < 1.5 < high[-1]["diversity_coef"]
     kept = [sum(row["diversity_kept"] for row in rows[-10:]) / 10 for rows in (low, high)]
     assert kept[0] < kept[1] - 0.02, kept
@@ -98,8 +103,8 @@ def test_diversity_is_held_to_its_target(make_trainer, tmp_path):
 @pytest.mark.parametrize("algorithm", ["critic", "ppo"])
 def test_updates_stop_at_the_target_kl_and_come_back_to_it(make_trainer, tmp_path, algorithm):
     settings = {"algorithm": algorithm, "num_updates": 10, "num_iterations": 8, "learning_rate": 3e-3}
-    free = list(make_trainer(tmp_path / "free", target_kl=1e9, **settings).train())
-    held = list(make_trainer(tmp_path / "held", target_kl=0.01, **settings).train())
+    free = list(make_trainer(tmp_path / "free", target_kl=1e9, **settings))
+    held = list(make_trainer(tmp_path / "held", target_kl=0.01, **settings))
     assert max(row["step_kl"] for row in held) <= 0.02
     assert free[-1]["step_kl"] > 0.06 and held[-1]["step_kl"] > 0.002
 
@@ -107,10 +112,10 @@ def test_updates_stop_at_the_target_kl_and_come_back_to_it(make_trainer, tmp_pat
 def test_the_average_remembers_little_at_the_start(make_trainer, tmp_path):
     """A tenth of the initial weights after the first iteration, two elevenths of that after the second."""
     trainer = make_trainer(tmp_path, algorithm="ppo", num_iterations=2)
-    expected = trainer.policy.mean.bias.detach().clone()
-    for _, decay in zip(trainer.train(), (1 / 10, 2 / 11), strict=True):
-        expected.lerp_(trainer.policy.mean.bias.detach(), 1 - decay)
-        torch.testing.assert_close(trainer.average.mean.bias, expected)
+    expected = trainer._learner.policy.mean.bias.detach().clone()
+    for _, decay in zip(trainer, (1 / 10, 2 / 11), strict=True):
+        expected.lerp_(trainer._learner.policy.mean.bias.detach(), 1 - decay)
+        torch.testing.assert_close(trainer._learner.average.mean.bias, expected)
 
 
 def test_first_ratio_is_one(make_trainer, tmp_path, monkeypatch):
@@ -122,9 +127,9 @@ def test_first_ratio_is_one(make_trainer, tmp_path, monkeypatch):
         ratios.append(stats.ratio)
         return loss, stats
 
-    monkeypatch.setattr("noisepolicy.training.updates.ppo_clip_loss", watched)
+    monkeypatch.setattr("noisepolicy.training.noise_ppo.ppo_clip_loss", watched)
     trainer = make_trainer(tmp_path, num_iterations=4, num_updates=3, target_kl=1e9)
-    for _ in trainer.train():
+    for _ in trainer:
         if ratios:
             assert (ratios[0] - 1).abs().max() <= 1e-6
             assert (ratios[1] - 1).abs().max() > 1e-6
@@ -134,35 +139,24 @@ def test_first_ratio_is_one(make_trainer, tmp_path, monkeypatch):
 def test_an_action_of_another_policy_is_noticed(make_trainer, tmp_path):
     """Plants the bug: the rollout was made by other weights than the update starts from."""
     trainer = make_trainer(tmp_path)
-    rollout = trainer._roll_out(0)
-    mean, log_std = trainer.policy(trainer.prompts[rollout.prompt_row].prompt_embeds)
+    rollout = trainer.roll_out(0)
+    mean, log_std = trainer._learner.policy(trainer._prompts[rollout.prompt_row].prompt_embeds)
     assert torch.allclose(rollout.log_prob, gaussian_log_prob(rollout.action, mean, log_std), atol=1e-3)
-    trainer.policy.mean.bias.data += 0.1
+    trainer._learner.policy.mean.bias.data += 0.1
     with pytest.raises(RuntimeError, match="log-probs of the rollout"):
-        update_policy(
-            trainer.policy,
-            trainer._policy_optimizer,
-            trainer._critic,
-            rollout,
-            trainer.prompts,
-            trainer._scale,
-            trainer.config,
-            kl_coef=0.0,
-            diversity_coef=0.0,
-            generator=torch.Generator(),
-        )
+        trainer._learner.learn(rollout, 20)
 
 
 def test_the_critic_chooses_better_starts(make_trainer, tmp_path):
     """Of the same policy's draws, the chosen ones have more of the real reward; one candidate is the plain draw."""
     trainer = make_trainer(tmp_path, num_iterations=40, kl_budget=0.1)
-    list(trainer.train())
-    policy, frozen, prompts = trainer.kept_policy(), trainer.task.frozen, trainer.task.train_prompts * 32
+    list(trainer)
+    policy, frozen, prompts = trainer.policy, trainer._task.frozen, list(trainer._task.train_prompts) * 32
     embeds = frozen.encode(prompts)
 
     def mean_reward(latents):
         images = frozen.generate(latents, embeds, num_inference_steps=1, guidance_scale=1)
-        return trainer.task.reward(images, prompts).mean()
+        return trainer._task.reward(images, prompts).mean()
 
     chosen = policy.choose(embeds.prompt_embeds, seed=3)
     policy.num_candidates = 1

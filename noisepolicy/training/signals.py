@@ -1,29 +1,40 @@
-"""Ctrl-C and SIGTERM: what is begun is brought to an end that can be gone on from; a second signal ends at once."""
+"""Ctrl-C and SIGTERM: finish the iteration and save a checkpoint. A second signal quits at once."""
 
 import os
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Signals:
     """Handlers for the duration of a `with` block.
 
-    The first signal raises KeyboardInterrupt where it comes, or within `put_off` sets `received`. From then on the
-    system's own handlers are in place, so a second one ends the process even where no Python runs.
+    The first signal raises KeyboardInterrupt where it comes, or within `put_off` sets `received`. From then on other
+    handlers are in place, so a second one ends the work even where no Python runs.
+
+    Args:
+        numbers: the signals to handle.
+        second: handler of a second signal; the system's own ends the process.
     """
 
     received: int | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, numbers: Sequence[int] = (signal.SIGINT, signal.SIGTERM), second: Any = signal.SIG_DFL) -> None:
+        self._numbers, self._second = numbers, second
         self._is_put_off = False
+        self._before: dict[int, Any] = {}
+
+    @classmethod
+    def of_python(cls) -> "Signals":
+        """Handlers for work inside of somebody's Python process: Ctrl-C alone, and none outside of the main thread."""
+        is_main = threading.current_thread() is threading.main_thread()
+        return cls((signal.SIGINT,) if is_main else (), signal.default_int_handler)
 
     def __enter__(self) -> "Signals":
         # One that is ignored, as in a shell's background jobs, stays so.
-        self._before = {number: signal.getsignal(number) for number in _SIGNALS}
+        self._before = {number: signal.getsignal(number) for number in self._numbers}
         for number, handler in self._before.items():
             if handler is not signal.SIG_IGN:
                 signal.signal(number, self._handle)
@@ -40,7 +51,7 @@ class Signals:
 
     @contextmanager
     def put_off(self) -> Iterator[None]:
-        """A block that looks at `received` itself, where it can stop."""
+        """A block that cannot stop midway; whoever is in it looks at `received` itself, where it can."""
         self._is_put_off = True
         try:
             yield
@@ -51,7 +62,7 @@ class Signals:
         self.received = number
         for other, handler in self._before.items():
             if handler is not signal.SIG_IGN:
-                signal.signal(other, signal.SIG_DFL)
+                signal.signal(other, self._second)
         if not self._is_put_off:
             raise KeyboardInterrupt
         # Not by print, which the signal may have come in the midst of.

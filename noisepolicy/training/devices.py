@@ -1,14 +1,13 @@
 """The Accelerate engine on the device a user asked for."""
 
-import dataclasses
 import warnings
 from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 
-from noisepolicy.cli.launch import join_processes, num_ranks
 from noisepolicy.training.config import TrainConfig
+from noisepolicy.training.launch import join_processes, num_ranks
 
 _DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
 
@@ -53,17 +52,17 @@ def make_run_accelerator(config: TrainConfig, device: str | None) -> Accelerator
     Raises:
         ValueError: as `make_accelerator`.
     """
-    if device is None and config.device.startswith("cuda") and not torch.cuda.is_available():
-        warnings.warn(f"the run's device, {config.device}, is not here; using the CPU", stacklevel=2)
+    if device is None and config.model.device.startswith("cuda") and not torch.cuda.is_available():
+        warnings.warn(f"the run's device, {config.model.device}, is not here; using the CPU", stacklevel=2)
         device = "cpu"
-    return make_accelerator(config.device if device is None else device, timeout_s=config.timeout)
+    return make_accelerator(config.model.device if device is None else device, timeout_s=config.timeout)
 
 
 def for_device(config: TrainConfig, device: torch.device) -> TrainConfig:
     """A run's settings without those for its speed and memory that `device` cannot carry out."""
     if device.type != "cpu":
         return config
-    return dataclasses.replace(config, cuda_graph=False, cpu_offload=False)
+    return config.replace(cuda_graph=False, cpu_offload=False)
 
 
 def with_mixed_precision(config: TrainConfig, accelerator: Accelerator) -> TrainConfig:
@@ -77,9 +76,9 @@ def with_mixed_precision(config: TrainConfig, accelerator: Accelerator) -> Train
         return config
     if wanted not in _DTYPES:
         raise ValueError(f"accelerate's --mixed_precision must be no, fp16 or bf16 here, got {wanted}")
-    if config.dtype not in (None, dtype := _DTYPES[wanted]):
+    if config.model.dtype not in (None, dtype := _DTYPES[wanted]):
         raise ValueError(
-            f"accelerate's --mixed_precision {wanted} contradicts dtype {config.dtype}; "
+            f"accelerate's --mixed_precision {wanted} contradicts dtype {config.model.dtype}; "
             f"launch with --mixed_precision no, or train with --dtype {dtype}"
         )
-    return dataclasses.replace(config, dtype=dtype)
+    return config.replace(dtype=dtype)

@@ -1,0 +1,61 @@
+"""The settings of a frozen model: which one it is, how it is loaded, and what runs it."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from noisepolicy.settings import COUNT, Flat
+
+EngineName = Literal["auto", "eager", "compile", "onnx", "openvino", "tensorrt", "tensorrt-rtx"]
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The frozen model."""
+
+    name: Annotated[str, Flat("model")] = "shapes"
+    """The frozen model: 'shapes' or 'moving_shapes' (the embedded ones, pictures and clips), a folder or hub id in
+    diffusers' format, or 'module:object', an object with `encode` and `generate` from a Python module."""
+    height: Annotated[int | None, COUNT] = None
+    """Image height in pixels. Default: the model's own."""
+    width: Annotated[int | None, COUNT] = None
+    """Image width in pixels. Default: the model's own."""
+    num_frames: Annotated[int | None, COUNT] = None
+    """Frames of a video model's clips. Default: the model's own."""
+    variant: str | None = None
+    """Variant of the model's weight files, e.g. 'fp16'. A folder with files of a single variant needs none."""
+    scheduler: str | None = None
+    """Name of a diffusers scheduler that replaces the model's own, with the same settings, e.g.
+    EulerDiscreteScheduler."""
+    timestep_spacing: Literal["leading", "linspace", "trailing"] | None = None
+    """Timestep spacing of the scheduler. 'trailing' suits few steps. Default: the scheduler's own."""
+    negative_prompt: str | None = None
+    """Negative prompt of models with classifier-free guidance. Default: the pipeline's own."""
+    max_sequence_length: Annotated[int | None, COUNT] = None
+    """Tokens of a prompt, for pipelines that let one choose. Default: the pipeline's own."""
+    dtype: Dtype | None = None
+    """Data type of the frozen model. The policy, its latents and log-probs are always float32. Default: what
+    `accelerate launch --mixed_precision` asks for, else float32."""
+    device: str = "auto"
+    """Device of the model and the policy: 'auto' (a CUDA device if there is one, else the CPU), 'cpu', 'cuda' or
+    'cuda:N'."""
+    engine: EngineName = "eager"
+    """Engine that runs the denoiser and the VAE's decoder: PyTorch as it is or compiled, ONNX Runtime, OpenVINO on a
+    CPU, TensorRT or TensorRT-RTX. Exported files are cached. 'auto' measures the engines that run here and takes the
+    fastest."""
+    engine_dtype: Dtype | None = None
+    """Data type that an exported engine computes in. Default: the model's. OpenVINO computes in bfloat16, as fast as
+    the CPU allows."""
+    rollout_batch_size: Annotated[int, COUNT] = 32
+    """Largest number of images that the frozen model makes at a time. Processes share a batch in an even number of
+    such chunks."""
+    cuda_graph: bool = False
+    """Replay the whole denoising loop as one CUDA graph for each batch size (Stable Diffusion and SDXL, on a GPU)."""
+    vae_slicing: bool = False
+    """Decode images one at a time, to save memory."""
+    vae_tiling: bool = False
+    """Decode images in tiles, to save memory."""
+    cpu_offload: bool = False
+    """Keep each part of the model on the GPU only while it works, to save memory (Accelerate's model offload)."""
+    drop_text_encoders: bool = False
+    """Encode every prompt at the start and free the text encoders, to save memory."""

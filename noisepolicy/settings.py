@@ -1,0 +1,265 @@
+"""Settings as dataclasses: the type, the bounds and the help of a setting stand beside its field.
+
+A dataclass of settings may hold others, e.g. `TrainConfig.critic` holds a `CriticConfig`. Files, flags and keyword
+arguments know every setting by one flat name: the nested `critic.updates` is `critic_updates`, and `--critic-updates`.
+"""
+
+import ast
+import dataclasses
+import functools
+import inspect
+import math
+import re
+import reprlib
+import textwrap
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The numbers that a setting may have. Infinity is refused unless `may_be_infinite`, NaN always."""
+
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    may_be_infinite: bool = False
+
+    def __str__(self) -> str:
+        """The rule in words, e.g. "must be in [0, 1)"."""
+        if self.at_most is None and self.below is None:
+            if self.above == 0 or self.at_least == 1:
+                return "must be positive"
+            return "must not be negative" if self.at_least == 0 else f"must be at least {self.at_least:,}"
+        low = f"({self.above:,}" if self.at_least is None else f"[{self.at_least:,}"
+        return f"must be in {low}, {self.at_most:,}]" if self.below is None else f"must be in {low}, {self.below:,})"
+
+    def hold(self, value: float) -> bool:
+        """Whether the value is within the bounds."""
+        return (
+            (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.below is None or value < self.below)
+        )
+
+
+COUNT = Bounds(at_least=1)
+POSITIVE = Bounds(above=0)
+POSITIVE_OR_INFINITE = Bounds(above=0, may_be_infinite=True)
+NOT_NEGATIVE = Bounds(at_least=0)
+_FINITE = Bounds(at_least=-math.inf)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Marks the field that begins a group of flags in `--help`."""
+
+    title: str
+
+
+@dataclass(frozen=True)
+class Flat:
+    """Says how a field is called outside: a setting's flat name, or the prefix of a nested dataclass's settings."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting of a dataclass of settings."""
+
+    name: str
+    """The flat name."""
+    path: tuple[str, ...]
+    """Attribute names that lead to it."""
+    kind: type
+    """int, float, bool, str or Path; of each value where it is a list."""
+    is_list: bool
+    is_optional: bool
+    choices: tuple[str, ...]
+    bounds: Bounds | None
+    default: Any
+    help: str
+    group: str
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    def checked(self, value: Any) -> Any:
+        """The value in the setting's own type: a list is a tuple, a whole number may stand for a float.
+
+        Raises:
+            ValueError: if the value is of another type, out of bounds, or not one of the choices.
+        """
+        if value is None and self.is_optional:
+            return None
+        if not self.is_list:
+            return self._checked_one(value)
+        values = value if isinstance(value, list | tuple) else [value]
+        if self.kind is int and not values:
+            raise ValueError(f"{self.flag} must be one or more numbers, got none")
+        return tuple(self._checked_one(item) for item in values)
+
+    def _checked_one(self, value: Any) -> Any:
+        if self.choices and value not in self.choices:
+            raise ValueError(f"{self.flag} must be one of {', '.join(self.choices)}, got {reprlib.repr(value)}")
+        try:
+            result = _converted(value, self.kind)
+        except (ValueError, OverflowError):
+            like = "true or false" if self.kind is bool else f"like {self.default!r}" if self.default else _A[self.kind]
+            raise ValueError(f"{self.flag} must be {like}, got {reprlib.repr(value)}") from None
+        if self.kind in (int, float):
+            bounds = self.bounds or _FINITE
+            if math.isnan(result) or (math.isinf(result) and not bounds.may_be_infinite):
+                raise ValueError(f"{self.flag} must be a finite number, got {result}")
+            if not bounds.hold(result):
+                raise ValueError(f"{self.flag} {bounds}, got {result}")
+        return result
+
+
+_A = {int: "a whole number", float: "a number", str: "text", Path: "a path", bool: "true or false"}
+
+
+def _converted(value: Any, kind: type) -> Any:
+    if kind is bool or isinstance(value, bool):
+        if kind is not bool or not isinstance(value, bool):
+            raise ValueError
+        return value
+    if kind is str:
+        if isinstance(value, date):  # a text that YAML takes for a date
+            return str(value)
+        if isinstance(value, int | float | Path):
+            return str(value)
+        if not isinstance(value, str):
+            raise ValueError
+        return value
+    if kind is Path:
+        if not isinstance(value, str | Path):
+            raise ValueError
+        return Path(value)
+    # PyYAML reads 1e-4, which has no point, as text.
+    if not isinstance(value, int | float | str) or (kind is int and isinstance(value, float) and value % 1):
+        raise ValueError
+    return kind(value)
+
+
+@functools.cache
+def settings_of(kind: type) -> dict[str, Setting]:
+    """Every setting of a dataclass and of those it holds, by flat name, in order."""
+    return {setting.name: setting for setting in _walk(kind, (), "", kind.__name__)}
+
+
+def _walk(kind: type, path: tuple[str, ...], prefix: str, group: str) -> list[Setting]:
+    settings: list[Setting] = []
+    hints, helps = get_type_hints(kind, include_extras=True), _field_docstrings(kind)
+    for field in dataclasses.fields(kind):
+        hint, notes = hints[field.name], ()
+        if get_origin(hint) is Annotated:
+            hint, *notes = get_args(hint)
+        group = next((note.title for note in notes if isinstance(note, Group)), group)
+        flat = next((note.name for note in notes if isinstance(note, Flat)), None)
+        place = (*path, field.name)
+        if dataclasses.is_dataclass(hint):
+            settings += _walk(hint, place, prefix if flat is None else flat, group)
+            continue
+        options = [option for option in get_args(hint) if option is not NoneType] if _is_union(hint) else [hint]
+        (option,) = options
+        is_list = get_origin(option) is tuple
+        kind_of_value = get_args(option)[0] if is_list else option
+        choices = get_args(kind_of_value) if get_origin(kind_of_value) is Literal else ()
+        settings.append(
+            Setting(
+                name=prefix + field.name if flat is None else flat,
+                path=place,
+                kind=str if choices else kind_of_value,
+                is_list=is_list,
+                is_optional=_is_union(hint),
+                choices=choices,
+                bounds=next((note for note in notes if isinstance(note, Bounds)), None),
+                default=field.default,
+                help=" ".join(helps.get(field.name, "").split()),
+                group=group,
+            )
+        )
+    return settings
+
+
+def _is_union(hint: Any) -> bool:
+    return NoneType in get_args(hint)
+
+
+def _field_docstrings(kind: type) -> dict[str, str]:
+    """The strings that stand under a dataclass's fields."""
+    (body,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    found = {}
+    for statement, following in zip(body.body, body.body[1:], strict=False):
+        if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
+            found[statement.target.id] = ast.literal_eval(following.value)
+    return found
+
+
+def with_names(kind: type, message: str) -> str:
+    """A message that calls settings by their names, `batch_size` for `--batch-size`."""
+    names = {setting.flag: name for name, setting in settings_of(kind).items()}
+    return re.sub(r"--[a-z][a-z-]+", lambda flag: names.get(flag[0], flag[0]), message)
+
+
+def flat_values(config: Any) -> dict[str, Any]:
+    """Every setting's value by flat name."""
+    return {
+        name: functools.reduce(getattr, setting.path, config) for name, setting in settings_of(type(config)).items()
+    }
+
+
+def with_settings(config: Config, **values: Any) -> Config:
+    """A copy with these settings, by flat name; each value is checked.
+
+    Raises:
+        ValueError: if there is no such setting, or a value is not one of its.
+    """
+    known = settings_of(type(config))
+    if unknown := [name for name in values if name not in known]:
+        raise ValueError(f"unknown setting {reprlib.repr(unknown[0])}; see noisepolicy-train --help")
+    tree: dict[str, Any] = {}
+    for name, value in values.items():
+        *parents, last = known[name].path
+        branch = tree
+        for parent in parents:
+            branch = branch.setdefault(parent, {})
+        branch[last] = known[name].checked(value)
+    return _replaced(config, tree)
+
+
+def _replaced(config: Config, tree: dict[str, Any]) -> Config:
+    return dataclasses.replace(
+        config,
+        **{
+            name: _replaced(getattr(config, name), value) if isinstance(value, dict) else value
+            for name, value in tree.items()
+        },
+    )
+
+
+def checked(config: Config) -> Config:
+    """A copy whose values are all checked, for a dataclass that was filled without `with_settings`.
+
+    Raises:
+        ValueError: as `with_settings`.
+    """
+    return with_settings(config, **flat_values(config))
+
+
+def plain_values(config: Any) -> dict[str, Any]:
+    """Every setting's value by flat name, as YAML and JSON know it."""
+    return {
+        name: list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+        for name, value in flat_values(config).items()
+    }

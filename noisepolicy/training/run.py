@@ -1,0 +1,978 @@
+"""A training run: what it is about, its folder, its iterations, and what comes of it.
+
+`Run.iterations` and `Run._iterate` are the course of a training: draw prompts, make images (`rollout.py`), learn from
+them (`noise_ppo.py` or `find.py`), write metrics and checkpoints. The command line and Python both use this object.
+"""
+
+import base64
+import dataclasses
+import functools
+import hashlib
+import html
+import math
+import resource
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from noisepolicy.evaluation import Sweep, evaluate_sweep, measured_on, write_model_card, write_report
+from noisepolicy.evaluation.figures import before_after, image_grid, to_pil
+from noisepolicy.frozen import FrozenModel, PromptEmbeds
+from noisepolicy.ops import gaussian_sample
+from noisepolicy.policies import NoisePolicy
+from noisepolicy.policies.precision import plain_arithmetic
+from noisepolicy.rewards import Reward
+from noisepolicy.settings import with_names
+from noisepolicy.storage import DamagedFileError, write_bytes, write_json
+from noisepolicy.training.checkpoint import (
+    Checkpoint,
+    checkpoint_paths,
+    iteration_of,
+    save_checkpoint,
+    skip_checkpoint,
+    whole_checkpoints,
+    with_prefix,
+    without_prefix,
+)
+from noisepolicy.training.config import FROM_PYTHON, TrainConfig, load_preset, preset_names
+from noisepolicy.training.devices import for_device, make_accelerator, make_run_accelerator, with_mixed_precision
+from noisepolicy.training.find import Find
+from noisepolicy.training.launch import rank
+from noisepolicy.training.learner import Learner
+from noisepolicy.training.noise_ppo import NoisePpo
+from noisepolicy.training.processes import Processes
+from noisepolicy.training.prompt_list import PromptList
+from noisepolicy.training.prompt_records import identity
+from noisepolicy.training.prompt_store import PromptStore
+from noisepolicy.training.rollout import PHASES, PhaseClock, Rollout, RolloutMaker
+from noisepolicy.training.run_folder import MAY_CHANGE_ON_RESUME, RunFolder, check_free
+from noisepolicy.training.seeding import stream_seed
+from noisepolicy.training.signals import Signals
+from noisepolicy.training.task import Given, Task, as_reward, load_model, load_task, reward_name
+from noisepolicy.training.trust import refuse_outside_code
+from noisepolicy.worlds import WORLDS
+
+_NUM_SAMPLES = 8
+_OF_A_LOADED_MODEL = (
+    "variant",
+    "scheduler",
+    "timestep_spacing",
+    "dtype",
+    "vae_slicing",
+    "vae_tiling",
+    "cpu_offload",
+    "drop_text_encoders",
+)
+"""Settings that a model from Python, which is used as it is, has been given already."""
+
+
+class Run:
+    """A training run. Iterate over it to train, or call `train`.
+
+        run = noisepolicy.Run(pipe, reward="pickscore", prompts="prompts.txt", num_inference_steps=2)
+        for metrics in run:
+            print(metrics["reward"])
+        print(run.evaluate())
+
+    A loop that is left early saves a checkpoint: `for metrics in run` goes on, and so does `noisepolicy.resume(folder)`
+    in another process. Ctrl-C ends the iteration first.
+
+    Args:
+        model: a hub id, a folder, the name of a preset, a diffusers pipeline, or an object with `latent_shape`,
+            `encode` and `generate` (see `FrozenModel`). A pipeline is used as it is and left as it was found.
+        reward: text as in `--reward`, a function `reward(images, prompts)` or a `Reward`.
+        prompts: training prompts: a file, or any iterable of text or records, which is read once.
+        eval_prompts: held-out prompts for the evaluation, given likewise.
+        eval_rewards: further rewards that the evaluation measures: texts, functions or `Reward`s.
+        config: a `TrainConfig` to start from.
+        settings: settings of `TrainConfig` by their flat names, e.g. `num_iterations=50`. Without `output_dir` the run
+            folder is a temporary one.
+
+    Raises:
+        ValueError: if an argument cannot be used; the message names it.
+    """
+
+    _is_of_python = False
+    """Whether errors call settings by their Python names, or by their flags."""
+
+    def __init__(
+        self,
+        model: Any = None,
+        *,
+        reward: str | Reward | Callable[..., Any] | None = None,
+        prompts: str | Path | Iterable[Any] | None = None,
+        eval_prompts: str | Path | Iterable[Any] | None = None,
+        eval_rewards: Sequence[str | Reward | Callable[..., Any]] | None = None,
+        config: TrainConfig | None = None,
+        **settings: Any,
+    ) -> None:
+        self._is_of_python = True
+        with arguments_named():
+            if isinstance(model, str) and model in preset_names() and model not in WORLDS:
+                if config is not None:
+                    raise ValueError(f"model {model!r} is a preset, which is a config itself; give one of the two")
+                config = load_preset(model)
+            else:
+                settings |= {} if model is None else {"model": model}
+            named, given = _split_objects(
+                **settings, reward=reward, prompts=prompts, eval_prompts=eval_prompts, eval_rewards=eval_rewards
+            )
+            config = (config or TrainConfig()).replace(**named)
+            config.check()
+            if config.output_dir is None and rank() == 0:
+                config = config.replace(output_dir=tempfile.mkdtemp(prefix="noisepolicy-"))
+            self._start(config.with_absolute_paths(), given)
+
+    @classmethod
+    def begin(cls, config: TrainConfig, *, launch_id: str | None = None) -> "Run":
+        """A new run from settings alone, as the command line begins it.
+
+        Args:
+            launch_id: name of the launch by which processes that are started again find this run.
+        """
+        run = cls.__new__(cls)
+        run._start(config, Given(), launch_id=launch_id)
+        return run
+
+    @classmethod
+    def resume(cls, folder: RunFolder, config: TrainConfig, given: Given | None = None) -> "Run":
+        """A run that goes on from its newest checkpoint, with settings that may have changed."""
+        run = cls.__new__(cls)
+        run._start(config, given or Given(), resumed=folder)
+        return run
+
+    @classmethod
+    def open(
+        cls, folder: RunFolder, config: TrainConfig, *, device: str | None = None, given: Given | None = None
+    ) -> "Run":
+        """A run to look at: its policy as it was last saved, to evaluate and generate with. It cannot be trained.
+
+        Args:
+            config: its settings, perhaps changed for the evaluation.
+            device: where to run; by default the run's own device, or the CPU where that is not there.
+
+        Raises:
+            ValueError: if there is no policy yet.
+        """
+        run = cls.__new__(cls)
+        policy = NoisePolicy.from_pretrained(folder.checked_policy())
+        run._accelerator = make_run_accelerator(config, device)
+        config = for_device(with_mixed_precision(config, run._accelerator), run._accelerator.device)
+        run.processes = Processes(run._accelerator, config.timeout)
+        run._given = folder.given(config, given or Given())
+        run.config, run._folder, run._learner = config, folder, None
+        run._task = run._opened_model = None
+        run.metrics = folder.read_metrics()
+        run._policy = policy.to(run._accelerator.device)
+        run._sweep = None
+        return run
+
+    def _start(
+        self,
+        config: TrainConfig,
+        given: Given,
+        *,
+        resumed: RunFolder | None = None,
+        launch_id: str | None = None,
+    ) -> None:
+        model_device = getattr(given.model, "device", None)
+        if model_device is not None and config.model.device == "auto":
+            config = config.replace(device=str(model_device))
+        self._accelerator = make_accelerator(config.model.device, timeout_s=config.timeout)
+        config = with_mixed_precision(config, self._accelerator)
+        self.processes = processes = Processes(self._accelerator, config.timeout)
+        if resumed and processes.is_main:
+            resumed.lock()
+        if config.model.engine == "auto" and processes.count > 1:
+            raise ValueError("--engine auto may choose differently in each process; name the engine")
+        if resumed:
+            given = resumed.given(config, given)
+        self._task = task = load_task(config, self._accelerator.device, given)
+        # What 'auto' chose is the run's from here on: a resumed run must not choose again.
+        config = config.replace(
+            engine=getattr(task.frozen, "engine", "eager"),
+            eval_steps=task.eval_steps,
+            reward=reward_name(task.reward),
+            eval_rewards=tuple(map(reward_name, task.eval_rewards)),
+        )
+        self.config = config = config.with_absolute_paths().resolved(len(task.train_prompts))
+        config.check()
+        self._board = _make_board(config.tensorboard)
+        self._folder = resumed or processes.broadcast(
+            "'name the run folder'", RunFolder.choose(config) if processes.is_main else None
+        )
+        try:
+            self._make_learner()
+            processes.wait("'start'")
+        except BaseException:
+            if processes.is_main and config.output_dir is None:
+                self._folder.give_up()
+            raise
+        if resumed is None and processes.is_main:  # now that nothing can be wrong with it
+            self._folder.lock()
+            check_free(self._folder.path)
+            self._folder.begin(config, launch_id, given)
+        self._eval_prompts = task.eval_prompts[: config.evaluation.num_prompts]
+        self._sample_prompts = task.eval_prompts[:_NUM_SAMPLES] or task.train_prompts[:_NUM_SAMPLES]
+        # Encoded once, and while there are text encoders.
+        self._sample_embeds = task.frozen.encode([str(prompt) for prompt in self._sample_prompts])
+        self._eval_embeds = None
+        if self._eval_prompts:
+            self._eval_embeds = task.frozen.encode([str(prompt) for prompt in self._eval_prompts])
+        if resumed is not None:
+            self.go_back()
+            if processes.is_main and self.iteration < config.num_iterations:
+                self._folder.summary.unlink(missing_ok=True)  # the policy will be another than the one it is about
+        if config.model.drop_text_encoders:
+            self.encode_prompts(config.num_iterations)
+            task.frozen.drop_text_encoders()
+        self._folder.unlock()
+
+    def _make_learner(self) -> None:
+        config, task, device = self.config, self._task, self._accelerator.device
+        self._given: Given = Given()
+        self._policy: NoisePolicy | None = None
+        self._policy_iteration = -1
+        self._sweep: Sweep | None = None
+        self.iteration = 0
+        """Iterations trained so far."""
+        self.metrics: list[dict[str, Any]] = []
+        """The metrics of every iteration so far."""
+        self.train_seconds = 0.0
+        self._saved_iteration = 0
+        self._frozen_sha256 = task.frozen.weights_sha256()
+        self._clock = PhaseClock(device)
+        self._prompts = PromptStore(task.frozen, task.train_prompts, device)
+        self._prompts.add([0])
+        if config.algorithm == "find":
+            start_copy = self._folder.path / "init_policy"
+            self._learner: Learner | None = Find(config, task, self._prompts, start_copy=start_copy, device=device)
+        else:
+            history = self._folder.history if self.processes.is_main else None
+            self._learner = NoisePpo(config, task, self._prompts, history_folder=history, device=device)
+        self._rollouts = RolloutMaker(config, task, self._prompts, self.processes, self._clock)
+        self._warn_of_idle_processes()
+
+    # Training
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Trains to the last iteration; yields each one's metrics once they are written.
+
+        Raises:
+            KeyboardInterrupt: after Ctrl-C, once the iteration is over and a checkpoint is written.
+            RewardError: if the reward fails.
+            RuntimeError: if the policy's numbers stop being finite, or the processes lose or contradict one another.
+        """
+        return self.iterations(Signals.of_python())
+
+    def iterations(self, signals: Signals) -> Iterator[dict[str, Any]]:
+        """As `__iter__`, with a caller's own signal handlers."""
+        from tqdm.auto import tqdm
+
+        config, is_main = self.config, self.processes.is_main
+        if self._learner is None:
+            raise ValueError("this run was opened to look at; noisepolicy.resume(folder) trains it")
+        board = self._board(str(self._folder.tensorboard)) if self._board and is_main else None
+        progress = tqdm(
+            total=config.num_iterations,
+            initial=self.iteration,
+            unit="it",
+            disable=not is_main,
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 15.0,
+        )
+        with self._writing(), progress, signals:
+            if is_main:
+                self._prompts.keep(self._folder.prompts)
+                config.save(self._folder.config)
+                self._learner.begin()
+            try:
+                while self.iteration < config.num_iterations:
+                    with signals.put_off():
+                        metrics = self._iterate()
+                        self._show(metrics, progress, board)
+                        if self._is_signalled(signals):
+                            raise KeyboardInterrupt
+                    yield metrics
+            except (KeyboardInterrupt, GeneratorExit):  # between two iterations
+                if is_main:
+                    self.save()
+                raise
+            finally:
+                if board:
+                    board.close()
+
+    def train(self) -> "Run":
+        """Trains to the last iteration, then evaluates and writes the summary, the model card and the report."""
+        for _ in self:
+            pass
+        self.finish()
+        return self
+
+    def _iterate(self) -> dict[str, Any]:
+        """One iteration: a batch of images, what is learned from it, and what is written."""
+        start, number = time.perf_counter(), self.iteration
+        with plain_arithmetic():
+            rollout = self.roll_out(number)
+            with self._clock.phase("policy"):
+                metrics = {**self._batch_metrics(rollout), **self._learner.learn(rollout, number)}
+        if not all(math.isfinite(value) for value in metrics.values()):
+            raise RuntimeError(f"training diverged at iteration {number + 1}: {metrics}; try a lower --learning-rate")
+        self.iteration += 1
+        self.processes.check_same_weights(self._learner.policy, f"'compare policies' of iteration {self.iteration}")
+        self.metrics.append(metrics)
+        is_last = self.iteration == self.config.num_iterations
+        if self.processes.is_main:
+            # Before the checkpoint: a kill between the two then loses neither.
+            self._folder.append_metrics(metrics)
+            if is_last or self.iteration % self.config.checkpoint_every == 0:
+                self.train_seconds += time.perf_counter() - start
+                start = time.perf_counter()
+                self.save()
+        self.train_seconds += time.perf_counter() - start
+        return metrics
+
+    def roll_out(self, number: int) -> Rollout:
+        """The images of iteration `number` from the policy as it stands, and their rewards."""
+        learner = self._learner
+        return self._rollouts.make(learner.policy, number, learner.draw_prompts(number), learner.critic_shape)
+
+    def _batch_metrics(self, rollout: Rollout) -> dict[str, Any]:
+        """Metrics of a batch as it was made, in the reward's own units."""
+        weights = self._task.reward.weights
+        means = dict(zip(weights, rollout.parts.mean(0).tolist(), strict=True)) if len(weights) > 1 else {}
+        return {
+            "iteration": self.iteration + 1,
+            "images": (self.iteration + 1) * self.config.batch_size,
+            "reward": rollout.reward.mean().item(),
+            "reward_std": rollout.reward.std().item(),
+            **{f"reward/{name}": mean for name, mean in means.items()},
+        }
+
+    def _show(self, metrics: dict[str, Any], progress: Any, board: Any) -> None:
+        progress.set_postfix(
+            images=metrics["images"],
+            reward=f"{metrics['reward']:.3f}",
+            KL=f"{metrics['kl_to_prior']:.1f}",
+            images_per_s=f"{self.images_trained / self.train_seconds:.0f}",
+            refresh=False,
+        )
+        progress.update()
+        if board:
+            for name, value in metrics.items():
+                board.add_scalar(name, value, metrics["images"])
+        if self.processes.is_main and metrics["iteration"] % self.config.sample_every == 0:
+            self._write_samples(metrics["iteration"])
+
+    def _is_signalled(self, signals: Signals) -> bool:
+        """Whether a signal has come to any of the processes, which must stop together."""
+        numbers = self.processes.exchange("'look for signals'", signals.received or 0)
+        if number := max(numbers):
+            signals.received = number  # else one may have come meanwhile, of which the others know next time
+        return number > 0
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Holds the lock of the folder, in which nobody must have trained meanwhile."""
+        if self.processes.is_main:
+            self._folder.lock()
+            newest = max(map(iteration_of, checkpoint_paths(self._folder.checkpoints)), default=0)
+            if newest > self._saved_iteration:
+                self._folder.unlock()
+                raise ValueError(
+                    f"{self._folder.path} was trained on by another process, to iteration {newest}; go on with "
+                    "noisepolicy.resume"
+                )
+        try:
+            yield
+        finally:
+            self._folder.unlock()
+
+    def encode_prompts(self, num_iterations: int) -> None:
+        """Encodes the prompts of the first iterations before they are asked for."""
+        for number in range(num_iterations):
+            self._prompts.add(self._learner.draw_prompts(number))
+
+    def _warn_of_idle_processes(self) -> None:
+        num_chunks, count = sum(map(len, self._rollouts.shares(0))), self.processes.count
+        if self.processes.is_main and num_chunks < count:
+            batch_size = self.config.batch_size
+            remedy = f"there are only {batch_size} images"
+            if batch_size >= count:
+                remedy = f"--rollout-batch-size {batch_size // count} gives each a share"
+            warnings.warn(
+                f"a batch has {num_chunks} chunks for {count} processes, so some have nothing to do; {remedy}",
+                stacklevel=3,
+            )
+
+    # Checkpoints
+
+    @plain_arithmetic()
+    def save(self, *, again: bool = False) -> None:
+        """Writes a checkpoint and the policy, unless those of this iteration are written. On the main process."""
+        if self._saved_iteration == self.iteration and not again:
+            return
+        tensors, progress = self._learner.state()
+        tensors |= with_prefix("policy", self._learner.policy.state_dict())
+        tensors |= with_prefix("average", self._learner.average.state_dict())
+        progress |= {
+            "iteration": self.iteration,
+            "train_seconds": self.train_seconds,
+            "seconds": self._clock.seconds,
+            "settings": self._settings(),
+            "prompts": self._prompts.state(),
+        }
+        save_checkpoint(self._folder.checkpoints, self.iteration, tensors, progress)
+        self.policy.save_pretrained(self._folder.policy)
+        self._saved_iteration = self.iteration
+
+    @plain_arithmetic()
+    def go_back(self) -> None:
+        """Goes back to the newest whole checkpoint, or to the start where there is none yet.
+
+        Raises:
+            ValueError: if there were checkpoints and none can be used, or they are another run's or were made with
+                another model or other prompts. Nothing is changed.
+        """
+        checkpoint = self._restore_newest() if self.processes.is_main else None
+        checkpoint = self.processes.broadcast("'read the checkpoint'", checkpoint)
+        if checkpoint is not None and not self.processes.is_main:
+            self._restore(checkpoint)
+        self._restore_prompts(None if checkpoint is None else checkpoint.progress.get("prompts"))
+        if self.processes.is_main:
+            self._folder.truncate_metrics(self.iteration)
+            if self.iteration:  # a kill may have come before it was written
+                self.policy.save_pretrained(self._folder.policy)
+        self.metrics = self._folder.read_metrics()
+
+    def _restore_prompts(self, state: dict[str, int] | None) -> None:
+        try:
+            if state is not None:
+                self._prompts.load_state(state, self._folder.prompts, is_main=self.processes.is_main)
+        except DamagedFileError as error:
+            warnings.warn(f"{error}; the run's prompts are encoded again", stacklevel=3)
+        # Where they were not: in the batches of the first time, for rounding depends on them, and rows on their order.
+        self.encode_prompts(self.iteration)
+
+    def _restore_newest(self) -> Checkpoint | None:
+        for checkpoint in whole_checkpoints(self._folder.checkpoints):
+            self._check_same_run(checkpoint)
+            try:
+                self._restore(checkpoint)
+                return checkpoint
+            except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:  # a shape, a type
+                skip_checkpoint(checkpoint.path, error)
+        # A policy is written after each checkpoint.
+        if checkpoint_paths(self._folder.checkpoints) or self._folder.policy.exists():
+            raise ValueError(
+                f"no checkpoint in {self._folder.checkpoints} can be used; nothing was changed: put one back, or start "
+                "anew with another --output-dir"
+            )
+        return None
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        tensors, progress = checkpoint.tensors, checkpoint.progress
+        if progress["iteration"] != checkpoint.iteration:
+            raise DamagedFileError(f"it says that its iteration is {progress['iteration']}")
+        self._learner.policy.load_state_dict(without_prefix("policy", tensors))
+        self._learner.average.load_state_dict(without_prefix("average", tensors))
+        self._learner.load_state(tensors, progress, self._folder.history)
+        train_seconds, seconds = progress["train_seconds"], {phase: progress["seconds"][phase] for phase in PHASES}
+        self.iteration = self._saved_iteration = progress["iteration"]
+        self.train_seconds, self._clock.seconds = train_seconds, seconds
+
+    def _check_same_run(self, checkpoint: Checkpoint) -> None:
+        """Raises ValueError if settings that may not change, the model or the prompts are not the checkpoint's."""
+        settings, made_with = self._settings(), checkpoint.progress.get("settings", {})
+        for name in sorted(settings.keys() & made_with.keys()):
+            if settings[name] == made_with[name]:
+                continue
+            if name == "frozen_sha256":
+                raise ValueError(
+                    f"the model is not the one that the run was started with: the weights of {self.config.model.name} "
+                    f"have SHA-256 {settings[name][:12]}..., and its checkpoints were made with "
+                    f"{str(made_with[name])[:12]}...; put the model back, or start anew with another --output-dir"
+                )
+            if name == "prompts_sha256":
+                raise ValueError(
+                    "the training prompts are not those that the run's checkpoints were made with; put their files "
+                    "back, or start anew with another --output-dir"
+                )
+            raise ValueError(
+                f"{self._folder.config} says {name} is {settings[name]}, but its checkpoints were made with "
+                f"{made_with[name]}; put it back, or start anew with another --output-dir"
+            )
+
+    def _settings(self) -> dict[str, Any]:
+        """What a resumed run must have in common with itself, as JSON values."""
+        plain = self.config.plain()
+        settings = {name: value for name, value in plain.items() if name not in {*MAY_CHANGE_ON_RESUME, "output_dir"}}
+        return settings | {"frozen_sha256": self._frozen_sha256, "prompts_sha256": self._prompts_sha256}
+
+    @functools.cached_property
+    def _prompts_sha256(self) -> str:
+        digest = hashlib.sha256()
+        for prompt in self._task.train_prompts:
+            digest.update(identity(prompt) + b"\n")
+        return digest.hexdigest()
+
+    # What comes of it
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the policy."""
+        return self._accelerator.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes and prints, of the processes that share the run."""
+        return self.processes.is_main
+
+    @property
+    def evaluation(self) -> Sweep:
+        """The newest evaluation; empty before there is one."""
+        return self._sweep or Sweep([], [])
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self._folder.path
+
+    @property
+    def images_trained(self) -> int:
+        """Images generated in training so far."""
+        return self.iteration * self.config.batch_size
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Training time by phase; they sum to `train_seconds`."""
+        phases = dict(self._clock.seconds)
+        return {**phases, "other": max(self.train_seconds - sum(phases.values()), 0.0)}
+
+    @property
+    def policy(self) -> NoisePolicy:
+        """The result of the run, as it stands: a policy to save, share and draw latents with."""
+        if self._learner is not None and self._policy_iteration != self.iteration:
+            self._policy, self._policy_iteration = self._learner.kept_policy(), self.iteration
+        return self._policy
+
+    def evaluate(
+        self,
+        *,
+        steps: Sequence[int] | None = None,
+        prompts: str | Path | Iterable[Any] | None = None,
+        rewards: Sequence[str | Reward | Callable[..., Any]] | None = None,
+        num_prompts: int | None = None,
+        group_size: int | None = None,
+    ) -> Sweep:
+        """Measures base model and policy from the same seeds.
+
+        The result prints and displays as a table; `report` shows the newest one.
+
+        Args:
+            steps: denoising step counts; by default the run's `eval_steps`.
+            prompts: prompts to measure on, a file or any iterable of text; by default the run's held-out prompts.
+            rewards: further rewards to measure; by default the run's `eval_rewards`.
+            num_prompts: at most so many of the prompts.
+            group_size: images of each prompt.
+
+        Raises:
+            ValueError: if there are no prompts, or the model cannot work with a step count.
+        """
+        with arguments_named(self._is_of_python):
+            given = {"eval_steps": steps, "eval_num_prompts": num_prompts, "eval_group_size": group_size}
+            settings = {name: value for name, value in given.items() if value is not None}
+            named, objects = _split_objects(**settings, eval_prompts=prompts, eval_rewards=rewards)
+            self._sweep = self._evaluate(self.config.replace(**named), objects)
+            return self._sweep
+
+    def _evaluate(self, config: TrainConfig, objects: Given) -> Sweep:
+        """Measures with the run's own model, reward, prompts and further rewards where `objects` brings no others."""
+        own = self._given
+        if self._task is not None:
+            task = self._task
+            own = Given(task.frozen, task.reward, task.eval_rewards, eval_prompts=task.eval_prompts)
+            if config.evaluation.prompts != self.config.evaluation.prompts:
+                own = dataclasses.replace(own, eval_prompts=None)
+            if config.evaluation.rewards != self.config.evaluation.rewards:
+                own = dataclasses.replace(own, eval_rewards=None)
+        changed = {name: value for name, value in vars(objects).items() if value is not None}
+        given = dataclasses.replace(own, model=self._frozen, **changed)
+        task = load_task(config, self._accelerator.device, given, for_training=False)
+        prompts = task.eval_prompts[: config.evaluation.num_prompts]
+        if not prompts:
+            raise ValueError("there are no held-out prompts to evaluate on; give --eval-prompts")
+        is_own = self._task is not None and task.eval_prompts is self._task.eval_prompts
+        if is_own and len(prompts) <= len(self._eval_prompts):  # encoded already; the encoders may be gone
+            embeds = self._eval_embeds[: len(prompts)]
+        else:
+            embeds = task.frozen.encode([str(prompt) for prompt in prompts])
+        return self._sweep_over(task, prompts, embeds, config)
+
+    def _sweep_over(self, task: Task, prompts: Sequence[str], embeds: PromptEmbeds, config: TrainConfig) -> Sweep:
+        from tqdm.auto import tqdm
+
+        processes, steps, group_size = self.processes, task.eval_steps, config.evaluation.group_size
+        num_images = 2 * len(steps) * len(prompts) * group_size // processes.count
+        with tqdm(
+            total=num_images,
+            desc="evaluating",
+            unit="image",
+            dynamic_ncols=True,
+            disable=not processes.is_main,
+            mininterval=0.5 if sys.stderr.isatty() else 15.0,
+        ) as progress:
+            return evaluate_sweep(
+                self.policy,
+                task.frozen,
+                task.reward,
+                prompts,
+                step_counts=steps,
+                group_size=group_size,
+                guidance_scale=config.guidance_scale,
+                seed=stream_seed(0, "evaluation"),
+                eval_rewards=task.eval_rewards,
+                embeds=embeds,
+                on_progress=progress.update,
+                rank=processes.index,
+                num_ranks=processes.count,
+                collect=partial(processes.collect, "'evaluate'"),
+                measured_on=measured_on(config.plain()),
+            )
+
+    @property
+    def _frozen(self) -> FrozenModel:
+        if self._task is not None:
+            return self._task.frozen
+        if self._opened_model is None:
+            config = self.config
+            self._opened_model = load_model(config.model, self._accelerator.device, self._given.model, settings=config)
+            self._folder.warn_of_another_model(self._opened_model.weights_sha256())
+        return self._opened_model
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        seed: int = 0,
+        num_images_per_prompt: int = 1,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        compare: bool = False,
+    ) -> Any:
+        """Images of the policy.
+
+        Args:
+            prompts: a prompt, or several.
+            seed: seed of the noise.
+            num_images_per_prompt: images of each prompt, which lie together.
+            num_inference_steps: denoising steps; by default the first that the run was trained at.
+            guidance_scale: by default the run's.
+            compare: also make the base model's images from the same seed.
+
+        Returns:
+            A list of PIL images, or of lists of frames for a video model; with `compare` a pair of such lists, the base
+            model's first.
+        """
+        with arguments_named(self._is_of_python):
+            images = self.generate_tensors(
+                [prompts] if isinstance(prompts, str) else list(prompts),
+                seed=seed,
+                num_images_per_prompt=num_images_per_prompt,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                compare=compare,
+            )
+        sides = [[_as_pil(image) for image in batch] for batch in images.values()]
+        return tuple(sides) if compare else sides[0]
+
+    def generate_tensors(
+        self,
+        prompts: Sequence[str],
+        *,
+        seed: int,
+        num_images_per_prompt: int = 1,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        compare: bool = False,
+    ) -> dict[str, torch.Tensor]:
+        """As `generate`: images in [0, 1], `(batch, 3, height, width)`, by "policy" and, before it, "base"."""
+        for name, value, least in (("--seed", seed, 0), ("--num-images", num_images_per_prompt, 1)):
+            if value < least:
+                raise ValueError(f"{name} must be {least} or more, got {value}")
+        if num_inference_steps is not None and num_inference_steps < 1:
+            raise ValueError(f"--steps must be 1 or more, got {num_inference_steps}")
+        if not prompts:
+            raise ValueError("prompts holds no prompt")
+        steps = num_inference_steps or self.config.num_inference_steps[0]
+        guidance = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        frozen, policy = self._frozen, self.policy
+        embeds = frozen.encode([prompt for prompt in prompts for _ in range(num_images_per_prompt)])
+        starts = {}
+        if compare:
+            prior = torch.zeros(len(embeds), *policy.latent_shape, device=self._accelerator.device)
+            starts["base"] = gaussian_sample(prior, prior.new_zeros(()), seed=seed)[0]
+        starts["policy"] = policy.choose(embeds.prompt_embeds, seed=seed, num_inference_steps=steps)
+        return {
+            side: frozen.generate(latents, embeds, num_inference_steps=steps, guidance_scale=guidance)
+            for side, latents in starts.items()
+        }
+
+    def finish(self) -> None:
+        """Evaluates on the held-out prompts, then writes `summary.json`, `report.html` and the policy's model card."""
+        hash_after = self._frozen.weights_sha256()
+        if hash_after != self._frozen_sha256:
+            raise RuntimeError("the frozen model's weights changed during training; the run is not to be trusted")
+        config, sweep = self.config, Sweep([], [])
+        if self._eval_prompts:
+            try:
+                sweep = self._sweep_over(self._task, self._eval_prompts, self._eval_embeds, config)
+            except Exception as error:  # a scheduler or a reward may raise anything, hours after the start
+                raise RuntimeError(
+                    f"the run is trained, but its final evaluation failed ({type(error).__name__}: {error}); resumed, "
+                    "it takes another --eval-steps and other evaluation settings"
+                ) from error
+        self._sweep = sweep
+        if not self.processes.is_main:
+            return
+        with self._writing():
+            summary = self._summary(sweep)
+            write_json(self._folder.summary, summary)
+            if picture := self._before_after(sweep):
+                write_bytes(self._folder.samples / "before_after.png", picture)
+                write_bytes(self._folder.policy / "before_after.png", picture)
+            write_model_card(self._folder.policy, config=config.plain(), summary=summary)
+            self._write_report(self._folder.report, sweep)
+
+    def report(self, output_dir: Path | None = None) -> Path:
+        """Writes the report with the newest evaluation.
+
+        Args:
+            output_dir: where to write `report.html`, with the evaluation as `summary.json`; by default the run folder,
+                without.
+
+        Returns:
+            The path of `report.html`.
+        """
+        sweep = self.evaluation
+        if output_dir is None:
+            self._write_report(self._folder.report, sweep)
+            return self._folder.report
+        write_json(output_dir / "summary.json", self._summary(sweep))
+        self._write_report(output_dir / "report.html", sweep)
+        return output_dir / "report.html"
+
+    def _write_report(self, path: Path, sweep: Sweep) -> None:
+        write_report(
+            path,
+            config=self.config.plain(),
+            summary=self._summary(sweep),
+            metrics=self.metrics,
+            pairs=sweep.pairs,
+        )
+
+    def _summary(self, sweep: Sweep) -> dict[str, Any]:
+        if self._learner is None:
+            after = {"frozen_sha256_after": self._frozen.weights_sha256(), "sweep": sweep.rows}
+            return self._folder.read_summary() | after
+        return {
+            "images_trained": self.images_trained,
+            "train_seconds": self.train_seconds,
+            "seconds": self.seconds,
+            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "frozen_sha256_before": self._frozen_sha256,
+            "frozen_sha256_after": self._frozen.weights_sha256(),
+            "sweep": sweep.rows,
+        }
+
+    def _before_after(self, sweep: Sweep) -> bytes | None:
+        """Pictures of the first prompts at the first step count that was trained, without and with the policy; PNG."""
+        trained = self.config.num_inference_steps[0]
+        shown = [pair for pair in sweep.pairs if pair.num_inference_steps == trained]
+        return before_after(shown[:8]) if shown else None
+
+    def _write_samples(self, iteration: int) -> None:
+        """The policy's pictures of the first held-out prompts, from the same seed each time."""
+        num_inference_steps = self.config.num_inference_steps[0]
+        latents = self.policy.choose(
+            self._sample_embeds.prompt_embeds,
+            seed=stream_seed(self.config.seed, "samples"),
+            num_inference_steps=num_inference_steps,
+        )
+        images = self._frozen.generate(
+            latents,
+            self._sample_embeds,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=self.config.guidance_scale,
+        )
+        if _are_pictures(images):
+            picture = image_grid(list(images), len(self._sample_prompts))
+            write_bytes(self._folder.samples / f"iteration_{iteration:06d}.png", picture)
+
+    def __repr__(self) -> str:
+        if self._learner is None:
+            return f"<Run in {self.folder}>"
+        return f"<Run in {self.folder}: {self.iteration} of {self.config.num_iterations} iterations>"
+
+    def _repr_html_(self) -> str:
+        """The picture before and after, and the evaluation, for a notebook."""
+        parts = [f"<p>{html.escape(repr(self))}</p>"]
+        if self._sweep is not None:
+            if picture := self._before_after(self._sweep):
+                data = base64.b64encode(picture).decode()
+                parts.append(f'<img alt="before and after" src="data:image/png;base64,{data}">')
+            parts.append(self._sweep._repr_html_())
+        return "".join(parts)
+
+
+def train(model: Any = None, **arguments: Any) -> Run:
+    """Trains a noise policy for a frozen model; evaluates it and writes its model card and report.
+
+    Takes and raises what `Run` does.
+
+    Returns:
+        The finished run: `run.policy`, `run.evaluate(...)`, `run.generate(...)`, `run.report()`.
+    """
+    return Run(model, **arguments).train()
+
+
+def resume(
+    folder: str | Path,
+    *,
+    model: Any = None,
+    reward: str | Reward | Callable[..., Any] | None = None,
+    eval_rewards: Sequence[str | Reward | Callable[..., Any]] | None = None,
+    **settings: Any,
+) -> Run:
+    """A run that goes on from its newest checkpoint, exactly as if it had not stopped.
+
+    Args:
+        folder: the run folder.
+        model: the model again, where it was an object from Python.
+        reward: the reward again, where it was an object from Python, runs code or sends pictures elsewhere.
+        eval_rewards: the same of the further rewards.
+        settings: settings that may change in a resumed run, e.g. `num_iterations`.
+
+    Raises:
+        ValueError: if the folder holds no run, something is missing that has to be given again, or a setting cannot
+            change.
+    """
+    with arguments_named():
+        run, saved = RunFolder.open(Path(folder))
+        saved = saved.replace(output_dir=run.path)
+        settings = {name: value for name, value in settings.items() if value is not None}
+        settings |= {} if model is None else {"model": model}
+        named, given = _split_objects(**settings, reward=reward, eval_rewards=eval_rewards)
+        refuse_outside_code(
+            run.path,
+            model=None if model is not None else saved.model.name,
+            reward=None if reward is not None else saved.reward,
+            eval_rewards=() if eval_rewards is not None else saved.evaluation.rewards,
+        )
+        config = saved.replace(**named).with_absolute_paths()
+        check_resumed(saved, config)
+        run.check_model_is_there(config)
+        resumed = Run.resume(run, config, given)
+        resumed._is_of_python = True
+        return resumed
+
+
+def check_resumed(saved: TrainConfig, config: TrainConfig) -> None:
+    """Raises ValueError if a run that was saved with `saved` cannot go on with `config`."""
+    before, after = saved.with_absolute_paths().plain(), config.plain()
+    changed = {name for name in after if after[name] != before[name]}
+    if forbidden := sorted(changed - MAY_CHANGE_ON_RESUME):
+        allowed = ", ".join("--" + name.replace("_", "-") for name in sorted(MAY_CHANGE_ON_RESUME))
+        raise ValueError(f"--{forbidden[0].replace('_', '-')} cannot change in a resumed run; only {allowed} can")
+    config.check()
+    if saved.holds_out_prompts and not config.holds_out_prompts:
+        raise ValueError(
+            "this run holds out a fifth of its prompts for evaluation; --eval-prompts or --eval-num-prompts 0 would "
+            f"add them to its training prompts; use noisepolicy-eval {saved.output_dir} --prompts to evaluate others"
+        )
+    if config.holds_out_prompts and not saved.holds_out_prompts:
+        raise ValueError(
+            "this run trains on all of its prompts and without --eval-prompts a fifth of them would be held out from "
+            "now on; give --eval-prompts FILE to evaluate it"
+        )
+
+
+@contextmanager
+def arguments_named(is_wanted: bool = True) -> Iterator[None]:
+    """In errors, calls settings by their Python names: `batch_size` for `--batch-size`."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        if is_wanted and error.args and isinstance(error.args[0], str):
+            error.args = (with_names(TrainConfig, error.args[0]),)
+        raise
+
+
+def _split_objects(
+    *,
+    model: Any = None,
+    reward: Any = None,
+    prompts: Any = None,
+    eval_prompts: Any = None,
+    eval_rewards: Any = None,
+    **settings: Any,
+) -> tuple[dict[str, Any], Given]:
+    """Settings with the names of everything, and the objects among what was given."""
+    objects: dict[str, Any] = {}
+    if model is not None:
+        settings["model"] = str(model) if isinstance(model, str | Path) else FROM_PYTHON + type(model).__name__
+        if not isinstance(model, str | Path):
+            objects["model"] = model
+            if fixed := sorted(settings.keys() & set(_OF_A_LOADED_MODEL)):
+                raise ValueError(f"{fixed[0]} is for models that are loaded by name; set it on the model itself")
+    if isinstance(reward, str):
+        settings["reward"] = reward
+    elif reward is not None:
+        objects["reward"] = as_reward(reward, "reward")
+        settings["reward"] = reward_name(objects["reward"])
+    if isinstance(eval_rewards, str) or callable(eval_rewards):
+        eval_rewards = [eval_rewards]
+    if eval_rewards is not None:
+        rewards = [each if isinstance(each, str) else as_reward(each, "eval_rewards") for each in eval_rewards]
+        settings["eval_rewards"] = tuple(each if isinstance(each, str) else reward_name(each) for each in rewards)
+        objects["eval_rewards"] = rewards
+    for name, source in (("prompts", prompts), ("eval_prompts", eval_prompts)):
+        if isinstance(source, str | Path):
+            settings[name] = (str(source),)
+        elif source is not None:
+            try:
+                objects[name] = PromptList([source], settings.get("prompt_column"))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+            settings[name] = (FROM_PYTHON + name,)
+    return settings, Given(**objects)
+
+
+def _are_pictures(images: torch.Tensor) -> bool:
+    """Whether these are `(batch, 3, height, width)`, or clips of such frames."""
+    return images.ndim in (4, 5) and images.shape[-3] == 3
+
+
+def _as_pil(image: torch.Tensor) -> Any:
+    return to_pil(image) if image.ndim == 3 else [to_pil(frame) for frame in image]
+
+
+def _make_board(is_wanted: bool) -> Any:
+    """TensorBoard's writer class, or None where it is not wanted."""
+    if not is_wanted:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError(
+            "--tensorboard needs the package tensorboard: pip install 'noisepolicy[tensorboard]'"
+        ) from error
+    return SummaryWriter
