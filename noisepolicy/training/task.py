@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from noisepolicy.frozen import FrozenModel
+from noisepolicy.frozen import FrozenModel, as_frozen_model
 from noisepolicy.frozen.config import ModelConfig
 from noisepolicy.named_objects import import_object
 from noisepolicy.rewards import Reward, load_reward
@@ -90,19 +90,11 @@ def load_model(model: ModelConfig, device: torch.device, given: Any = None, *, s
     if given is None and is_model_object(model.name):
         given = import_object(model.name, "model")
     if given is not None:
-        from noisepolicy.frozen import FrozenDiffusersPipeline
-
-        if isinstance(given, FrozenDiffusersPipeline):
-            return given
-        if hasattr(given, "generate"):
-            given.check_deterministic = lambda *a: None
-            given.weights_sha256 = lambda: "x"
-            return given
-        return FrozenDiffusersPipeline(given, device=device, rollout_batch_size=model.rollout_batch_size)
+        return _load_given(model, device, given, settings)
     world = find_world(model.name)
-    try:
-        from noisepolicy.frozen import FrozenDiffusersPipeline
+    from noisepolicy.frozen import FrozenDiffusersPipeline
 
+    try:
         frozen = FrozenDiffusersPipeline.from_pretrained(
             model.name if world is None else world.model_folder(),
             device=device,
@@ -124,6 +116,31 @@ def load_model(model: ModelConfig, device: torch.device, given: Any = None, *, s
         )
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load --model {model.name}: {' '.join(str(error).split())}") from error
+    return _on_engine(frozen, model, settings)
+
+
+def _load_given(model: ModelConfig, device: torch.device, given: Any, settings: TrainConfig) -> FrozenModel:
+    """A model from Python or from a user's module, used as it is."""
+    if not hasattr(given, "components"):  # no diffusers pipeline
+        if model.engine != "eager" and getattr(given, "engine", None) is None:
+            raise ValueError(f"--engine {model.engine} is for diffusers pipelines, not for a {type(given).__name__}")
+        return as_frozen_model(given, device=device)
+    frozen = as_frozen_model(
+        given,
+        device=device,
+        rollout_batch_size=model.rollout_batch_size,
+        height=model.height,
+        width=model.width,
+        num_frames=model.num_frames,
+        negative_prompt=model.negative_prompt,
+        max_sequence_length=model.max_sequence_length,
+        cuda_graph=model.cuda_graph,
+    )
+    return _on_engine(frozen, model, settings)
+
+
+def _on_engine(frozen: FrozenModel, model: ModelConfig, settings: TrainConfig) -> FrozenModel:
+    """The pipeline, moved to the engine that the settings ask for."""
     if model.engine == "eager" and model.engine_dtype is None:
         return frozen
     from noisepolicy.engines import choose_engine, use_engine  # torch's exporter and more
