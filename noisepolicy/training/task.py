@@ -87,6 +87,8 @@ def load_model(model: ModelConfig, device: torch.device, given: Any = None, *, s
         ValueError: if it is not there or cannot be used.
         RuntimeError: if its engine does not run here, or not rightly.
     """
+    if given is None:
+        _refuse_object(model.name, "--model")
     if given is None and is_model_object(model.name):
         given = import_object(model.name, "model")
     if given is not None:
@@ -245,11 +247,15 @@ def _refuse_missing_objects(config: TrainConfig, given: Given) -> None:
     }
     for argument, texts in names.items():
         for text in texts:
-            if text.startswith(FROM_PYTHON):
-                raise ValueError(
-                    f"this run was made in Python with {text.removeprefix(FROM_PYTHON)}, which cannot be loaded by its "
-                    f"name; in Python, give it again as {argument}"
-                )
+            _refuse_object(text, argument)
+
+
+def _refuse_object(name: str, argument: str) -> None:
+    if name.startswith(FROM_PYTHON):
+        raise ValueError(
+            f"this run was made in Python with {name.removeprefix(FROM_PYTHON)}, which cannot be loaded by its name; in "
+            f"Python, give it again as {argument}"
+        )
 
 
 def _hold_out(prompts: PromptList) -> tuple[PromptList, PromptList]:

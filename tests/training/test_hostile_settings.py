@@ -60,4 +60,4 @@ def test_what_is_meant_is_still_read(tmp_path):
     config = load_config(tmp_path / "config.yaml")
     assert (config.learning_rate, config.kl_budget, config.bands, config.num_iterations) == (1e-3, float("inf"), 4, 5)
     assert (config.license, config.prompts, config.num_inference_steps) == ("2001-01-01", ("a", "5"), (4,))
-    assert config.height is None and isinstance(config.clip_range, float)
+    assert config.model.height is None and isinstance(config.clip_range, float)
