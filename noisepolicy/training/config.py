@@ -1,6 +1,7 @@
 """The settings of a training run. The command line, presets, `config.yaml` and `noisepolicy.train` all fill them."""
 
 import math
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -315,12 +316,10 @@ def load_config(path: Path, base: TrainConfig | None = None) -> TrainConfig:
     """
     values = {RENAMED.get(name, name): value for name, value in read_settings(path).items()}
     known = settings_of(TrainConfig)
+    if unknown := [name for name in values if name not in known]:
+        raise ValueError(f"{path}: unknown setting {reprlib.repr(unknown[0])}; see noisepolicy-train --help")
     # A setting that is left empty, and may not be, keeps its default.
-    given = {
-        name: value
-        for name, value in values.items()
-        if value is not None or name not in known or known[name].is_optional
-    }
+    given = {name: value for name, value in values.items() if value is not None or known[name].is_optional}
     try:
         return (base or TrainConfig()).replace(**given)
     except ValueError as error:

@@ -248,6 +248,8 @@ class Run:
         """The metrics of every iteration so far."""
         self.train_seconds = 0.0
         self._saved_iteration = 0
+        self._known_checkpoint = self._newest_checkpoint()
+        """Iteration of the newest checkpoint, whole or not, that this object has written or found."""
         self._frozen_sha256 = task.frozen.weights_sha256()
         self._clock = PhaseClock(device)
         self._prompts = PromptStore(task.frozen, task.train_prompts, device)
@@ -384,8 +386,7 @@ class Run:
         """Holds the lock of the folder, in which nobody must have trained meanwhile."""
         if self.processes.is_main:
             self._folder.lock()
-            newest = max(map(iteration_of, checkpoint_paths(self._folder.checkpoints)), default=0)
-            if newest > self._saved_iteration:
+            if (newest := self._newest_checkpoint()) > self._known_checkpoint:
                 self._folder.unlock()
                 raise ValueError(
                     f"{self._folder.path} was trained on by another process, to iteration {newest}; go on with "
@@ -395,6 +396,9 @@ class Run:
             yield
         finally:
             self._folder.unlock()
+
+    def _newest_checkpoint(self) -> int:
+        return max(map(iteration_of, checkpoint_paths(self._folder.checkpoints)), default=0)
 
     def encode_prompts(self, num_iterations: int) -> None:
         """Encodes the prompts of the first iterations before they are asked for."""
@@ -432,7 +436,7 @@ class Run:
         }
         save_checkpoint(self._folder.checkpoints, self.iteration, tensors, progress)
         self.policy.save_pretrained(self._folder.policy)
-        self._saved_iteration = self.iteration
+        self._saved_iteration = self._known_checkpoint = self.iteration
 
     @plain_arithmetic()
     def go_back(self) -> None:

@@ -253,8 +253,8 @@ def _refuse_missing_objects(config: TrainConfig, given: Given) -> None:
 def _refuse_object(name: str, argument: str) -> None:
     if name.startswith(FROM_PYTHON):
         raise ValueError(
-            f"this run was made in Python with {name.removeprefix(FROM_PYTHON)}, which cannot be loaded by its name; in "
-            f"Python, give it again as {argument}"
+            f"this run was made in Python with {name.removeprefix(FROM_PYTHON)}, which cannot be loaded by its name; "
+            f"in Python, give it again as {argument}"
         )
 
 
