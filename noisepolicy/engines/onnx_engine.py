@@ -18,15 +18,15 @@ _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16; numpy has no such type
 
 
 def unavailable_reason(device: torch.device) -> str | None:
-    """The reason why ONNX Runtime does not run on `device` here, or None."""
+    """Return the reason why ONNX Runtime does not run on `device` here, or None."""
     return missing("onnxruntime", extra=_extra(device)) or missing("onnx", "onnxscript", extra="onnx")
 
 
 def open(frozen: FrozenDiffusersPipeline, dtype: torch.dtype | None) -> StandIns:
-    """Exports the model's denoiser and decoder, unless the cache has them, and loads them.
+    """Export the model's denoiser and decoder, unless the cache has them, and load them.
 
     Raises:
-        ValueError: for what ONNX Runtime cannot do; as `open_exported`.
+        ValueError: if ONNX Runtime cannot do what is asked; and as `open_exported`.
     """
     if frozen.uses_cuda_graph:
         raise ValueError("--cuda-graph captures eager and TensorRT; --engine onnx cannot be part of another graph")
@@ -46,14 +46,15 @@ def open(frozen: FrozenDiffusersPipeline, dtype: torch.dtype | None) -> StandIns
 
 
 class OnnxEngine:
-    """ONNX Runtime; on CUDA inputs and output are bound where they lie, and the host waits before and after a call.
+    """An ONNX file in ONNX Runtime. On CUDA, tensors are not copied, and the host waits before and after a call.
 
-    It cannot be given torch's default stream, whose handle is 0 and means none to it, and would run beside it.
+    The host waits because ONNX Runtime cannot be given torch's default stream: the stream's handle is 0, which means no
+    stream to ONNX Runtime, so it would run beside torch.
 
     Args:
-        path: the ONNX file.
-        device: where the tensors are.
-        output_shape: from the inputs' shapes, by name, to the output's; CUDA needs it to bind the output.
+        path: The ONNX file.
+        device: Device of the tensors.
+        output_shape: Function from the inputs' shapes, by name, to the output's; CUDA needs it to bind the output.
 
     Raises:
         RuntimeError: if ONNX Runtime is not installed, or its session did not get the provider; from `run`, if ONNX

@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 _SAME_IMAGE = 1e-3
-"""Two images that differ by less are one: kernels on a GPU may round differently from call to call."""
+"""Largest difference of two images that count as the same: GPU kernels may round differently from call to call."""
 _SAME_HALF_IMAGE = 2e-2
-"""Root mean square by which a pipeline that rounds latents to 16 bits at every step may differ from the loop."""
+"""Largest difference (root mean square) from the loop of a pipeline that rounds latents to 16 bits at every step."""
 
 
 class StandIn(nn.Module):
@@ -45,7 +45,7 @@ class StandIn(nn.Module):
 
 
 def _in_use(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Runs a method of `FrozenDiffusersPipeline` inside its `in_use`."""
+    """Decorate a method of `FrozenDiffusersPipeline` to run inside its `in_use`."""
 
     @functools.wraps(method)
     def run(self: "FrozenDiffusersPipeline", *args: Any, **kwargs: Any) -> Any:
@@ -56,8 +56,7 @@ def _in_use(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class FrozenDiffusersPipeline:
-    """Satisfies `FrozenModel`.
-
+    """A diffusers pipeline as a `FrozenModel`.
     A pipeline in memory is used where and as it is: with its LoRA, its quantised or compiled parts, its scheduler,
     device and dtypes. Its modules are shared, everything else is a copy: scheduler, progress bar, safety checker.
     While a method runs the modules are in evaluation mode and nothing records gradients. When it returns, the
@@ -65,14 +64,13 @@ class FrozenDiffusersPipeline:
     has, and places it for speed.
 
     Args:
-        pipeline: of a class named in `families.FAMILIES`.
-        rollout_batch_size: images generated at a time; halved where memory runs out.
-        height: height of the images, in pixels; the pipeline's default if None.
-        width: the same.
-        num_frames: frames of the videos; the pipeline's default if None.
-        negative_prompt: what guidance leads away from; the pipeline's default if None.
-        max_sequence_length: tokens of a prompt, where the pipeline leaves the choice; its default if None.
-        cuda_graph: capture the whole denoising loop as one CUDA graph for each batch size (Stable Diffusion, SDXL).
+        pipeline: A pipeline of a class named in `families.FAMILIES`.
+        rollout_batch_size: Largest number of images generated at a time; halved where memory runs out.
+        height, width: Size of the images in pixels. Default: the pipeline's own.
+        num_frames: Frames of the videos. Default: the pipeline's own.
+        negative_prompt: Prompt that guidance leads away from. Default: the pipeline's own.
+        max_sequence_length: Tokens of a prompt, for pipelines that let one choose. Default: the pipeline's own.
+        cuda_graph: Capture the whole denoising loop as one CUDA graph for each batch size (Stable Diffusion, SDXL).
 
     Raises:
         ValueError: if the pipeline is unsupported, or cannot do what is asked of it.
@@ -95,7 +93,7 @@ class FrozenDiffusersPipeline:
             if getattr(pipeline, name, None) is None:
                 raise ValueError(f"the pipeline has no {name}")
         self.engine = "eager"
-        """What denoiser and decoder run on; `noisepolicy.engines.use_engine` changes it."""
+        """Name of the engine that runs denoiser and decoder; `noisepolicy.engines.use_engine` changes it."""
         self.rollout_batch_size = rollout_batch_size
         self._pipeline = copy.copy(pipeline)
         self._pipeline.scheduler = copy.deepcopy(pipeline.scheduler)  # it keeps state
@@ -103,7 +101,7 @@ class FrozenDiffusersPipeline:
         if getattr(pipeline, "safety_checker", None) is not None:
             self._pipeline.safety_checker = None  # it would black out images which the reward then scores
         self.device = torch.device(self._pipeline._execution_device)
-        """Where the pipeline runs. Latents and embeddings may come from anywhere."""
+        """Device that the pipeline runs on. Latents and embeddings may be on any device."""
         self._is_offloaded = hasattr(self.denoiser, "_hf_hook")
         # Offloading's hooks belong to the caller's pipeline, which puts new ones in their place after every call.
         self._pipeline.maybe_free_model_hooks = pipeline.maybe_free_model_hooks
@@ -174,12 +172,12 @@ class FrozenDiffusersPipeline:
 
     @property
     def denoiser(self) -> nn.Module:
-        """The UNet or transformer, or what stands in for it."""
+        """The UNet or transformer, or its stand-in."""
         return getattr(self._pipeline, self._family.denoiser)
 
     @property
     def vae(self) -> nn.Module:
-        """The autoencoder, or what stands in for it."""
+        """The autoencoder, or its stand-in."""
         return self._pipeline.vae
 
     @property
@@ -189,7 +187,7 @@ class FrozenDiffusersPipeline:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Evaluation mode without gradients; at the end the modules are as they were found, whatever happened.
+        """Set evaluation mode without gradients; on leaving, the modules are as they were found, whatever happened.
 
         All methods that run the pipeline do so inside. Use it around calls of `denoiser` or `vae`.
         """
@@ -205,7 +203,7 @@ class FrozenDiffusersPipeline:
             self._put_back()
 
     def _put_back(self) -> None:
-        """What a call of the pipeline puts back at its end; an error may have come between, and the loop does not."""
+        """Restore what a call of the pipeline restores at its end: errors prevent it, and the loop makes no call."""
         if self._family.upcasts_vae and self.vae.dtype != self._vae_dtype:
             with quiet():
                 self.vae.to(self._vae_dtype)
@@ -213,7 +211,7 @@ class FrozenDiffusersPipeline:
             self._pipeline.maybe_free_model_hooks()
 
     def replace(self, *, denoiser: nn.Module | None = None, vae: nn.Module | None = None) -> None:
-        """Puts stand-ins in the place of components; those count for `weights_sha256` as they were.
+        """Put stand-ins in the place of components. `weights_sha256` still counts the original components.
 
         Raises:
             ValueError: if the components move between devices.
@@ -232,20 +230,20 @@ class FrozenDiffusersPipeline:
         self._loops.clear()
 
     def component_sha256(self, name: str) -> str:
-        """SHA-256 over the weights of a component, or of "denoiser"; where something stands in, the original's."""
+        """Compute the SHA-256 of a component's weights, or of "denoiser"; for a stand-in, the original's."""
         name = self._family.denoiser if name == "denoiser" else name
         return self._digests[name] if name in self._digests else weights_digest(getattr(self._pipeline, name))
 
     def weights_sha256(self) -> str:
-        """SHA-256 over every parameter and buffer, by component and name; dropped components count as they were."""
+        """Compute the SHA-256 of every parameter and buffer, by component and name, including dropped components."""
         names = self._digests.keys() | self._modules().keys()
         digests = {name: self.component_sha256(name) for name in names}
         return combined_digest(digests)
 
     def drop_text_encoders(self) -> None:
-        """Lets go of text encoders and tokenizers, which frees their memory where nobody else has them.
+        """Let go of text encoders and tokenizers, which frees their memory unless somebody else holds them.
 
-        Prompts that are encoded already go on working.
+        Prompts that are encoded already still work.
         """
         for name, part in self._pipeline.components.items():
             if name.startswith(("text_encoder", "tokenizer")):
@@ -258,7 +256,7 @@ class FrozenDiffusersPipeline:
 
     @contextmanager
     def record_phases(self) -> Iterator[dict[str, float]]:
-        """Fills a dict with the seconds spent in `denoiser` and `vae` while it is open. It waits for the device."""
+        """Fill a dict with the seconds spent in `denoiser` and `vae` within this context. It waits for the device."""
         seconds = {"denoiser": 0.0, "vae": 0.0}
         with (
             timed(self.denoiser, "forward", seconds, "denoiser", self.device),
@@ -272,7 +270,7 @@ class FrozenDiffusersPipeline:
 
     @_in_use
     def encode(self, prompts: Sequence[str]) -> PromptEmbeds:
-        """The embeddings that the pipeline would compute, one row a prompt, in the model's dtype.
+        """Compute the embeddings that the pipeline would compute, one row per prompt, in the model's dtype.
 
         Raises:
             RuntimeError: if the text encoders were dropped.
@@ -290,7 +288,7 @@ class FrozenDiffusersPipeline:
     def generate(
         self, latents: torch.Tensor, prompt_embeds: PromptEmbeds, *, num_inference_steps: int, guidance_scale: float
     ) -> torch.Tensor:
-        """Images in [0, 1], float32, `(batch, 3, height, width)`, video `(batch, frames, 3, height, width)`.
+        """Make images in [0, 1], float32, `(batch, 3, height, width)`, or video `(batch, frames, 3, height, width)`.
 
         Raises:
             ValueError: if the pipeline cannot make images with this step count, is stochastic, or makes NaN.
@@ -345,7 +343,7 @@ class FrozenDiffusersPipeline:
     def _draw(
         self, latents: torch.Tensor, *settings: Any, seed: int, output_type: str = "pt"
     ) -> tuple[torch.Tensor, bool]:
-        """The image of the empty prompt under a random state, and whether making it drew random numbers."""
+        """Make an image of the empty prompt under a random state; tell whether that drew random numbers."""
         is_cuda = self.device.type == "cuda"
         with torch.random.fork_rng(devices=[self.device] if is_cuda else []):
             torch.default_generator.manual_seed(seed)
@@ -371,7 +369,7 @@ class FrozenDiffusersPipeline:
         )
 
     def _not_finite(self, latents: torch.Tensor, embeds: PromptEmbeds, *settings: Any) -> ValueError:
-        """The error for images that hold NaN or infinity; it names the part of the model that made them so."""
+        """Make the error for images with NaN or infinity; it names the part of the model that made them."""
         if not latents.isfinite().all():
             return ValueError("the latents given to the model hold NaN or infinity")
         conditions, generator = self._conditions(embeds, settings[1]), torch.Generator(self.device).manual_seed(0)
@@ -393,7 +391,7 @@ class FrozenDiffusersPipeline:
     def call_pipeline(
         self, latents: torch.Tensor, prompt_embeds: PromptEmbeds, *, num_inference_steps: int, guidance_scale: float
     ) -> torch.Tensor:
-        """`generate` by the pipeline's own `__call__`, whatever the family, as one batch."""
+        """Generate one batch by the pipeline's own `__call__`, whatever the family."""
         conditions = self._conditions(prompt_embeds, guidance_scale)
         generator = torch.Generator(self.device).manual_seed(0)
         return self._call(latents, conditions, num_inference_steps, guidance_scale, generator)
@@ -402,7 +400,7 @@ class FrozenDiffusersPipeline:
     def record_denoiser_call(
         self, *, guidance_scale: float = 1.0, num_inference_steps: int = 4
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Positional and keyword arguments of the denoiser's first call for two images of the empty prompt."""
+        """Record the arguments of the denoiser's first call for two images of the empty prompt: positional, keyword."""
         latents = torch.randn(2, *self.latent_shape, generator=torch.Generator().manual_seed(0))
         embeds = self._empty[torch.zeros(2, dtype=torch.int64)]
         return recorded_call(
@@ -493,7 +491,7 @@ class FrozenDiffusersPipeline:
 
     @_in_use
     def loop(self, num_inference_steps: int, guidance_scale: float) -> DenoisingLoop | None:
-        """The loop for this step count, once it has made an image as the pipeline does; None where it cannot."""
+        """Return the loop for this step count, once it has made the same image as the pipeline; None if it cannot."""
         key = (num_inference_steps, guidance_scale > 1)
         if key not in self._loops:
             self._loops[key] = loop = self._make_loop(num_inference_steps, guidance_scale)
