@@ -50,7 +50,7 @@ __all__ = [
 
 
 def load(policy: Any) -> "NoisePolicy":
-    """Loads a policy from its folder, a run's folder or a hub id.
+    """Load a policy from its folder, a run's folder or a hub id.
 
     Raises:
         OSError: if the files are not there.

@@ -14,10 +14,10 @@ _MEANINGFUL = set("+*(),:")
 
 
 def import_object(name: str, what: str) -> Any:
-    """The object of this name. Its module is run.
+    """Import the object of this name. Its module is run.
 
     Args:
-        what: the word for it in messages, "reward" or "model".
+        what: Word for the object in messages, "reward" or "model".
 
     Raises:
         ValueError: if the folder, the module or the object is not there, or the module raises.
@@ -42,7 +42,7 @@ def import_object(name: str, what: str) -> Any:
 
 
 def with_absolute_folder(name: str) -> str:
-    """The same object, written so that it means the same in any working folder. Nothing is run."""
+    """Rewrite an object's name so that it means the same in any working folder. Nothing is run."""
     folder, module, object_name = _parse(name)
     if folder is None and _lies_in(Path.cwd(), _find_module(module)):
         folder = "."
@@ -52,21 +52,21 @@ def with_absolute_folder(name: str) -> str:
 
 
 def absolute_folder(text: str) -> str:
-    """The absolute path of a folder that is there; another text, or a path with one of `+*(),:`, as it is."""
+    """Return the absolute path of a folder that is there. Other text, and paths with one of `+*(),:`, stay the same."""
     path = Path(text).expanduser()
     absolute = str(path.absolute())
     return absolute if text and path.is_dir() and not _MEANINGFUL & set(absolute) else text
 
 
 def _parse(name: str) -> tuple[str | None, str, str]:
-    """The folder of `[folder/]module[.py]:object`, if it says one, the module and the object."""
+    """Split `[folder/]module[.py]:object` into the folder, if there is one, the module and the object."""
     place, _, object_name = name.partition(":")
     folder, slash, module = place.rpartition("/")
     return (folder or "/") if slash else None, module.removesuffix(".py"), object_name
 
 
 def _find_module(name: str) -> ModuleSpec | None:
-    """Where a module, or the package that it is in, would be imported from. Nothing is run."""
+    """Find the file of a module or of its package, as an import would. Nothing is run."""
     importlib.invalidate_caches()
     first = name.partition(".")[0]
     return PathFinder.find_spec(first, [str(Path.cwd()), *sys.path]) if first else None

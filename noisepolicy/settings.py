@@ -32,7 +32,7 @@ class Bounds:
     may_be_infinite: bool = False
 
     def __str__(self) -> str:
-        """The rule in words, e.g. "must be in [0, 1)"."""
+        """Return the rule in words, e.g. "must be in [0, 1)"."""
         if self.at_most is None and self.below is None:
             if self.above == 0 or self.at_least == 1:
                 return "must be positive"
@@ -41,7 +41,7 @@ class Bounds:
         return f"must be in {low}, {self.at_most:,}]" if self.below is None else f"must be in {low}, {self.below:,})"
 
     def hold(self, value: float) -> bool:
-        """Whether the value is within the bounds."""
+        """Tell whether the value is within the bounds."""
         return (
             (self.at_least is None or value >= self.at_least)
             and (self.above is None or value > self.above)
@@ -66,7 +66,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Flat:
-    """Says how a field is called outside: a setting's flat name, or the prefix of a nested dataclass's settings."""
+    """Gives a field's outside name: a setting's flat name, or the prefix of a nested dataclass's settings."""
 
     name: str
 
@@ -80,7 +80,7 @@ class Setting:
     path: tuple[str, ...]
     """Attribute names that lead to it."""
     kind: type
-    """int, float, bool, str or Path; of each value where it is a list."""
+    """Type of the value, or of each value of a list: int, float, bool, str or Path."""
     is_list: bool
     is_optional: bool
     choices: tuple[str, ...]
@@ -94,7 +94,7 @@ class Setting:
         return "--" + self.name.replace("_", "-")
 
     def checked(self, value: Any) -> Any:
-        """The value in the setting's own type: a list is a tuple, a whole number may stand for a float.
+        """Convert the value to the setting's own type: a list becomes a tuple, a whole number may stand for a float.
 
         Raises:
             ValueError: if the value is of another type, out of bounds, or not one of the choices.
@@ -153,7 +153,7 @@ def _converted(value: Any, kind: type) -> Any:
 
 @functools.cache
 def settings_of(kind: type) -> dict[str, Setting]:
-    """Every setting of a dataclass and of those it holds, by flat name, in order."""
+    """Return every setting of a dataclass and of those inside it, by flat name, in order."""
     return {setting.name: setting for setting in _walk(kind, (), "", kind.__name__)}
 
 
@@ -197,7 +197,7 @@ def _is_union(hint: Any) -> bool:
 
 
 def _field_docstrings(kind: type) -> dict[str, str]:
-    """The strings that stand under a dataclass's fields."""
+    """Return the docstrings under a dataclass's fields."""
     (body,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
     found = {}
     for statement, following in zip(body.body, body.body[1:], strict=False):
@@ -207,23 +207,23 @@ def _field_docstrings(kind: type) -> dict[str, str]:
 
 
 def with_names(kind: type, message: str) -> str:
-    """A message that calls settings by their names, `batch_size` for `--batch-size`."""
+    """Replace flags in a message by the settings' names: `batch_size` for `--batch-size`."""
     names = {setting.flag: name for name, setting in settings_of(kind).items()}
     return re.sub(r"--[a-z][a-z-]+", lambda flag: names.get(flag[0], flag[0]), message)
 
 
 def flat_values(config: Any) -> dict[str, Any]:
-    """Every setting's value by flat name."""
+    """Return every setting's value by flat name."""
     return {
         name: functools.reduce(getattr, setting.path, config) for name, setting in settings_of(type(config)).items()
     }
 
 
 def with_settings(config: Config, **values: Any) -> Config:
-    """A copy with these settings, by flat name; each value is checked.
+    """Copy a config with these settings, by flat name; each value is checked.
 
     Raises:
-        ValueError: if there is no such setting, or a value is not one of its.
+        ValueError: if there is no such setting, or a value does not fit it.
     """
     known = settings_of(type(config))
     if unknown := [name for name in values if name not in known]:
@@ -249,7 +249,7 @@ def _replaced(config: Config, tree: dict[str, Any]) -> Config:
 
 
 def checked(config: Config) -> Config:
-    """A copy whose values are all checked, for a dataclass that was filled without `with_settings`.
+    """Copy a config and check all of its values, for a dataclass that was filled without `with_settings`.
 
     Raises:
         ValueError: as `with_settings`.
@@ -258,7 +258,7 @@ def checked(config: Config) -> Config:
 
 
 def plain_values(config: Any) -> dict[str, Any]:
-    """Every setting's value by flat name, as YAML and JSON know it."""
+    """Return every setting's value by flat name, as YAML and JSON know it."""
     return {
         name: list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
         for name, value in flat_values(config).items()

@@ -1,4 +1,4 @@
-"""From the command line to settings: a preset or YAML file, flags over it, or a run to resume."""
+"""Parsing of the command line: a preset or YAML file with flags over it, or a run to resume."""
 
 import argparse
 import math
@@ -25,23 +25,23 @@ threads. Defaults are those of --algorithm {algorithm}; add --algorithm NAME to 
 
 
 class UsageError(ValueError):
-    """The command line cannot be carried out; the message is one line."""
+    """Raised if the command line cannot be carried out; the message is one line."""
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """What the command line asks for."""
+    """The settings of a command line, and the run to resume."""
 
     config: TrainConfig
     resumed: RunFolder | None
-    """The run to go on with, if any."""
+    """Run to resume, if any."""
 
 
 def parse_arguments(argv: list[str]) -> Arguments:
-    """Settings from the command line; `--help` prints and exits. Where torchrun starts a run again, it is resumed.
+    """Parse the command line; `--help` prints and exits. A run that torchrun starts again is resumed.
 
     Raises:
-        ValueError: one line that says what was wrong and what would be right.
+        ValueError: with one line that says what was wrong and what would be right.
     """
     argv = [_renamed(argument) for argument in argv]
     argv, config_file = _take_option(argv, "--config")
@@ -82,7 +82,7 @@ def _parse_resume(opened: tuple[RunFolder, TrainConfig], argv: list[str]) -> Arg
 
 
 def _renamed(argument: str) -> str:
-    """The flag's name of today, with - for _, and a note where it was given its old name."""
+    """Return the flag's present name, with - for _, and print a note if it was given an old name."""
     if not argument.startswith("--"):
         return argument
     flag, equals, value = argument.partition("=")
@@ -96,7 +96,7 @@ def _renamed(argument: str) -> str:
 
 
 def _take_option(argv: list[str], name: str) -> tuple[list[str], str | None]:
-    """Takes `name VALUE` or `name=VALUE` out of `argv`."""
+    """Take `name VALUE` or `name=VALUE` out of `argv`."""
     for index, argument in enumerate(argv):
         if argument == name:
             if index + 1 == len(argv):
@@ -152,7 +152,7 @@ def _add_flag(group: Any, setting: Setting, default: Any) -> None:
 
 
 def _help(setting: Setting, default: Any) -> str:
-    """The setting's docstring with its bounds and its real default."""
+    """Return the setting's docstring with its bounds and its real default."""
     notes = []
     if setting.bounds is not None and str(setting.bounds) != "must be positive":
         notes.append(str(setting.bounds))

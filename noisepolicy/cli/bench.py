@@ -1,4 +1,4 @@
-"""`noisepolicy-bench`: measures, prints a table, and ends with one line of JSON."""
+"""`noisepolicy-bench`: measurements that print a table and end with one line of JSON."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ from noisepolicy.storage import make_new_folder, write_json
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 bad input, 130 interrupted, 1 failed on the way or, with --compare, slower than before."""
+    """Run the command. Exit codes: 0 done, 2 bad input, 130 interrupted, 1 failed or, with --compare, slower."""
     arguments = parse_arguments(list(sys.argv[1:] if argv is None else argv))
     prepare("noisepolicy-bench")
     code = 0
@@ -85,7 +85,7 @@ def _available(backend: str) -> str:
 
 
 def _run_latency(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
-    """The result, and 1 if --compare found something slower."""
+    """Return the result, and 1 if --compare found something slower."""
     if arguments.output is not None and arguments.output.exists() and not arguments.output.is_dir():
         raise ValueError(f"--output {arguments.output} is a file; give a folder")
     quiet_loading()

@@ -10,14 +10,14 @@ _DTYPES = ("float32", "float16", "bfloat16")
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
+    """A parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"noisepolicy-bench: error: {message}; see {self.prog} --help\n")
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    """`command` is None where only the backends are asked for. Exits with 2 on what it cannot read."""
+    """Parse the command line; exit with 2 on errors. `command` is None if only the backends are asked for."""
     parser = _Parser(
         prog="noisepolicy-bench",
         description="Measures, prints a table, and ends with one line of JSON.",
@@ -61,7 +61,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def _with_command(argv: list[str]) -> list[str]:
-    """Puts the default command behind the flags that stand before any command, unless there is one."""
+    """Put the default command behind the flags that stand before any command, unless there is a command."""
     index = 0
     while index < len(argv) and argv[index].split("=")[0] in ("--json", "--list-backends"):
         index += 2 if argv[index] == "--json" else 1

@@ -1,4 +1,4 @@
-"""The flags that choose what runs the frozen model, for the commands that take a finished run."""
+"""The flags that choose the engine, for the commands that take a finished run."""
 
 import argparse
 import warnings
@@ -11,7 +11,7 @@ _DTYPES = ("float32", "float16", "bfloat16")
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds `--engine` and `--engine-dtype`, with their names of before 0.2."""
+    """Add `--engine` and `--engine-dtype`, and their names before 0.2."""
     parser.add_argument(
         "--engine",
         "--denoiser",
@@ -24,10 +24,10 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def with_engine(config: "TrainConfig", arguments: argparse.Namespace) -> "TrainConfig":
-    """The run's settings with those of the command line; where its own engine does not run here, PyTorch does.
+    """Return the run's settings with the command line's engine; if the run's own does not run here, PyTorch's.
 
     Raises:
-        ValueError: for an engine that is none.
+        ValueError: for an unknown engine.
     """
     if arguments.engine is not None:
         return config.replace(engine=arguments.engine, engine_dtype=arguments.engine_dtype)

@@ -9,7 +9,7 @@ from noisepolicy.cli.failures import prepare, quiet_loading, run_command
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: see `run_command`."""
+    """Run the command. Exit codes: see `run_command`."""
     parser = argparse.ArgumentParser(prog="noisepolicy-eval", description=__doc__)
     parser.add_argument("run", type=Path, help="run folder of noisepolicy-train")
     parser.add_argument("--steps", help="denoising step counts, e.g. 1,2,4,8 (default: the run's)")

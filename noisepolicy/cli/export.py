@@ -23,14 +23,14 @@ _NO_MATTER = {
     "vae_tiling": False,
     "cpu_offload": False,
 }
-"""Settings that say how a run was carried out on its machine. The model and the policy are the same under others."""
+"""Settings that describe how a run was carried out on its machine. They do not affect the model and the policy."""
 
 _DESCRIPTION = """Export a frozen model: denoiser.onnx, vae_decoder.onnx, with a run policy.onnx, and loop.json, which
 holds what is left to do between them; --engine adds TensorRT engines, which can be built for GPUs that are not here."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: see `run_command`."""
+    """Run the command. Exit codes: see `run_command`."""
     parser = argparse.ArgumentParser(prog="noisepolicy-export", description=_DESCRIPTION)
     parser.add_argument("source", help="a run folder of noisepolicy-train, a model folder or hub id, or 'shapes'")
     parser.add_argument("--output-dir", type=Path, required=True)
@@ -151,7 +151,7 @@ def _write_loop(
     arguments: argparse.Namespace,
     guidance_scale: float,
 ) -> None:
-    """What is left to do around the ONNX files; `examples/without_torch.py` does it."""
+    """Write the work that is left around the ONNX files, which `examples/without_torch.py` does."""
     from noisepolicy.storage import write_json, write_tensors
 
     loops = {steps: frozen.loop(steps, guidance_scale) for steps in arguments.steps}

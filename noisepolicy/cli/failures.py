@@ -1,4 +1,4 @@
-"""How the commands fail: one clear line on stderr, an exit code, and a traceback only with --debug."""
+"""Failures of the commands: one clear line on stderr, an exit code, and a traceback only with --debug."""
 
 import errno
 import os
@@ -15,7 +15,7 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def prepare(command: str) -> None:
-    """Quiets the libraries and makes warnings one line each. Before heavy imports."""
+    """Silence the libraries and make warnings one line each. Call this before heavy imports."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
     def show(message: Warning | str, category: type[Warning], *_: object) -> None:
@@ -26,7 +26,7 @@ def prepare(command: str) -> None:
 
 
 def quiet_loading() -> None:
-    """Turns off the libraries' own progress bars. Imports them."""
+    """Import the libraries and turn off their own progress bars."""
     from diffusers.utils.logging import disable_progress_bar as disable_diffusers_bar
     from transformers.utils.logging import disable_progress_bar as disable_transformers_bar
 
@@ -35,7 +35,7 @@ def quiet_loading() -> None:
 
 
 def report_failure(command: str, error: Exception, *, is_debug: bool, hint: str = "", rank: int = 0) -> None:
-    """One line: what is wrong, in which process if it is not the first, and `hint`, what to do now."""
+    """Print one line: what is wrong, in which process if it is not the first, and `hint`, what to do now."""
     if is_debug:
         traceback.print_exception(error)
     message = " ".join(str(error).split())
@@ -47,7 +47,10 @@ def report_failure(command: str, error: Exception, *, is_debug: bool, hint: str 
 
 
 def run_command(command: str, body: Callable[[], None], *, is_debug: bool) -> int:
-    """Exit codes: 0 done, 2 bad input, 1 failed on the way, 130 interrupted. Of several processes, one speaks."""
+    """Run a command's work; of several processes, only one reports errors.
+
+    Exit codes: 0 done, 2 bad input, 1 failed on the way, 130 interrupted.
+    """
     silence_all_but_the_first()
     code = 0
     try:

@@ -1,4 +1,4 @@
-"""`noisepolicy-reward-server`: serves a reward over HTTP, for training that runs elsewhere."""
+"""`noisepolicy-reward-server`: a reward over HTTP, for training that runs elsewhere."""
 
 import argparse
 import ipaddress
@@ -12,7 +12,7 @@ _TOKEN_VARIABLE = "NOISEPOLICY_REWARD_TOKEN"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: see `run_command`."""
+    """Run the command. Exit codes: see `run_command`."""
     parser = argparse.ArgumentParser(
         prog="noisepolicy-reward-server",
         description="Serves a reward over HTTP. The bearer token, if any, is the environment variable "

@@ -1,4 +1,4 @@
-"""Sets how many threads torch computes with on a CPU, and how they wait for one another.
+"""The number of torch's threads on a CPU, and the way in which they wait for one another.
 
 OpenMP reads its environment variables once, when torch loads it, so this module is imported before torch. By default
 OpenMP takes one thread for each CPU and lets threads spin for milliseconds while they wait. That is right on a machine

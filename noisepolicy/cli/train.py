@@ -1,4 +1,4 @@
-"""`noisepolicy-train`: train, evaluate, report."""
+"""`noisepolicy-train`: trains a policy, evaluates it and writes the report."""
 
 import sys
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 bad input, 1 failed on the way, 130 and 143 stopped by Ctrl-C and SIGTERM."""
+    """Run the command. Exit codes: 0 done, 2 bad input, 1 failed on the way, 130 and 143 stopped by Ctrl-C, SIGTERM."""
     argv = list(sys.argv[1:] if argv is None else argv)
     is_debug = "--debug" in argv
     argv = [argument for argument in argv if argument != "--debug"]

@@ -30,7 +30,7 @@ class Sweep:
     """The prompts of the evaluation, in words."""
 
     def __str__(self) -> str:
-        """A line for each step count, and one for each further reward."""
+        """Format the table: a line for each step count, and one for each further reward."""
         if not self.rows:
             return "nothing was evaluated"
         has_strict = self.rows[0]["base"]["strict"] is not None
@@ -52,7 +52,7 @@ class Sweep:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        """The table, for a notebook."""
+        """Show the table in a notebook."""
         head = "<tr><th>steps</th><th>reward</th><th>base</th><th>policy</th><th>gain (95%)</th><th>diversity</th></tr>"
         lines = []
         for row in self.rows:
@@ -102,17 +102,17 @@ def evaluate_sweep(
     collect: Callable[[Any], list[Any] | None] = lambda value: [value],
     measured_on: str = "held-out prompts",
 ) -> Sweep:
-    """Generates `len(prompts) * group_size` images with and without the policy at each step count.
+    """Generate `len(prompts) * group_size` images with and without the policy at each step count.
 
     Args:
-        eval_rewards: measured beside `reward`; those the policy was not trained for show whether it was hacked.
-        embeds: of the prompts, if they are encoded already.
-        seed: of the evaluation's noise; a pair's noise depends on it and on the pair's number alone.
-        num_shown: prompts whose first pair is kept for the report, at every step count.
-        on_progress: told of each batch of images made.
-        rank: of this process among `num_ranks`, which share the images.
-        measured_on: the prompts, in words.
-        collect: gives one process the values of all, and the others None: their sweep is empty.
+        eval_rewards: Further rewards to measure. Rewards that were not trained for show reward hacking.
+        embeds: Embeddings of the prompts, if they are encoded already.
+        seed: Seed of the evaluation's noise. A pair's noise depends on the seed and the pair's number alone.
+        num_shown: Number of prompts whose first pair is kept for the report, at every step count.
+        on_progress: Called with the number of images of each batch.
+        rank: Rank of this process among `num_ranks`, which share the images.
+        measured_on: The prompts, in words.
+        collect: Returns the values of all processes in one of them, and None in the others, whose sweep is empty.
     """
     if embeds is None:
         embeds = frozen.encode([str(prompt) for prompt in prompts])
@@ -163,7 +163,7 @@ def evaluate_sweep(
 
 
 class _Part(NamedTuple):
-    """What one process makes in one go: some prompts, from `begin` on, at a step count, with the policy or without."""
+    """A part that one process makes: some prompts, from `begin` on, at a step count, with the policy or without."""
 
     num_inference_steps: int
     has_policy: bool
@@ -182,7 +182,7 @@ def measure(
     guidance_scale: float,
     seed: int,
 ) -> "Results":
-    """`group_size` images of each prompt, from the policy's starts or, where there is none, from the prior's."""
+    """Make and score `group_size` images of each prompt, from the policy's starts or, without a policy, the prior's."""
     return Results.join(
         [
             _measure_part(
@@ -246,14 +246,14 @@ def _measure_part(
 
 @dataclass
 class Results:
-    """What one side of a comparison gave, prompt by prompt."""
+    """Results of one side of a comparison, prompt by prompt."""
 
     metrics: dict[str, torch.Tensor]
-    """Each `(prompts, images)`."""
+    """Values of each metric, `(prompts, images)`."""
     diversity: list[float]
-    """Of each prompt's images: root mean square difference of two, in units of pixels in [0, 1]."""
+    """Root mean square difference of two images of each prompt, for pixels in [0, 1]."""
     first_images: list[torch.Tensor]
-    """Of the prompts that are shown."""
+    """First image of each prompt that is shown."""
 
     @classmethod
     def join(cls, parts: Sequence["Results"]) -> "Results":
@@ -268,7 +268,7 @@ class Results:
         )
 
     def values(self, name: str) -> torch.Tensor | None:
-        """`(prompts, images)`"""
+        """Return a metric's values, `(prompts, images)`, or None if there are none."""
         return self.metrics.get(name)
 
     def first_of(self, prompt: int) -> tuple[torch.Tensor, dict[str, float]]:
@@ -284,7 +284,7 @@ class Results:
 
 
 def measured_on(config: dict[str, Any]) -> str:
-    """What a run's evaluation prompts are, in words; FIND's are those it was trained on."""
+    """Describe a run's evaluation prompts in words; FIND is evaluated on the prompts it was trained on."""
     return "the prompts it was made for" if config["algorithm"] == "find" else "held-out prompts"
 
 
@@ -295,11 +295,11 @@ def _repeat(embeds: PromptEmbeds, count: int) -> PromptEmbeds:
 def summarise(
     num_inference_steps: int, base: Results, policy: Results, others: Sequence[str], parts: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """An entry of `Sweep.rows`.
+    """Make an entry of `Sweep.rows`.
 
     Args:
-        others: names of the rewards that were not trained for.
-        parts: names of the parts of the reward, if it is a weighted sum of several.
+        others: Names of the rewards that were not trained for.
+        parts: Names of the parts of the reward, if it is a weighted sum of several.
     """
     base_rewards = base.values("reward")
     return {

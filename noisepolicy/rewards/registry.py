@@ -1,4 +1,4 @@
-"""From a line of text to a reward.
+"""The registry of rewards, and the grammar of the text that describes one.
 
     reward  =  term + term + ...          term  =  [weight *] name | name(argument, ...)
                                                 |  [weight *] [folder/]module:function
@@ -29,7 +29,7 @@ _MAX_DEPTH = 8
 
 @dataclass(frozen=True)
 class _Entry:
-    """Where a named reward is made, and what stands between its parentheses."""
+    """The class of a named reward, and the kind of arguments between its parentheses."""
 
     module: str
     maker: str
@@ -62,7 +62,7 @@ _REGISTRY: dict[str, _Entry] = {
 
 
 def load_reward(spec: str, *, device: torch.device | str = "cpu") -> Reward:
-    """The reward described by `spec`; its models, if any, run on `device`.
+    """Make the reward that `spec` describes; its models, if any, run on `device`.
 
     `module:function` is found as Python finds modules, and in the working folder; `folder/module:function` in that
     folder.
@@ -82,7 +82,7 @@ def load_reward(spec: str, *, device: torch.device | str = "cpu") -> Reward:
 
 
 def outside_parts(spec: str) -> list[str]:
-    """The parts of a reward that run code (`module:function`) or send pictures to another machine (an address).
+    """List the parts of a reward that run code (`module:function`) or send pictures to another machine (an address).
 
     Nothing is imported, loaded or reached.
 
@@ -102,7 +102,7 @@ def outside_parts(spec: str) -> list[str]:
 
 
 def with_absolute_paths(spec: str) -> str:
-    """The same reward, written so that it means the same in any working folder.
+    """Rewrite a reward's text so that it means the same in any working folder.
 
     Folders, and modules that lie in the working folder, get their absolute path, unless it holds one of `+*(),:`, which
     have a meaning here.
@@ -118,7 +118,7 @@ def with_absolute_paths(spec: str) -> str:
 
 
 def without_folders(text: str) -> str:
-    """A reward or model for reports, which others read: absolute paths are their last part."""
+    """Shorten absolute paths to their last part, for reports, which others read."""
     return re.sub(r"(?<![\w:/.~\]-])/([^+*(),:]*/)?(?=[^/])", "", text)
 
 
@@ -129,12 +129,12 @@ def _is_of_this_machine(address: str) -> bool:
 
 
 def reward_names() -> list[str]:
-    """Every registered name, sorted."""
+    """Return every registered name, sorted."""
     return sorted(_REGISTRY)
 
 
 def _terms(spec: str) -> list[tuple[float | None, str]]:
-    """Weights and names."""
+    """Split a text into weights and names."""
     terms = [_parse_term(text, spec) for text in _split(spec, "+")]
     names = [name for _, name in terms]
     if repeated := {name for name in names if names.count(name) > 1}:
@@ -164,7 +164,7 @@ def _parse_weight(text: str, spec: str) -> float:
 
 
 def _split(text: str, separator: str) -> list[str]:
-    """`text` at every `separator` outside parentheses."""
+    """Split `text` at every `separator` outside parentheses."""
     pieces, depth, start = [], 0, 0
     for index, character in enumerate(text):
         depth += (character == "(") - (character == ")")
@@ -201,7 +201,7 @@ def _load_named(name: str, device: torch.device | str) -> Reward:
 
 
 def _find(name: str) -> tuple[_Entry | None, str]:
-    """What makes a reward and the text it is given; without an entry for a `module:function`."""
+    """Find a reward's entry (None for a `module:function`) and its arguments' text."""
     if name.startswith(("http://", "https://")):
         return _Entry("http_client", "HttpReward", "address"), name
     head, has_argument, rest = name.partition("(")
@@ -243,7 +243,7 @@ def _make(name: str, entry: _Entry, argument: str, device: torch.device | str) -
 
 
 def _models(argument: str, name: str, max_models: int) -> Iterator[str]:
-    """Folders and hub ids between commas.
+    """Split folders and hub ids at commas.
 
     Raises:
         ValueError: if there are too many, or what is written as a path is not there.

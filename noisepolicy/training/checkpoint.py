@@ -22,16 +22,16 @@ class Checkpoint(NamedTuple):
 
     @property
     def iteration(self) -> int:
-        """The iteration that its name says."""
+        """Iteration in the checkpoint's name."""
         return iteration_of(self.path)
 
 
 def save_checkpoint(
     folder: Path, iteration: int, tensors: Mapping[str, torch.Tensor], progress: Mapping[str, Any]
 ) -> None:
-    """Writes the checkpoint, then removes all but it and the one before.
+    """Write the checkpoint, then remove all others but the one before.
 
-    One of a later iteration, which a resumed run could not use, goes too.
+    Checkpoints of later iterations, which a resumed run could not use, are removed too.
     """
     path = folder / f"iteration_{iteration:06d}.safetensors"
     write_tensors(path, tensors, {"progress": json.dumps(dict(progress))})
@@ -42,17 +42,17 @@ def save_checkpoint(
 
 
 def iteration_of(path: Path) -> int:
-    """The iteration that a checkpoint's name says."""
+    """Return the iteration in a checkpoint's name."""
     return int(path.stem.rpartition("_")[2])
 
 
 def checkpoint_paths(folder: Path) -> list[Path]:
-    """Those there are, whole or not, the newest first."""
+    """List all checkpoints, whole or not, the newest first."""
     return sorted(folder.glob(_PATTERN), key=lambda path: (len(path.name), path.name), reverse=True)
 
 
 def whole_checkpoints(folder: Path) -> Iterator[Checkpoint]:
-    """Those that can be read, the newest first; a warning for each that cannot."""
+    """Yield the checkpoints that can be read, the newest first, and warn of each that cannot."""
     for path in checkpoint_paths(folder):
         try:
             tensors, metadata = read_tensors_and_metadata(path, needs_digest=True)
@@ -71,7 +71,7 @@ def _parse_progress(text: str) -> dict[str, Any]:
 
 
 def skip_checkpoint(path: Path, error: Exception) -> None:
-    """Warns that it is not used, and why."""
+    """Warn that a checkpoint is not used, and why."""
     reason = f"there is no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
     warnings.warn(f"skipping damaged checkpoint {path}: {reason}", stacklevel=2)
 
@@ -81,6 +81,6 @@ def with_prefix(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, t
 
 
 def without_prefix(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The inverse of `with_prefix`, of those that have it."""
+    """Return the values whose names have the prefix, without it; the inverse of `with_prefix`."""
     start = f"{prefix}."
     return {name[len(start) :]: tensor for name, tensor in tensors.items() if name.startswith(start)}

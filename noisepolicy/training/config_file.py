@@ -9,7 +9,7 @@ _MAX_BYTES = 4 * 1024 * 1024
 
 
 class _Loader(yaml.SafeLoader):
-    """Without aliases: merged into one another, a few lines of them make more than memory holds."""
+    """A loader without aliases: nested in one another, a few lines of aliases exceed any memory."""
 
     def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -18,10 +18,10 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """A YAML mapping.
+    """Read a YAML mapping.
 
     Raises:
-        ValueError: if the file is missing, too large, no YAML, or holds something else.
+        ValueError: if the file is missing, too large, not YAML, or holds something else.
     """
     try:
         if path.stat().st_size > _MAX_BYTES:

@@ -1,4 +1,4 @@
-"""The Accelerate engine on the device a user asked for."""
+"""Accelerate's object on the device that a user asked for."""
 
 import warnings
 from datetime import timedelta
@@ -13,13 +13,13 @@ _DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
 
 
 def make_accelerator(device: str, *, timeout_s: float = 1800.0) -> Accelerator:
-    """Accelerate's engine: one process alone, or a rank of what `torchrun` or `accelerate launch` started.
+    """Make Accelerate's object for a process alone, or for a rank that `torchrun` or `accelerate launch` started.
 
     Args:
-        timeout_s: how long the other processes are waited for.
+        timeout_s: Seconds to wait for the other processes.
 
     Raises:
-        ValueError: if the device is not one of ours, or is not there.
+        ValueError: if the device is unknown, or is not there.
     """
     try:
         wanted = (
@@ -47,7 +47,7 @@ def make_accelerator(device: str, *, timeout_s: float = 1800.0) -> Accelerator:
 
 
 def make_run_accelerator(config: TrainConfig, device: str | None) -> Accelerator:
-    """`make_accelerator` for a finished run: on `device` if it is given, else on the run's own, or the CPU without one.
+    """Make Accelerate's object for a finished run: on `device` if given, else on the run's own, or else on the CPU.
 
     Raises:
         ValueError: as `make_accelerator`.
@@ -59,17 +59,19 @@ def make_run_accelerator(config: TrainConfig, device: str | None) -> Accelerator
 
 
 def for_device(config: TrainConfig, device: torch.device) -> TrainConfig:
-    """A run's settings without those for its speed and memory that `device` cannot carry out."""
+    """Return a run's settings without the settings for speed and memory that `device` cannot carry out."""
     if device.type != "cpu":
         return config
     return config.replace(cuda_graph=False, cpu_offload=False)
 
 
 def with_mixed_precision(config: TrainConfig, accelerator: Accelerator) -> TrainConfig:
-    """`config` with what `accelerate launch --mixed_precision` asks of the frozen model; what is trained is float32.
+    """Return `config` with the dtype of `accelerate launch --mixed_precision` for the frozen model.
+
+    The policy and the critic are always float32.
 
     Raises:
-        ValueError: if the configuration asks for another dtype, or there is none of that name here.
+        ValueError: if the configuration asks for another dtype, or the dtype is unknown.
     """
     wanted = accelerator.mixed_precision
     if wanted == "no":

@@ -46,11 +46,11 @@ class Find:
     """The learner of the algorithm `find`. Row i of the table is prompt i of the task.
 
     Args:
-        config: resolved settings.
-        task: the frozen model, the reward and the prompts.
-        prompts: embeddings of the prompts met so far; all are met here.
+        config: Resolved settings.
+        task: The frozen model, the reward and the prompts.
+        prompts: Embeddings of the prompts; all of them are encoded here.
         start_copy: RUN/init_policy, where the run keeps a copy of the policy that it started from.
-        device: of the table and the networks.
+        device: Device of the table and the networks.
 
     Raises:
         ValueError: if a batch holds more groups than there are prompts, or the policy to start from does not fit.
@@ -94,7 +94,7 @@ class Find:
         )
 
     def begin(self) -> None:
-        """Writes the copy of the policy that the run starts from, on the main process."""
+        """Write the copy of the policy that the run starts from, on the main process."""
         if self._start is not None:
             self._start.save_pretrained(self._start_copy)
 
@@ -131,7 +131,7 @@ class Find:
         return policy
 
     def _load_start(self, source: Path) -> NoisePolicy:
-        """The policy to start from: the run's own copy, if there is one."""
+        """Load the policy to start from: the run's own copy, if there is one."""
         if (self._start_copy / "config.json").is_file():
             return NoisePolicy.from_pretrained(self._start_copy)
         folder = source / "policy" if (source / "policy" / "config.json").is_file() else source
@@ -147,12 +147,12 @@ class Find:
         return start
 
     def draw_prompts(self, number: int) -> list[int]:
-        """The prompts of iteration `number`, one a group: the next ones, round and round."""
+        """Return the prompts of iteration `number`, one per group: the next ones of the list, again and again."""
         count = self._config.batch_size // self._config.group_size
         return [index % len(self._task.train_prompts) for index in range(number * count, (number + 1) * count)]
 
     def learn(self, rollout: Rollout, number: int) -> dict[str, Any]:
-        """Learns from the images of iteration `number`; returns its metrics."""
+        """Learn from the images of iteration `number` and return its metrics."""
         config = self._config
         group = config.group_size
         prompt = rollout.prompt_row[::group].to(rollout.reward.device)
@@ -171,7 +171,7 @@ class Find:
         return metrics
 
     def _calibrate(self, prompt: torch.Tensor, rollout: Rollout) -> float:
-        """Teaches the calibrator what the current distributions are worth; returns its relative error before."""
+        """Train the calibrator on the current distributions' rewards; return its relative error before that."""
         reward = self._scale.standardise(rollout.parts).unflatten(0, (-1, self._config.group_size)).mean(1)
         step_index = rollout.step_index[:: self._config.group_size, None]
         embeds = self._prompts[prompt].prompt_embeds.float()
@@ -188,7 +188,7 @@ class Find:
         return errors[0]
 
     def _update(self, prompt: torch.Tensor, generator: torch.Generator) -> dict[str, float]:
-        """`_update_rows` of as many rows at a time as memory allows; metrics are means over the prompts."""
+        """Call `_update_rows` on as many rows at a time as memory allows; metrics are means over the prompts."""
         row_size = self._config.replay * self._config.group_size * math.prod(self.policy.action_shape)
         total: dict[str, float] = {}
         for rows in prompt.split(max(1, _MAX_NUMBERS // row_size)):
@@ -197,7 +197,7 @@ class Find:
         return total
 
     def _update_rows(self, prompt: torch.Tensor, generator: torch.Generator) -> dict[str, float]:
-        """A few natural-gradient steps on the prompts' rows; a row whose KL from where it was passes its target rests.
+        """Take a few natural-gradient steps on the prompts' rows. A row stops once its KL(old, new) passes the target.
 
         The loss of a row, with a critic between brackets, in units of the spread of its own rewards:
 
@@ -250,7 +250,7 @@ class Find:
     def _foreseen(
         self, embeds: torch.Tensor, samples: Mapping[str, torch.Tensor], mean: torch.Tensor, log_std: torch.Tensor
     ) -> torch.Tensor:
-        """The standardised reward to expect of each sample's own noise (critic) or of the distribution (calibrator)."""
+        """Predict the standardised reward of each sample's own noise (critic) or of the distribution (calibrator)."""
         if self._critic is None:
             return self._calibrator(embeds, mean, log_std).gather(1, samples["step_index"])
         count = samples["step_index"].shape[1]
@@ -262,18 +262,18 @@ class Find:
         return self._restandardised(values.mean(0)).unflatten(0, (-1, count))
 
     def _restandardised(self, predicted: torch.Tensor) -> torch.Tensor:
-        """The critic's predictions, standardised as in the run that trained it, as this run standardises them."""
+        """Convert the critic's predictions from the scale of the run that trained it to this run's scale."""
         return self._scale.standardise_sum(self._critic.in_reward_units(predicted))
 
     def _critic_steps(self, step_index: torch.Tensor) -> torch.Tensor:
-        """This run's step counts as the critic's, which was trained at its own."""
+        """Map this run's step counts to the nearest that the critic was trained at."""
         nearest = [self._critic.shape.nearest_step_index(steps) for steps in self._config.num_inference_steps]
         return torch.tensor(nearest, device=step_index.device)[step_index]
 
     def _promise(
         self, embeds: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor, generator: torch.Generator
     ) -> torch.Tensor:
-        """The critic's lower bound of the rows' standardised rewards, over fresh noise; `(prompts,)`, with gradient."""
+        """Compute the critic's lower bound of standardised rewards on fresh noise, `(prompts,)`, differentiable."""
         means, log_stds = (_repeat(value, _CRITIC_SAMPLES) for value in (mean, log_std))
         noise = draw_noise(means, generator)
         count = len(self._config.num_inference_steps)
@@ -284,7 +284,7 @@ class Find:
         return self._restandardised(values).unflatten(0, (-1, _CRITIC_SAMPLES)).mean(1)
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Tensors and JSON values for a checkpoint, beside the weights of `policy` and `average`."""
+        """Return tensors and JSON values for a checkpoint, beside the weights of `policy` and `average`."""
         tensors = with_prefix("replay", self._replay.state())
         tensors |= with_prefix("calibrator", self._calibrator.state_dict())
         tensors |= with_prefix("reward_scale", self._scale.state())
@@ -294,7 +294,7 @@ class Find:
     def load_state(
         self, tensors: Mapping[str, torch.Tensor], progress: Mapping[str, Any], history_folder: Path
     ) -> None:
-        """The inverse of `state`."""
+        """Restore what `state` returned."""
         self._replay.load_state(without_prefix("replay", tensors))
         self._calibrator.load_state_dict(without_prefix("calibrator", tensors))
         self._scale.load_state(without_prefix("reward_scale", tensors))
@@ -305,11 +305,11 @@ class Replay:
     """FIND's historical samples: for each prompt a ring of the last `capacity` samples, on one device.
 
     Args:
-        num_prompts: rings.
-        capacity: samples in each.
-        action_shape: of one action, float32.
-        num_parts: of the reward, float64, before they are weighted.
-        device: where they lie.
+        num_prompts: Number of rings.
+        capacity: Number of samples in each ring.
+        action_shape: Shape of one action, float32.
+        num_parts: Number of parts of the reward, kept as float64 before they are weighted.
+        device: Device of the samples.
     """
 
     def __init__(
@@ -325,7 +325,7 @@ class Replay:
         }
 
     def append(self, prompt: torch.Tensor, **samples: torch.Tensor) -> None:
-        """Adds `group` samples of each of some prompts: `(prompts,)`, and `(prompts, group, ...)` for each column."""
+        """Add `group` samples of each of some prompts: `(prompts,)`, and `(prompts, group, ...)` for each column."""
         group = samples["parts"].shape[1]
         place = (self._count[prompt][:, None] + torch.arange(group, device=prompt.device)) % self._capacity
         for name, column in self._columns.items():
@@ -333,7 +333,7 @@ class Replay:
         self._count[prompt] += group
 
     def of(self, prompt: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """The rings of some prompts, `(prompts, capacity, ...)`, and which places are filled, `(prompts, capacity)`."""
+        """Return some prompts' rings, `(prompts, capacity, ...)`, and the filled places, `(prompts, capacity)`."""
         is_filled = torch.arange(self._capacity, device=prompt.device) < self._count[prompt][:, None]
         return {name: column[prompt] for name, column in self._columns.items()}, is_filled
 
@@ -349,7 +349,7 @@ class Replay:
 class RewardCalibrator(nn.Module):
     """FIND's dynamic reward calibration: the expected reward of a distribution over the noise, and a prompt.
 
-    It sees the mean at 8 x 8 places at most and the log-std by channel, and answers for each denoising step count.
+    It sees the mean at 8 x 8 places at most and the log-std by channel, and predicts for each denoising step count.
     """
 
     _MAX_PLACES = 8
@@ -365,7 +365,7 @@ class RewardCalibrator(nn.Module):
         self.out = nn.Linear(2 * hidden_width, num_steps)
 
     def forward(self, prompt_embeds: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
-        """Standardised rewards, `(batch, steps)`, from `(batch, tokens, width)` and two of `(batch, *action_shape)`."""
+        """Predict standardised rewards, `(batch, steps)`, from embeddings and two tensors `(batch, *action_shape)`."""
         planes = mean.reshape(len(mean), -1, *mean.shape[-2:])
         loudness = log_std.expand_as(mean).reshape_as(planes).mean((2, 3))
         seen = torch.cat([F.adaptive_avg_pool2d(planes, self._places).flatten(1), loudness], 1)
@@ -373,12 +373,12 @@ class RewardCalibrator(nn.Module):
 
 
 def _repeat(value: torch.Tensor, count: int) -> torch.Tensor:
-    """Each row `count` times, for a row's samples lie together."""
+    """Repeat each row `count` times: a row's samples are next to each other."""
     return value if value.ndim == 0 else value.repeat_interleave(count, 0)
 
 
 def _spread(reward: torch.Tensor, is_filled: torch.Tensor) -> torch.Tensor:
-    """Standard deviation of each row's filled places, `(prompts, 1)`."""
+    """Compute the standard deviation of each row's filled places, `(prompts, 1)`."""
     count = is_filled.sum(1, keepdim=True)
     center = (reward * is_filled).sum(1, keepdim=True) / count
     variance = (((reward - center) ** 2) * is_filled).sum(1, keepdim=True) / count

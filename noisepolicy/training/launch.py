@@ -1,4 +1,4 @@
-"""What a launcher (torchrun, `accelerate launch`) tells a process, how processes meet, and which speaks for all."""
+"""Launchers (torchrun, `accelerate launch`): their settings, the meeting of processes, and the one that prints."""
 
 import os
 import socket
@@ -23,31 +23,31 @@ def num_ranks() -> int:
 
 
 def launch_id() -> str | None:
-    """What torchrun calls this launch, the same after each restart; None where it has no name of its own."""
+    """Return torchrun's name of this launch, the same after each restart; None if it has no name of its own."""
     name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     return None if name == "none" else name
 
 
 def is_restart() -> bool:
-    """Whether torchrun says that it has started these processes before; it need not know of a machine that was lost."""
+    """Tell whether torchrun says that it started these processes before; it may not know of a machine that was lost."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def silence_all_but_the_first() -> None:
-    """Lets only rank 0 print and warn; errors are not silenced, see `may_report_error`."""
+    """Let only rank 0 print and warn. Errors are not silenced, see `may_report_error`."""
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
         warnings.simplefilter("ignore")
 
 
 def join_processes(timeout_s: float) -> None:
-    """Starts torch.distributed, by gloo, for processes of torchrun's; leaves those of others to Accelerate.
+    """Start torch.distributed, by gloo, for torchrun's processes; Accelerate starts it for other launchers.
 
-    The store that torchrun lends outlives a restart, with the addresses of processes that are dead. So rank 0 makes a
-    new one, and says there where it is.
+    torchrun's store outlives a restart and keeps the addresses of dead processes. So rank 0 makes a new store, and
+    writes its address to torchrun's.
 
     Raises:
-        RuntimeError: if the others do not come in time.
+        RuntimeError: if the other processes do not come in time.
     """
     import torch.distributed as dist
 
@@ -65,9 +65,9 @@ def join_processes(timeout_s: float) -> None:
 
 
 def may_report_error() -> bool:
-    """Whether this process is to tell the user what went wrong: the first that asks, rank 0 if it asks at all soon.
+    """Tell whether this process should report its error: the first that asks may, or rank 0 if it asks soon.
 
-    What one process fails at, most others fail at too, or at its absence.
+    After one process has failed, most others fail too, at the same thing or at its absence.
     """
     if num_ranks() == 1:
         return True
@@ -90,7 +90,7 @@ def may_report_error() -> bool:
 
 
 def leave(code: int) -> None:
-    """Ends a process of several: at once after an error, for the others may hang; returns for one alone."""
+    """End one process of several, after an error at once, since the others may hang. A process alone returns."""
     if num_ranks() == 1:
         return
     import torch.distributed as dist
@@ -115,13 +115,13 @@ def _launcher_store() -> Any:
 
 
 def _own_address() -> str:
-    """Of this machine, as those see it whom it reaches the launcher's store with."""
+    """Return this machine's address as others see it, by the connection to the launcher's store."""
     with socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))) as connection:
         return connection.getsockname()[0]
 
 
 def _find_store(lent: Any, deadline: float) -> Any:
-    """Rank 0's store, once the address is not that of one before."""
+    """Connect to rank 0's store, once its address is not that of an earlier start."""
     import torch.distributed as dist
 
     while True:

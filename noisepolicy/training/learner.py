@@ -1,4 +1,4 @@
-"""A learner: what an algorithm makes of the images of a run. `run.py` makes the images and keeps what is learned."""
+"""The interface of a learner: an algorithm that learns from a run's images, which `run.py` makes."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,40 +17,40 @@ class Learner(Protocol):
     policy: NoisePolicy
     """The policy that makes the images and takes the gradient steps."""
     average: NoisePolicy
-    """The average of its recent weights. Iterations leave noise in the weights, which the average loses."""
+    """Average of the policy's recent weights, which is free of the noise that single iterations leave in them."""
     critic_shape: CriticShape | None
     """Shape of the pictures that a rollout keeps for a critic, if there is one."""
 
     def draw_prompts(self, number: int) -> list[int]:
-        """The prompts of iteration `number`, one a group."""
+        """Return the prompts of iteration `number`, one per group."""
         ...
 
     def begin(self) -> None:
-        """Writes what the run folder must hold before the first iteration, on the main process."""
+        """Write what the run folder must hold before the first iteration, on the main process."""
         ...
 
     def learn(self, rollout: Rollout, number: int) -> dict[str, Any]:
-        """Learns from the images of iteration `number`; returns its metrics."""
+        """Learn from the images of iteration `number` and return its metrics."""
         ...
 
     def kept_policy(self) -> NoisePolicy:
-        """The result of the run, as it stands: the average, scaled to its KL budget."""
+        """Return the result of the run so far: the average of the weights, scaled to its KL budget."""
         ...
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Tensors and JSON values for a checkpoint, beside the weights of `policy` and `average`."""
+        """Return tensors and JSON values for a checkpoint, beside the weights of `policy` and `average`."""
         ...
 
     def load_state(
         self, tensors: Mapping[str, torch.Tensor], progress: Mapping[str, Any], history_folder: Path
     ) -> None:
-        """The inverse of `state`."""
+        """Restore what `state` returned."""
         ...
 
 
 @torch.no_grad()
 def averaged(average: NoisePolicy, policy: NoisePolicy, decay: float, number: int) -> None:
-    """Moves the average towards the policy's weights after iteration `number`."""
+    """Move the average towards the policy's weights after iteration `number`."""
     # Faster at the start, where the weights of ten iterations ago are of no use yet.
     decay = min(decay, (1 + number) / (10 + number))
     for mean, current in zip(average.parameters(), policy.parameters(), strict=True):
@@ -58,5 +58,5 @@ def averaged(average: NoisePolicy, policy: NoisePolicy, decay: float, number: in
 
 
 def draw_noise(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Normal noise of the shape of `like`, on its device, the same on every device."""
+    """Draw normal noise of the shape of `like`, on its device; the values are the same on every device."""
     return torch.randn(like.shape, generator=generator).to(like.device)

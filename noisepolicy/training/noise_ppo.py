@@ -42,11 +42,11 @@ class NoisePpo:
     """The learner of the algorithms `critic` and `ppo`.
 
     Args:
-        config: resolved settings.
-        task: the frozen model, the reward and the prompts.
-        prompts: embeddings of the prompts met so far.
-        history_folder: RUN/history, or None for a process that is not the main.
-        device: of the policy and the critic.
+        config: Resolved settings.
+        task: The frozen model, the reward and the prompts.
+        prompts: Embeddings of the prompts met so far.
+        history_folder: RUN/history, or None for a process that is not the main one.
+        device: Device of the policy and the critic.
     """
 
     @plain_arithmetic()
@@ -92,16 +92,16 @@ class NoisePpo:
         )
 
     def draw_prompts(self, number: int) -> list[int]:
-        """The prompts of iteration `number`, one a group."""
+        """Return the prompts of iteration `number`, one per group."""
         generator = stream_generator(self._config.seed, "prompts", number)
         num_groups = self._config.batch_size // self._config.group_size
         return torch.randint(self._num_prompts, (num_groups,), generator=generator).tolist()
 
     def begin(self) -> None:
-        """Nothing has to be written before the first iteration."""
+        """Do nothing: the run folder needs nothing from this learner before the first iteration."""
 
     def learn(self, rollout: Rollout, number: int) -> dict[str, Any]:
-        """Learns from the images of iteration `number`; returns its metrics."""
+        """Learn from the images of iteration `number` and return its metrics."""
         config = self._config
         self._scale.update(rollout.parts)
         self._scale.warn_if_nothing_to_learn()
@@ -118,7 +118,7 @@ class NoisePpo:
         return metrics
 
     def _learn_reward(self, rollout: Rollout, number: int) -> dict[str, float]:
-        """Adds the batch to the history and trains the critic; measures first how well it foresaw the batch."""
+        """Measure how well the critic predicts the batch, add the batch to the history, and train the critic."""
         self._critic.set_scale(self._scale.spread.center, self._scale.spread.total)
         reward = self._scale.standardise(rollout.parts)
         with torch.no_grad():
@@ -139,10 +139,10 @@ class NoisePpo:
         return {"critic_loss": loss, "critic_unexplained": unexplained}
 
     def _update_critic(self, generator: torch.Generator) -> float:
-        """Regresses pictures and standardised rewards on the history.
+        """Train the critic on pictures and standardised rewards of the history.
 
         Returns:
-            The reward's mean squared error over the updates, in the reward's own units.
+            The rewards' mean squared error over the updates, in the reward's own units.
         """
         settings, total = self._config.critic, 0.0
         for _ in range(settings.updates):
@@ -163,7 +163,7 @@ class NoisePpo:
         return float(total) / settings.updates * self._scale.spread.total**2
 
     def _update_policy(self, rollout: Rollout, generator: torch.Generator) -> dict[str, float]:
-        """Clipped PPO on the batch and, with a critic, its gradient on fresh samples of the policy.
+        """Take clipped PPO steps on the batch and, with a critic, along its gradient on fresh samples of the policy.
 
             loss = ppo_clip_loss(advantages) - mean(critic.lower_bound)
                    - diversity_coef * difference of two sketches + kl_coef * KL(policy, prior)
@@ -174,7 +174,7 @@ class NoisePpo:
         as much, which a single step of a policy without a critic can come to.
 
         Args:
-            generator: for fresh prompts and noise.
+            generator: Generator of fresh prompts and noise.
         """
         config, policy, critic = self._config, self.policy, self._critic
         batch_embeds = self._prompts[rollout.prompt_row].prompt_embeds.float()
@@ -236,7 +236,7 @@ class NoisePpo:
             return metrics
 
     def _critic_loss(self, generator: torch.Generator) -> torch.Tensor:
-        """The critic's term of the policy's loss, KL and variety included, on fresh samples of the policy."""
+        """Compute the critic's term of the policy's loss, including KL and variety, on fresh samples of the policy."""
         config, policy = self._config, self.policy
         # Two samples of each prompt, to see how far apart their pictures are.
         count = config.critic.batch_size // 2
@@ -261,17 +261,17 @@ class NoisePpo:
         return kept
 
     def _adapt_kl_coef(self, kl_to_prior: float) -> None:
-        """Raises the penalty while the policy is over its budget and lets it fall back to its start below."""
+        """Raise the KL penalty while the policy is over its budget; below, let it fall back to its start."""
         excess = min(max(kl_to_prior / self._config.kl_training_budget - 1, -1.0), 1.0)
         self._kl_coef = max(self._kl_coef * (1 + _KL_COEF_RATE * excess), self._config.kl_coef)
 
     def _adapt_diversity_coef(self, diversity_kept: float) -> None:
-        """Variety is worth more while the policy keeps less of it than asked, and less while it keeps more."""
+        """Raise the worth of variety while the policy keeps less than its target; lower it above the target."""
         missing = min(max(self._config.diversity_target - diversity_kept, -0.2), 0.2)
         self._diversity_coef *= 1 + _DIVERSITY_COEF_RATE * missing
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Tensors and JSON values for a checkpoint, beside the weights of `policy` and `average`."""
+        """Return tensors and JSON values for a checkpoint, beside the weights of `policy` and `average`."""
         tensors = optimizer_tensors(self._policy_optimizer, "policy_optimizer")
         tensors |= with_prefix("reward_scale", self._scale.state())
         progress: dict[str, Any] = {"kl_coef": self._kl_coef, "diversity_coef": self._diversity_coef}
@@ -284,7 +284,7 @@ class NoisePpo:
     def load_state(
         self, tensors: Mapping[str, torch.Tensor], progress: Mapping[str, Any], history_folder: Path
     ) -> None:
-        """The inverse of `state`; the history's rows are read from RUN/history."""
+        """Restore what `state` returned; the history's rows are read from RUN/history."""
         load_optimizer_tensors(self._policy_optimizer, tensors, "policy_optimizer")
         self._scale.load_state(without_prefix("reward_scale", tensors))
         if self._critic is not None:
@@ -297,7 +297,7 @@ class NoisePpo:
 def make_config_policy(
     config: TrainConfig, latent_shape: tuple[int, ...], prompt_shape: tuple[int, int]
 ) -> NoisePolicy:
-    """The untrained policy `config` describes; its weights depend on the seed alone."""
+    """Make the untrained policy that `config` describes; its weights depend on the seed alone."""
     options: dict[str, Any] = {"std": config.std}
     if config.policy == "spectral":
         options["bands"] = config.bands
@@ -307,12 +307,12 @@ def make_config_policy(
 
 
 def leave_one_out(rewards: torch.Tensor, group_size: int, spread: float) -> torch.Tensor:
-    """Advantages of plain Noise PPO: reward minus the mean of the others of its prompt's group, `(batch,)`.
+    """Compute the advantages of plain Noise PPO, `(batch,)`: reward minus the mean of the others in its group.
 
     Args:
-        rewards: standardised, `(batch,)`, groups adjacent.
-        group_size: images of one prompt, at least 2.
-        spread: spread of the rewards within a prompt; 0 makes the advantages 0.
+        rewards: Standardised rewards, `(batch,)`, groups adjacent.
+        group_size: Images of one prompt, at least 2.
+        spread: Spread of the rewards within a prompt; 0 makes the advantages 0.
     """
     groups = rewards.reshape(-1, group_size)
     others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
@@ -320,7 +320,7 @@ def leave_one_out(rewards: torch.Tensor, group_size: int, spread: float) -> torc
 
 
 def residual(rewards: torch.Tensor, predicted: torch.Tensor, spread: float) -> torch.Tensor:
-    """Advantages beside a critic: reward minus its prediction, centred over the batch, `(batch,)`.
+    """Compute the advantages beside a critic, `(batch,)`: reward minus the prediction, centred over the batch.
 
     Args: as in `leave_one_out`.
     """
@@ -342,12 +342,12 @@ def _draw_back(
     old_log_std: torch.Tensor,
     target_kl: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Shortens the way of the weights from `start` until KL(old, new) is at most twice its target.
+    """Move the weights back towards `start` until KL(old, new) is at most twice its target.
 
-    KL is nearly quadratic in the way, so one attempt or two will do.
+    KL is nearly quadratic in the distance, so one or two attempts suffice.
 
     Returns:
-        mean and log_std of the policy after that.
+        mean and log_std of the resulting policy.
     """
     for _ in range(_MAX_ATTEMPTS):
         mean, log_std = policy(embeds)
@@ -367,7 +367,7 @@ def _diversity_kept(
     rollout: Rollout,
     generator: torch.Generator,
 ) -> float:
-    """How far apart two pictures of a prompt are, by their sketches, as a share of the prior's."""
+    """Compute the distance of two pictures of a prompt, by their sketches, as a share of the prior's."""
     noise = [draw_noise(mean, generator) for _ in range(2)]
     pairs = ([mean + log_std.exp() * draw for draw in noise], noise)
     ours, prior = (
@@ -377,6 +377,6 @@ def _diversity_kept(
 
 
 def _distance(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Root mean square difference of two batches of sketches, in units of pixels in [0, 1]; `(batch,)`."""
+    """Compute the root mean square difference of two batches of sketches, `(batch,)`, for pixels in [0, 1]."""
     # Pictures are in [-1, 1] here; half the difference is that of pixels in [0, 1].
     return ((first - second) ** 2).flatten(1).mean(1).add(1e-12).sqrt() / 2

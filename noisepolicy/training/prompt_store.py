@@ -20,29 +20,29 @@ class PromptStore:
     """Rows of embeddings, in the order in which their prompts were met.
 
     Args:
-        frozen: encodes.
-        prompts: all of them.
-        device: where a selection goes.
+        frozen: The frozen model, which encodes prompts.
+        prompts: All prompts of the run.
+        device: Device of selected rows.
     """
 
     def __init__(self, frozen: FrozenModel, prompts: Sequence[str], device: torch.device) -> None:
         self._frozen, self._prompts, self._device = frozen, prompts, device
         self._row_of: dict[int, int] = {}
         self._no_rows: PromptEmbeds | None = None
-        """Types and shapes of a row, once there is one."""
+        """Empty tensors with the types and shapes of rows, once there is a row."""
         self._rows: RowFile | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
-        """`(tokens, width)` of a prompt's embeddings; known once a prompt was met."""
+        """Shape `(tokens, width)` of a prompt's embeddings, known once a prompt was met."""
         return tuple(self._no_rows.prompt_embeds.shape[1:])
 
     def __len__(self) -> int:
-        """Prompts met so far."""
+        """Return the number of prompts met so far."""
         return len(self._row_of)
 
     def add(self, prompt_index: Iterable[int]) -> torch.Tensor:
-        """Encodes those not met yet, together; returns each index's row, int64."""
+        """Encode the prompts that were not met yet, together; return each index's row, int64."""
         index = list(prompt_index)
         if new := [i for i in dict.fromkeys(index) if i not in self._row_of]:
             with plain_arithmetic():
@@ -56,7 +56,7 @@ class PromptStore:
         return torch.tensor([self._row_of[i] for i in index])
 
     def __getitem__(self, rows: torch.Tensor) -> PromptEmbeds:
-        """`(len(rows), ...)` embeddings on the store's device."""
+        """Return embeddings of some rows, `(len(rows), ...)`, on the store's device."""
         table = self._rows.read(rows.tolist())
         return PromptEmbeds(
             **{
@@ -66,21 +66,21 @@ class PromptStore:
         ).to(self._device)
 
     def keep(self, folder: Path) -> None:
-        """From here on the rows lie in `folder`, RUN/prompts; in the main process only."""
+        """Keep the rows in `folder`, RUN/prompts, from now on; in the main process only."""
         if self._rows.folder is None:
             kept = self._file(folder)
             kept.copy_from(self._rows)
             self._rows = kept
 
     def state(self) -> dict[str, int]:
-        """What a checkpoint holds of it. The rows are on the disk when this returns."""
+        """Flush the rows to disk and return the state for a checkpoint."""
         return self._rows.state()
 
     def load_state(self, state: Mapping[str, int], folder: Path, *, is_main: bool) -> None:
-        """Goes back to the rows of a checkpoint in `folder`, and forgets those beyond them.
+        """Go back to a checkpoint's rows in `folder`, and forget later ones.
 
         Raises:
-            DamagedFileError: if they are not all there, as they were written; the store is as it was.
+            DamagedFileError: if a row is missing or not as it was written; the store is unchanged then.
         """
         rows = self._file(folder if is_main else None)
         rows.load_state(state, folder)
@@ -93,10 +93,10 @@ class PromptStore:
 
 
 def _width(tensor: torch.Tensor) -> int:
-    """Bytes of a row."""
+    """Return the bytes of a row."""
     return tensor[:1].new_empty(1, *tensor.shape[1:]).nbytes
 
 
 def _as_bytes(tensor: torch.Tensor) -> np.ndarray:
-    """`(rows, bytes)`"""
+    """View rows as `(rows, bytes)`."""
     return tensor.detach().contiguous().flatten(1).view(torch.uint8).numpy()

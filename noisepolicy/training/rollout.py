@@ -31,7 +31,7 @@ _MAX_PENDING = 2  # chunks handed to a reward's thread before the caller waits: 
 
 @dataclass(frozen=True)
 class Rollout:
-    """A batch, the same on every process; `(batch, ...)` tensors on the policy's device."""
+    """A batch of images as the learner sees it, the same on every process; `(batch, ...)` on the policy's device."""
 
     prompt_row: torch.Tensor
     """Each image's row in the run's `PromptStore`; on the CPU."""
@@ -42,7 +42,7 @@ class Rollout:
     parts: torch.Tensor
     """Each part of the reward, before it is weighted, float64 `(batch, parts)`; see `Reward.parts`."""
     reward: torch.Tensor
-    """Their weighted sum in the user's units, float64 `(batch,)`."""
+    """Weighted sum of the parts in the user's units, float64 `(batch,)`."""
     picture: torch.Tensor | None
     """Small pictures that the critic learns to sketch, float16; None without a critic."""
 
@@ -51,11 +51,11 @@ class RolloutMaker:
     """Samples, generates and scores the batches of a run.
 
     Args:
-        config: resolved settings.
-        task: the frozen model, the reward and the prompts.
-        prompts: embeddings of the prompts met so far.
-        processes: the processes that share a batch.
-        clock: is told where the time goes.
+        config: Resolved settings.
+        task: The frozen model, the reward and the prompts.
+        prompts: Embeddings of the prompts met so far.
+        processes: The processes that share a batch.
+        clock: Adds up the time of each phase.
     """
 
     def __init__(
@@ -68,16 +68,16 @@ class RolloutMaker:
     def make(
         self, policy: NoisePolicy, number: int, prompt_index: Sequence[int], critic_shape: CriticShape | None
     ) -> Rollout:
-        """The batch of iteration `number`.
+        """Make the batch of iteration `number`.
 
-        The noise of a row is addressed by its number in the whole run: neither the number of processes nor who makes a
-        chunk changes a bit.
+        The noise of a row is addressed by its number in the whole run, so the number of processes and their shares
+        have no effect on any bit.
 
         Args:
-            policy: the policy to sample from.
-            number: number of the batch in the run, from 0.
-            prompt_index: index of each group's prompt in the task.
-            critic_shape: shape of the pictures to keep for the critic, if there is one.
+            policy: The policy to sample from.
+            number: Number of the batch in the run, from 0.
+            prompt_index: Index of each group's prompt in the task.
+            critic_shape: Shape of the pictures to keep for the critic, if there is one.
         """
         config, clock, reward = self._config, self._clock, self._task.reward
         seed = stream_seed(config.seed, "noise")
@@ -134,14 +134,14 @@ class RolloutMaker:
         )
 
     def step_index(self, number: int) -> torch.Tensor:
-        """Row -> index into the denoising step counts: as many groups of each, adjacent, and places take turns."""
+        """Return rows' indices into the step counts: as many groups of each, adjacent, in rotating order."""
         config = self._config
         num_steps, num_groups = len(config.num_inference_steps), config.batch_size // config.group_size
         groups = (torch.arange(num_groups) * num_steps // num_groups + number) % num_steps
         return groups.repeat_interleave(config.group_size)
 
     def shares(self, number: int) -> list[list["Chunk"]]:
-        """The chunks of batch `number` that each process makes."""
+        """Return the chunks of batch `number` that each process makes."""
         chunks = split_batch(self.step_index(number), self._config.model.rollout_batch_size)
         return deal(chunks, self._config.num_inference_steps, self._processes.count)
 
@@ -155,13 +155,14 @@ class Chunk(NamedTuple):
 
 
 def split_batch(step_index: torch.Tensor, max_rows: int) -> list[Chunk]:
-    """Chunks of at most `max_rows` adjacent rows: an even number, of sizes that differ by one at most, for each run of
-    rows of one step count.
+    """Split a batch into chunks of at most `max_rows` adjacent rows of one step count.
+
+    Each step count has an even number of chunks, whose sizes differ by one at most.
 
     The even number lets two processes share them fairly: a batch of 96 by at most 32 rows is 4 chunks of 24.
 
     Args:
-        step_index: int64 `(batch,)`.
+        step_index: Each row's index into the step counts, int64 `(batch,)`.
     """
     chunks, start = [], 0
     _, lengths = torch.unique_consecutive(step_index, return_counts=True)
@@ -176,7 +177,7 @@ def split_batch(step_index: torch.Tensor, max_rows: int) -> list[Chunk]:
 
 
 def deal(chunks: Sequence[Chunk], step_counts: Sequence[int], num_processes: int) -> list[list[Chunk]]:
-    """Each process's chunks: the costliest first, each to the process that has least to do; some may get none."""
+    """Deal out chunks, the costliest first, each to the process that has least to do; some may get none."""
 
     def cost(chunk: Chunk) -> int:
         return (chunk.stop - chunk.start) * step_counts[chunk.step_index]
@@ -194,8 +195,8 @@ class Scorer:
     """Scores chunks in the order they are added, by the same calls with and without a thread.
 
     Args:
-        score: `(images, prompts)` to a tensor with one row an image.
-        worker: of one thread; None scores at once.
+        score: Function of images and prompts that returns a tensor with one row per image.
+        worker: Executor with one thread; None scores at once.
     """
 
     def __init__(
@@ -206,9 +207,9 @@ class Scorer:
         self._scores: list[torch.Tensor] = []
 
     def add(self, images: torch.Tensor, prompts: Sequence[str]) -> None:
-        """Scores a chunk, or hands it to the thread and waits until that is one chunk behind at most.
+        """Score a chunk, or hand it to the thread and wait until the thread is at most one chunk behind.
 
-        Raises whatever the reward raises, perhaps on an earlier chunk.
+        Errors of the reward are raised here, perhaps those on an earlier chunk.
         """
         if self._worker is None:
             self._scores.append(self._score(images, prompts))
@@ -218,7 +219,7 @@ class Scorer:
             self._scores.append(self._pending.popleft().result())
 
     def finish(self) -> list[torch.Tensor]:
-        """The scores of all chunks."""
+        """Return the scores of all chunks."""
         self._scores += [future.result() for future in self._pending]
         self._pending.clear()
         return self._scores
@@ -228,7 +229,7 @@ class Scorer:
 def scoring(
     score: Callable[[torch.Tensor, Sequence[str]], torch.Tensor], *, is_overlapped: bool, device: torch.device
 ) -> Iterator[Scorer]:
-    """A `Scorer`, with a thread of its own if `is_overlapped`."""
+    """Make a `Scorer`, with a thread of its own if `is_overlapped`."""
     if not is_overlapped:
         yield Scorer(score, None)
         return

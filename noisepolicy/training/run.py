@@ -1,4 +1,4 @@
-"""A training run: what it is about, its folder, its iterations, and what comes of it.
+"""A training run: its model, reward and prompts, its folder, its iterations, and its results.
 
 `Run.iterations` and `Run._iterate` are the course of a training: draw prompts, make images (`rollout.py`), learn from
 them (`noise_ppo.py` or `find.py`), write metrics and checkpoints. The command line and Python both use this object.
@@ -71,7 +71,7 @@ _OF_A_LOADED_MODEL = (
     "cpu_offload",
     "drop_text_encoders",
 )
-"""Settings that a model from Python, which is used as it is, has been given already."""
+"""Settings that cannot be given for a model from Python, which is used as it is."""
 
 
 class Run:
@@ -86,14 +86,14 @@ class Run:
     in another process. Ctrl-C ends the iteration first.
 
     Args:
-        model: a hub id, a folder, the name of a preset, a diffusers pipeline, or an object with `latent_shape`,
+        model: A hub id, a folder, the name of a preset, a diffusers pipeline, or an object with `latent_shape`,
             `encode` and `generate` (see `FrozenModel`). A pipeline is used as it is and left as it was found.
-        reward: text as in `--reward`, a function `reward(images, prompts)` or a `Reward`.
-        prompts: training prompts: a file, or any iterable of text or records, which is read once.
-        eval_prompts: held-out prompts for the evaluation, given likewise.
-        eval_rewards: further rewards that the evaluation measures: texts, functions or `Reward`s.
-        config: a `TrainConfig` to start from.
-        settings: settings of `TrainConfig` by their flat names, e.g. `num_iterations=50`. Without `output_dir` the run
+        reward: Text as in `--reward`, a function `reward(images, prompts)` or a `Reward`.
+        prompts: Training prompts: a file, or any iterable of text or records, which is read once.
+        eval_prompts: Held-out prompts for the evaluation, given likewise.
+        eval_rewards: Further rewards that the evaluation measures: texts, functions or `Reward`s.
+        config: A `TrainConfig` to start from.
+        settings: Settings of `TrainConfig` by their flat names, e.g. `num_iterations=50`. Without `output_dir` the run
             folder is a temporary one.
 
     Raises:
@@ -133,10 +133,10 @@ class Run:
 
     @classmethod
     def begin(cls, config: TrainConfig, *, launch_id: str | None = None) -> "Run":
-        """A new run from settings alone, as the command line begins it.
+        """Begin a run from settings alone, as the command line does.
 
         Args:
-            launch_id: name of the launch by which processes that are started again find this run.
+            launch_id: Name of the launch, by which processes that are started again find this run.
         """
         run = cls.__new__(cls)
         run._start(config, Given(), launch_id=launch_id)
@@ -144,7 +144,7 @@ class Run:
 
     @classmethod
     def resume(cls, folder: RunFolder, config: TrainConfig, given: Given | None = None) -> "Run":
-        """A run that goes on from its newest checkpoint, with settings that may have changed."""
+        """Resume a run from its newest checkpoint, with settings that may have changed."""
         run = cls.__new__(cls)
         run._start(config, given or Given(), resumed=folder)
         return run
@@ -153,11 +153,11 @@ class Run:
     def open(
         cls, folder: RunFolder, config: TrainConfig, *, device: str | None = None, given: Given | None = None
     ) -> "Run":
-        """A run to look at: its policy as it was last saved, to evaluate and generate with. It cannot be trained.
+        """Open a run's last saved policy, to evaluate it and generate with it. The run cannot be trained.
 
         Args:
-            config: its settings, perhaps changed for the evaluation.
-            device: where to run; by default the run's own device, or the CPU where that is not there.
+            config: Settings of the run, perhaps changed for the evaluation.
+            device: Device to run on. Default: the run's own, or the CPU if that is not there.
 
         Raises:
             ValueError: if there is no policy yet.
@@ -243,7 +243,7 @@ class Run:
         self._policy_iteration = -1
         self._sweep: Sweep | None = None
         self.iteration = 0
-        """Iterations trained so far."""
+        """Number of iterations trained so far."""
         self.metrics: list[dict[str, Any]] = []
         """The metrics of every iteration so far."""
         self.train_seconds = 0.0
@@ -266,7 +266,7 @@ class Run:
     # Training
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Trains to the last iteration; yields each one's metrics once they are written.
+        """Train to the last iteration; yield each iteration's metrics once they are written.
 
         Raises:
             KeyboardInterrupt: after Ctrl-C, once the iteration is over and a checkpoint is written.
@@ -276,7 +276,7 @@ class Run:
         return self.iterations(Signals.of_python())
 
     def iterations(self, signals: Signals) -> Iterator[dict[str, Any]]:
-        """As `__iter__`, with a caller's own signal handlers."""
+        """Train and yield metrics as `__iter__`, with a caller's own signal handlers."""
         from tqdm.auto import tqdm
 
         config, is_main = self.config, self.processes.is_main
@@ -313,14 +313,14 @@ class Run:
                     board.close()
 
     def train(self) -> "Run":
-        """Trains to the last iteration, then evaluates and writes the summary, the model card and the report."""
+        """Train to the last iteration, then evaluate and write the summary, the model card and the report."""
         for _ in self:
             pass
         self.finish()
         return self
 
     def _iterate(self) -> dict[str, Any]:
-        """One iteration: a batch of images, what is learned from it, and what is written."""
+        """Do one iteration: make a batch of images, learn from it, and write the metrics."""
         start, number = time.perf_counter(), self.iteration
         with plain_arithmetic():
             rollout = self.roll_out(number)
@@ -343,12 +343,12 @@ class Run:
         return metrics
 
     def roll_out(self, number: int) -> Rollout:
-        """The images of iteration `number` from the policy as it stands, and their rewards."""
+        """Make the images of iteration `number` with the present policy, and score them."""
         learner = self._learner
         return self._rollouts.make(learner.policy, number, learner.draw_prompts(number), learner.critic_shape)
 
     def _batch_metrics(self, rollout: Rollout) -> dict[str, Any]:
-        """Metrics of a batch as it was made, in the reward's own units."""
+        """Return the metrics of a batch before learning, in the reward's own units."""
         weights = self._task.reward.weights
         means = dict(zip(weights, rollout.parts.mean(0).tolist(), strict=True)) if len(weights) > 1 else {}
         return {
@@ -375,7 +375,7 @@ class Run:
             self._write_samples(metrics["iteration"])
 
     def _is_signalled(self, signals: Signals) -> bool:
-        """Whether a signal has come to any of the processes, which must stop together."""
+        """Tell whether any process has received a signal: processes must stop together."""
         numbers = self.processes.exchange("'look for signals'", signals.received or 0)
         if number := max(numbers):
             signals.received = number  # else one may have come meanwhile, of which the others know next time
@@ -383,7 +383,7 @@ class Run:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """Holds the lock of the folder, in which nobody must have trained meanwhile."""
+        """Hold the folder's lock, after checking that nobody else has trained in it meanwhile."""
         if self.processes.is_main:
             self._folder.lock()
             if (newest := self._newest_checkpoint()) > self._known_checkpoint:
@@ -401,7 +401,7 @@ class Run:
         return max(map(iteration_of, checkpoint_paths(self._folder.checkpoints)), default=0)
 
     def encode_prompts(self, num_iterations: int) -> None:
-        """Encodes the prompts of the first iterations before they are asked for."""
+        """Encode the prompts of the first iterations in advance."""
         for number in range(num_iterations):
             self._prompts.add(self._learner.draw_prompts(number))
 
@@ -421,7 +421,7 @@ class Run:
 
     @plain_arithmetic()
     def save(self, *, again: bool = False) -> None:
-        """Writes a checkpoint and the policy, unless those of this iteration are written. On the main process."""
+        """Write a checkpoint and the policy, on the main process, unless this iteration's are written already."""
         if self._saved_iteration == self.iteration and not again:
             return
         tensors, progress = self._learner.state()
@@ -440,11 +440,11 @@ class Run:
 
     @plain_arithmetic()
     def go_back(self) -> None:
-        """Goes back to the newest whole checkpoint, or to the start where there is none yet.
+        """Go back to the newest whole checkpoint, or to the start if there is none yet.
 
         Raises:
-            ValueError: if there were checkpoints and none can be used, or they are another run's or were made with
-                another model or other prompts. Nothing is changed.
+            ValueError: if no checkpoint can be used, or the checkpoints are of another run, model or prompts. Nothing
+                is changed then.
         """
         checkpoint = self._restore_newest() if self.processes.is_main else None
         checkpoint = self.processes.broadcast("'read the checkpoint'", checkpoint)
@@ -494,7 +494,7 @@ class Run:
         self.train_seconds, self._clock.seconds = train_seconds, seconds
 
     def _check_same_run(self, checkpoint: Checkpoint) -> None:
-        """Raises ValueError if settings that may not change, the model or the prompts are not the checkpoint's."""
+        """Raise ValueError if the model, the prompts or settings that cannot change differ from the checkpoint's."""
         settings, made_with = self._settings(), checkpoint.progress.get("settings", {})
         for name in sorted(settings.keys() & made_with.keys()):
             if settings[name] == made_with[name]:
@@ -516,7 +516,7 @@ class Run:
             )
 
     def _settings(self) -> dict[str, Any]:
-        """What a resumed run must have in common with itself, as JSON values."""
+        """Return the settings that cannot change when a run is resumed, as JSON values."""
         plain = self.config.plain()
         settings = {name: value for name, value in plain.items() if name not in {*MAY_CHANGE_ON_RESUME, "output_dir"}}
         return settings | {"frozen_sha256": self._frozen_sha256, "prompts_sha256": self._prompts_sha256}
@@ -537,7 +537,7 @@ class Run:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes and prints, of the processes that share the run."""
+        """Whether this process is the one that writes and prints."""
         return self.processes.is_main
 
     @property
@@ -563,7 +563,7 @@ class Run:
 
     @property
     def policy(self) -> NoisePolicy:
-        """The result of the run, as it stands: a policy to save, share and draw latents with."""
+        """The result of the run so far: a policy to save, share and draw latents with."""
         if self._learner is not None and self._policy_iteration != self.iteration:
             self._policy, self._policy_iteration = self._learner.kept_policy(), self.iteration
         return self._policy
@@ -577,16 +577,16 @@ class Run:
         num_prompts: int | None = None,
         group_size: int | None = None,
     ) -> Sweep:
-        """Measures base model and policy from the same seeds.
+        """Measure base model and policy from the same seeds.
 
         The result prints and displays as a table; `report` shows the newest one.
 
         Args:
-            steps: denoising step counts; by default the run's `eval_steps`.
-            prompts: prompts to measure on, a file or any iterable of text; by default the run's held-out prompts.
-            rewards: further rewards to measure; by default the run's `eval_rewards`.
-            num_prompts: at most so many of the prompts.
-            group_size: images of each prompt.
+            steps: Denoising step counts. Default: the run's `eval_steps`.
+            prompts: Prompts to measure on, a file or any iterable of text. Default: the run's held-out prompts.
+            rewards: Further rewards to measure. Default: the run's `eval_rewards`.
+            num_prompts: Largest number of prompts. Default: the run's `eval_num_prompts`.
+            group_size: Images of each prompt. Default: the run's `eval_group_size`.
 
         Raises:
             ValueError: if there are no prompts, or the model cannot work with a step count.
@@ -599,7 +599,7 @@ class Run:
             return self._sweep
 
     def _evaluate(self, config: TrainConfig, objects: Given) -> Sweep:
-        """Measures with the run's own model, reward, prompts and further rewards where `objects` brings no others."""
+        """Measure with `objects`; for those that are None, with the run's own model, reward, prompts and rewards."""
         own = self._given
         if self._task is not None:
             task = self._task
@@ -672,15 +672,15 @@ class Run:
         guidance_scale: float | None = None,
         compare: bool = False,
     ) -> Any:
-        """Images of the policy.
+        """Make images from the policy's starts.
 
         Args:
-            prompts: a prompt, or several.
-            seed: seed of the noise.
-            num_images_per_prompt: images of each prompt, which lie together.
-            num_inference_steps: denoising steps; by default the first that the run was trained at.
-            guidance_scale: by default the run's.
-            compare: also make the base model's images from the same seed.
+            prompts: One prompt or several.
+            seed: Seed of the noise.
+            num_images_per_prompt: Number of images of each prompt, next to each other.
+            num_inference_steps: Number of denoising steps. Default: the first that the run was trained at.
+            guidance_scale: Guidance scale. Default: the run's.
+            compare: Also make the base model's images from the same seed.
 
         Returns:
             A list of PIL images, or of lists of frames for a video model; with `compare` a pair of such lists, the base
@@ -708,7 +708,7 @@ class Run:
         guidance_scale: float | None = None,
         compare: bool = False,
     ) -> dict[str, torch.Tensor]:
-        """As `generate`: images in [0, 1], `(batch, 3, height, width)`, by "policy" and, before it, "base"."""
+        """Make images in [0, 1], `(batch, 3, height, width)`, by "policy" and, before it, "base"; see `generate`."""
         for name, value, least in (("--seed", seed, 0), ("--num-images", num_images_per_prompt, 1)):
             if value < least:
                 raise ValueError(f"{name} must be {least} or more, got {value}")
@@ -731,7 +731,7 @@ class Run:
         }
 
     def finish(self) -> None:
-        """Evaluates on the held-out prompts, then writes `summary.json`, `report.html` and the policy's model card."""
+        """Evaluate on the held-out prompts, then write `summary.json`, `report.html` and the policy's model card."""
         hash_after = self._frozen.weights_sha256()
         if hash_after != self._frozen_sha256:
             raise RuntimeError("the frozen model's weights changed during training; the run is not to be trusted")
@@ -757,11 +757,11 @@ class Run:
             self._write_report(self._folder.report, sweep)
 
     def report(self, output_dir: Path | None = None) -> Path:
-        """Writes the report with the newest evaluation.
+        """Write the report with the newest evaluation.
 
         Args:
-            output_dir: where to write `report.html`, with the evaluation as `summary.json`; by default the run folder,
-                without.
+            output_dir: Folder for `report.html` and the evaluation as `summary.json`. Default: the run folder, which
+                gets `report.html` only.
 
         Returns:
             The path of `report.html`.
@@ -798,13 +798,13 @@ class Run:
         }
 
     def _before_after(self, sweep: Sweep) -> bytes | None:
-        """Pictures of the first prompts at the first step count that was trained, without and with the policy; PNG."""
+        """Draw the first prompts' pictures at the first step count in training, without and with the policy, as PNG."""
         trained = self.config.num_inference_steps[0]
         shown = [pair for pair in sweep.pairs if pair.num_inference_steps == trained]
         return before_after(shown[:8]) if shown else None
 
     def _write_samples(self, iteration: int) -> None:
-        """The policy's pictures of the first held-out prompts, from the same seed each time."""
+        """Write the policy's pictures of the first held-out prompts, from the same seed each time."""
         num_inference_steps = self.config.num_inference_steps[0]
         latents = self.policy.choose(
             self._sample_embeds.prompt_embeds,
@@ -827,7 +827,7 @@ class Run:
         return f"<Run in {self.folder}: {self.iteration} of {self.config.num_iterations} iterations>"
 
     def _repr_html_(self) -> str:
-        """The picture before and after, and the evaluation, for a notebook."""
+        """Show the before/after picture and the evaluation in a notebook."""
         parts = [f"<p>{html.escape(repr(self))}</p>"]
         if self._sweep is not None:
             if picture := self._before_after(self._sweep):
@@ -838,9 +838,9 @@ class Run:
 
 
 def train(model: Any = None, **arguments: Any) -> Run:
-    """Trains a noise policy for a frozen model; evaluates it and writes its model card and report.
+    """Train a noise policy for a frozen model, evaluate it, and write its model card and report.
 
-    Takes and raises what `Run` does.
+    Arguments and errors are those of `Run`.
 
     Returns:
         The finished run: `run.policy`, `run.evaluate(...)`, `run.generate(...)`, `run.report()`.
@@ -856,14 +856,14 @@ def resume(
     eval_rewards: Sequence[str | Reward | Callable[..., Any]] | None = None,
     **settings: Any,
 ) -> Run:
-    """A run that goes on from its newest checkpoint, exactly as if it had not stopped.
+    """Resume a run from its newest checkpoint. It goes on exactly as if it had not stopped.
 
     Args:
-        folder: the run folder.
-        model: the model again, where it was an object from Python.
-        reward: the reward again, where it was an object from Python, runs code or sends pictures elsewhere.
-        eval_rewards: the same of the further rewards.
-        settings: settings that may change in a resumed run, e.g. `num_iterations`.
+        folder: The run folder.
+        model: The model again, if it was an object from Python.
+        reward: The reward again, if it was an object from Python, runs code or sends pictures elsewhere.
+        eval_rewards: The further rewards again, in the same cases.
+        settings: Settings that may change in a resumed run, e.g. `num_iterations`.
 
     Raises:
         ValueError: if the folder holds no run, something is missing that has to be given again, or a setting cannot
@@ -890,7 +890,7 @@ def resume(
 
 
 def check_resumed(saved: TrainConfig, config: TrainConfig) -> None:
-    """Raises ValueError if a run that was saved with `saved` cannot go on with `config`."""
+    """Raise ValueError if a run that was saved with `saved` cannot go on with `config`."""
     before, after = saved.with_absolute_paths().plain(), config.plain()
     changed = {name for name in after if after[name] != before[name]}
     if forbidden := sorted(changed - MAY_CHANGE_ON_RESUME):
@@ -911,7 +911,7 @@ def check_resumed(saved: TrainConfig, config: TrainConfig) -> None:
 
 @contextmanager
 def arguments_named(is_wanted: bool = True) -> Iterator[None]:
-    """In errors, calls settings by their Python names: `batch_size` for `--batch-size`."""
+    """Call settings by their Python names in errors: `batch_size` for `--batch-size`."""
     try:
         yield
     except (ValueError, RuntimeError) as error:
@@ -929,7 +929,7 @@ def _split_objects(
     eval_rewards: Any = None,
     **settings: Any,
 ) -> tuple[dict[str, Any], Given]:
-    """Settings with the names of everything, and the objects among what was given."""
+    """Split arguments into settings, with names in the place of objects, and the objects."""
     objects: dict[str, Any] = {}
     if model is not None:
         settings["model"] = str(model) if isinstance(model, str | Path) else FROM_PYTHON + type(model).__name__
@@ -961,7 +961,7 @@ def _split_objects(
 
 
 def _are_pictures(images: torch.Tensor) -> bool:
-    """Whether these are `(batch, 3, height, width)`, or clips of such frames."""
+    """Tell whether images are `(batch, 3, height, width)`, or clips of such frames."""
     return images.ndim in (4, 5) and images.shape[-3] == 3
 
 
@@ -970,7 +970,7 @@ def _as_pil(image: torch.Tensor) -> Any:
 
 
 def _make_board(is_wanted: bool) -> Any:
-    """TensorBoard's writer class, or None where it is not wanted."""
+    """Return TensorBoard's writer class, or None if it is not wanted."""
     if not is_wanted:
         return None
     try:

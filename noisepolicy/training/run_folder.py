@@ -26,9 +26,9 @@ from noisepolicy.training.task import Given
 
 _RUNS = Path("runs")
 _PLOTTED = ("iteration", "images", "reward", "kl_to_prior")
-"""What a report needs of every line of metrics."""
+"""Metrics of every line that a report needs."""
 _PROMPTS = ("prompts", "eval_prompts")
-"""Prompts that may be given from Python; the folder keeps them in files of these names."""
+"""Settings whose prompts may be given from Python; the folder keeps them in files of these names."""
 _PROMPT_FIELD = "noisepolicy:prompt"  # no other field of a record has this name
 MAY_CHANGE_ON_RESUME = {
     *("num_iterations", "checkpoint_every", "sample_every", "tensorboard", "timeout", "license"),
@@ -37,8 +37,8 @@ MAY_CHANGE_ON_RESUME = {
     *("eval_steps", "eval_num_prompts", "eval_group_size", "eval_rewards", "eval_prompts"),
     *("model", "prompts"),
 }
-"""Settings that may differ when a run is resumed; the run keeps the new ones. They affect rounding, the run's length,
-its evaluation, or only say where the model and the prompts are: hashes show that those are the run's own."""
+"""Settings that may differ when a run is resumed; the run keeps the new values. They affect rounding, the run's length
+and its evaluation, or are places of the model and the prompts, whose hashes are checked."""
 
 
 class RunFolder:
@@ -61,9 +61,9 @@ class RunFolder:
 
     @classmethod
     def choose(cls, config: TrainConfig) -> "RunFolder":
-        """A new run's place: where `config` says, else a new folder in runs/, named by the time, which it makes.
+        """Choose a new run's folder: `config`'s, or a new one in runs/, which is made and named by the time.
 
-        Runs that start in the same second get folders of their own: the second one's name ends in -2.
+        Runs that start in the same second get different folders: the second one's name ends in -2.
 
         Raises:
             ValueError: as `check_free`.
@@ -82,13 +82,13 @@ class RunFolder:
                 path = first.with_name(f"{first.name}-{number}")
 
     def give_up(self) -> None:
-        """Removes the folder that `choose` made for a run that could not be started; one with files in it stays."""
+        """Remove the folder that `choose` made for a run that could not be started, unless there are files in it."""
         with suppress(OSError):
             self.path.rmdir()
 
     @classmethod
     def open(cls, path: Path) -> tuple["RunFolder", TrainConfig]:
-        """An existing run and its settings.
+        """Open an existing run; return it and its settings.
 
         Raises:
             ValueError: if `path` does not hold a run, or its settings cannot work.
@@ -104,10 +104,10 @@ class RunFolder:
         return run, config
 
     def lock(self) -> None:
-        """Keeps others from writing here until `unlock` or the end of the process. Removes half-written files.
+        """Keep others from writing here until `unlock` or the end of the process, and remove half-written files.
 
         Raises:
-            ValueError: if another process holds the lock, or something that a run writes to is a link.
+            ValueError: if another process holds the lock, or a file that a run writes to is a link.
         """
         if self._lock is not None:
             return
@@ -134,17 +134,18 @@ class RunFolder:
                 path.unlink()
 
     def unlock(self) -> None:
-        """Lets others write here again."""
+        """Let others write here again."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
 
     @classmethod
     def find(cls, config: TrainConfig, launch_id: str | None, *, is_restart: bool) -> "RunFolder | None":
-        """The run that an earlier start of the same launch began with `config`: in its folder, or the newest in runs/.
+        """Find the run that an earlier start of this launch began with `config`: in its folder, or the newest in runs/.
 
         Args:
-            launch_id: the launcher's name for all starts; without one, `is_restart` tells, and settings must do.
+            launch_id: The launcher's name of all starts. Without one, a run with the same settings is taken if
+                `is_restart`.
         """
         if launch_id is None and not is_restart:
             return None
@@ -168,7 +169,7 @@ class RunFolder:
         )
 
     def begin(self, config: TrainConfig, launch_id: str | None, given: Given) -> None:
-        """Makes the folder a run's, with the prompts that were given from Python, and its settings, which come last."""
+        """Write the prompts that were given from Python and, last, the settings, which make the folder a run's."""
         if launch_id is not None:
             write_text(self.launch, launch_id)
         for name in _PROMPTS:
@@ -177,10 +178,10 @@ class RunFolder:
         config.save(self.config)
 
     def given(self, config: TrainConfig, given: Given) -> Given:
-        """`given` with the prompts that this run was given from Python.
+        """Return `given` with the prompts that this run was given from Python.
 
         Raises:
-            ValueError: if their files are not there or damaged.
+            ValueError: if the prompts' files are missing or damaged.
         """
         kept = {}
         for name, sources in zip(_PROMPTS, (config.prompts, config.evaluation.prompts), strict=True):
@@ -189,10 +190,10 @@ class RunFolder:
         return dataclasses.replace(given, **kept)
 
     def checked_policy(self) -> Path:
-        """The policy's folder.
+        """Return the policy's folder.
 
         Raises:
-            ValueError: if the run has not written one yet.
+            ValueError: if the run has not written a policy yet.
         """
         if not (self.policy / "config.json").is_file():
             raise ValueError(f"{self.path} has no policy yet; go on with: noisepolicy-train --resume {self.path}")
@@ -200,10 +201,10 @@ class RunFolder:
         return self.policy
 
     def within(self, name: str) -> Path:
-        """A folder of the run to write to.
+        """Return a folder inside the run to write to.
 
         Raises:
-            ValueError: if it is a link that leads out.
+            ValueError: if the folder is a link that leads out of the run.
         """
         folder = self.path / name
         if not folder.resolve().is_relative_to(self.path.resolve()):
@@ -211,10 +212,10 @@ class RunFolder:
         return folder
 
     def read_summary(self) -> dict[str, Any]:
-        """`summary.json`, or what is known of a run that has not ended.
+        """Read `summary.json`, or return what is known of a run that has not ended.
 
         Raises:
-            DamagedFileError: if it is no summary.
+            DamagedFileError: if the file is not a summary.
         """
         if self.summary.is_file():
             try:
@@ -235,7 +236,7 @@ class RunFolder:
         return summary
 
     def check_model_is_there(self, config: TrainConfig) -> None:
-        """Raises ValueError if the model's folder, which was there when the run was started, is not there any more."""
+        """Raise ValueError if the model's folder is gone that was there when the run was started."""
         name = config.model.name
         if Path(name).is_absolute() and not is_model_object(name) and not Path(name).exists():
             raise ValueError(
@@ -244,7 +245,7 @@ class RunFolder:
             )
 
     def warn_of_another_model(self, sha256: str) -> None:
-        """Warns if the run was not trained with the model whose weights have this hash, or if that is not known."""
+        """Warn if the run was trained with a model whose weights have another hash, or if that is not known."""
         try:
             trained_with = self.read_summary().get("frozen_sha256_before")
         except DamagedFileError as error:
@@ -262,7 +263,7 @@ class RunFolder:
             file.write(json.dumps(values) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The whole lines, in order; a last line cut by a crash is left out, and a damaged one with a warning."""
+        """Read the whole lines in order. A last line cut by a crash is left out; a damaged line too, with a warning."""
         if not self.metrics.exists():
             return []
         values = []
@@ -278,7 +279,7 @@ class RunFolder:
         return values
 
     def truncate_metrics(self, num_iterations: int) -> None:
-        """Forgets the iterations that a resumed run makes again; warns if others are missing."""
+        """Remove the iterations that a resumed run makes again; warn if others are missing."""
         kept = [values for values in self.read_metrics() if values["iteration"] <= num_iterations]
         if len(kept) < num_iterations:
             warnings.warn(
@@ -290,7 +291,7 @@ class RunFolder:
 
 
 def _as_record(prompt: str) -> str:
-    """A line of JSON: the prompt with its metadata. Dates and the like become text, as in the prompts' checksum."""
+    """Write a prompt with its metadata as a line of JSON. Dates and the like become text, as in their checksum."""
     return json.dumps({**metadata_of(prompt), _PROMPT_FIELD: str(prompt)}, default=str) + "\n"
 
 
@@ -299,7 +300,7 @@ def _are_numbers(values: Iterable[Any]) -> bool:
 
 
 def check_free(output_dir: Path | None) -> None:
-    """Raises ValueError if a run could not be made in `output_dir`: it holds one, whole or not, or is a file."""
+    """Raise ValueError if `output_dir` cannot take a run, because it is a file or holds a run, whole or not."""
     if output_dir is None:
         return
     if RunFolder(output_dir).checkpoints.exists() and not RunFolder(output_dir).config.exists():

@@ -9,14 +9,14 @@ from typing import Any
 
 
 class Signals:
-    """Handlers for the duration of a `with` block.
+    """Signal handlers for the duration of a `with` block.
 
-    The first signal raises KeyboardInterrupt where it comes, or within `put_off` sets `received`. From then on other
-    handlers are in place, so a second one ends the work even where no Python runs.
+    The first signal raises KeyboardInterrupt, or sets `received` within `put_off`. After it other handlers are in
+    place, so a second signal ends the work even where no Python runs.
 
     Args:
-        numbers: the signals to handle.
-        second: handler of a second signal; the system's own ends the process.
+        numbers: Signals to handle.
+        second: Handler of a second signal. Default: the system's, which ends the process.
     """
 
     received: int | None = None
@@ -28,7 +28,7 @@ class Signals:
 
     @classmethod
     def of_python(cls) -> "Signals":
-        """Handlers for work inside of somebody's Python process: Ctrl-C alone, and none outside of the main thread."""
+        """Make handlers for work inside a user's Python process: Ctrl-C alone, and none outside the main thread."""
         is_main = threading.current_thread() is threading.main_thread()
         return cls((signal.SIGINT,) if is_main else (), signal.default_int_handler)
 
@@ -46,12 +46,12 @@ class Signals:
 
     @property
     def exit_code(self) -> int:
-        """130 for SIGINT and 143 for SIGTERM, as shells have it."""
+        """Exit code of the received signal: 130 for SIGINT and 143 for SIGTERM, as in shells."""
         return 128 + (self.received or signal.SIGINT)
 
     @contextmanager
     def put_off(self) -> Iterator[None]:
-        """A block that cannot stop midway; whoever is in it looks at `received` itself, where it can."""
+        """Postpone signals within this block, which cannot stop midway; it checks `received` where it can stop."""
         self._is_put_off = True
         try:
             yield

@@ -1,4 +1,4 @@
-"""What a run is about: a frozen model, a reward, and prompts for training and for evaluation."""
+"""The task of a run: a frozen model, a reward, and prompts for training and for evaluation."""
 
 import itertools
 import warnings
@@ -21,7 +21,7 @@ from noisepolicy.worlds import find_world
 
 @dataclass(frozen=True)
 class Given:
-    """Objects from Python in the place of what the settings name; None where the settings are right."""
+    """Objects from Python that replace those named in the settings; None keeps the setting's."""
 
     model: Any = None
     reward: Reward | None = None
@@ -32,7 +32,7 @@ class Given:
 
 @dataclass(frozen=True)
 class Task:
-    """What a run is about."""
+    """A frozen model, a reward, and prompts for training and for evaluation."""
 
     frozen: FrozenModel
     reward: Reward
@@ -40,20 +40,19 @@ class Task:
     train_prompts: Sequence[str]
     eval_prompts: Sequence[str]
     eval_steps: tuple[int, ...] | None = None
-    """Denoising step counts of the evaluation; None if there is none."""
+    """Denoising step counts of the evaluation; None if there is no evaluation."""
 
 
 def load_task(
     config: TrainConfig, device: torch.device, given: Given | None = None, *, for_training: bool = True
 ) -> Task:
-    """Loads what `config` names, but for what is given.
+    """Load what `config` names, except for the given objects.
 
     Args:
-        for_training: whether training prompts are needed; without it, they are not read where `config` has evaluation
-            prompts of their own.
+        for_training: Whether training prompts are needed. If not, they are not read if `config` has evaluation prompts.
 
     Raises:
-        ValueError: if something named is not there or cannot be used.
+        ValueError: if something that is named is not there or cannot be used.
     """
     given = given or Given()
     _refuse_missing_objects(config, given)
@@ -76,16 +75,16 @@ def load_task(
 
 
 def load_model(model: ModelConfig, device: torch.device, given: Any = None, *, settings: TrainConfig) -> FrozenModel:
-    """The frozen model that `model` names, or `given`, on its engine.
+    """Load the frozen model that `model` names, or take `given`, and put it on its engine.
 
     An engine that 'auto' chose is printed, and is the model's `engine`.
 
     Args:
-        settings: step count and guidance scale to measure engines with.
+        settings: Step count and guidance scale to measure engines with.
 
     Raises:
-        ValueError: if it is not there or cannot be used.
-        RuntimeError: if its engine does not run here, or not rightly.
+        ValueError: if the model is not there or cannot be used.
+        RuntimeError: if the engine does not run here, or gives wrong results.
     """
     if given is None:
         _refuse_object(model.name, "--model")
@@ -122,7 +121,7 @@ def load_model(model: ModelConfig, device: torch.device, given: Any = None, *, s
 
 
 def _load_given(model: ModelConfig, device: torch.device, given: Any, settings: TrainConfig) -> FrozenModel:
-    """A model from Python or from a user's module, used as it is."""
+    """Take a model from Python or from a user's module, which is used as it is."""
     if not hasattr(given, "components"):  # no diffusers pipeline
         if model.engine != "eager" and getattr(given, "engine", None) is None:
             raise ValueError(f"--engine {model.engine} is for diffusers pipelines, not for a {type(given).__name__}")
@@ -142,7 +141,7 @@ def _load_given(model: ModelConfig, device: torch.device, given: Any, settings: 
 
 
 def _on_engine(frozen: FrozenModel, model: ModelConfig, settings: TrainConfig) -> FrozenModel:
-    """The pipeline, moved to the engine that the settings ask for."""
+    """Move the pipeline to the engine that the settings ask for."""
     if model.engine == "eager" and model.engine_dtype is None:
         return frozen
     from noisepolicy.engines import choose_engine, use_engine  # torch's exporter and more
@@ -161,10 +160,10 @@ def _on_engine(frozen: FrozenModel, model: ModelConfig, settings: TrainConfig) -
 
 
 def as_reward(reward: Reward | Callable[..., Any], argument: str) -> Reward:
-    """A reward from Python: a `Reward`, or a function, which is called by its own name.
+    """Make a `Reward` of a reward from Python; a function keeps its name.
 
     Raises:
-        ValueError: if it is neither.
+        ValueError: if `reward` is neither a `Reward` nor a function.
     """
     if isinstance(reward, Reward):
         return reward
@@ -174,14 +173,14 @@ def as_reward(reward: Reward | Callable[..., Any], argument: str) -> Reward:
 
 
 def reward_name(reward: Reward) -> str:
-    """The name of a reward in `config.yaml`."""
+    """Return a reward's name in `config.yaml`."""
     return reward.spec or FROM_PYTHON + reward.name
 
 
 def _load_prompts(
     config: TrainConfig, given: Given, world: Any, *, for_training: bool
 ) -> tuple[Sequence[str], Sequence[str]]:
-    """Prompts for training and for evaluation."""
+    """Load the prompts for training and for evaluation."""
     has_prompts = bool(config.prompts) or given.prompts is not None
     has_eval_prompts = bool(config.evaluation.prompts) or given.eval_prompts is not None
     is_find = config.algorithm == "find"
@@ -208,7 +207,7 @@ def _load_prompts(
 
 
 def _usable_eval_steps(config: TrainConfig, frozen: FrozenModel) -> tuple[int, ...]:
-    """The step counts to evaluate with; defaults that the model cannot work with are left out with a warning.
+    """Return the step counts of the evaluation. Defaults that the model cannot work with are left out with a warning.
 
     Raises:
         ValueError: if the model cannot work with a step count that the user gave.
@@ -231,7 +230,7 @@ def _usable_eval_steps(config: TrainConfig, frozen: FrozenModel) -> tuple[int, .
 
 
 def _without_repeats(prompts: Sequence[str]) -> list[str]:
-    """Each text once, for FIND, whose distribution of a prompt knows its text only."""
+    """Drop repeated texts, for FIND, which has one distribution for each text."""
     kept: dict[str, str] = {}
     for prompt in prompts:
         if identity(kept.setdefault(prompt, prompt)) != identity(prompt):
@@ -259,10 +258,10 @@ def _refuse_object(name: str, argument: str) -> None:
 
 
 def _hold_out(prompts: PromptList) -> tuple[PromptList, PromptList]:
-    """Splits off a fifth of the user's prompts, at least one, for evaluation.
+    """Split off a fifth of the user's prompts, at least one, for evaluation.
 
-    They are the texts with the smallest checksums, so they are the same in every run, whatever the order of the list,
-    and a text that comes several times is never on both sides.
+    The fifth has the smallest checksums, so it is the same in every run, whatever the order of the list, and a text
+    that comes several times is never on both sides.
     """
     checksums = np.unique(prompts.crc32)
     if len(checksums) < 2:

@@ -1,5 +1,5 @@
-"""Runs may be anybody's. What a run's settings name is used without asking, but for models and rewards that run code or
-send pictures to another machine: those must be repeated by whoever goes on with the run."""
+"""Trust in run folders, which may be anybody's: a run's settings are used without asking, but for one exception: models
+and rewards that run code or send pictures to another machine must be repeated by whoever goes on with the run."""
 
 import shlex
 from collections.abc import Sequence
@@ -17,17 +17,17 @@ def refuse_outside_code(
     eval_rewards: Sequence[str] = (),
     eval_rewards_flag: str = "--eval-rewards",
 ) -> None:
-    """Refuses what RUN/config.yaml names and nobody has repeated.
+    """Refuse outside code and addresses of RUN/config.yaml that the user has not repeated.
 
     Args:
-        run: the run folder.
-        model: the name of its model, if it was not repeated.
-        reward: its reward, if it was not repeated.
-        eval_rewards: its further rewards, if they were not repeated.
-        eval_rewards_flag: the flag that repeats them.
+        run: The run folder.
+        model: Name of the run's model, if it was not repeated.
+        reward: The run's reward, if it was not repeated.
+        eval_rewards: The run's further rewards, if they were not repeated.
+        eval_rewards_flag: Flag that repeats the further rewards.
 
     Raises:
-        ValueError: if one of them is outside; the message says what to write.
+        ValueError: if one of them is outside code or an address; the message says what to write.
     """
     if model is not None and is_model_object(model):
         _refuse(run, f"a model that runs the code of {model}", "--model", [model])
@@ -46,7 +46,7 @@ def _refuse(run: Path, what: str, flag: str, texts: Sequence[str]) -> None:
 
 
 def resume_command(run: Path, model: str, reward: str | None, eval_rewards: Sequence[str]) -> str:
-    """The command that goes on with a run, with what must be repeated."""
+    """Return the command that goes on with a run, with the flags that must be repeated."""
     command = ["noisepolicy-train", "--resume", str(run)]
     if is_model_object(model):
         command += ["--model", model]
