@@ -6,8 +6,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from noisepolicy.policies import SpectralPolicy
-
 ROOT = Path(__file__).parent.parent
 
 
@@ -50,9 +48,21 @@ def test_links_lead_somewhere(page):
     assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []
 
 
-def test_the_example_runs(tmp_path, monkeypatch):
-    SpectralPolicy(latent_shape=(8, 8, 8), prompt_shape=(20, 128)).save_pretrained(tmp_path / "runs/first/policy")
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("page", "made"),
+    [
+        ("README.md", ["picture.png", "runs/first/report.html", "runs/first/policy/README.md"]),
+        ("docs/python.md", ["third.png", "runs/red/report.html", "runs/throws/report.html"]),
+    ],
+)
+def test_the_examples_run(page, made, tmp_path, monkeypatch):
+    """All Python on the page, in order, as it stands but for the size of its runs."""
     monkeypatch.chdir(tmp_path)
-    example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL).group(1)
-    exec(compile(example, "README.md", "exec"), {})
-    assert Image.open(tmp_path / "picture.png").size == (64, 64)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text("utf-8"), re.DOTALL)
+    size = "num_iterations=2, batch_size=8, eval_num_prompts=2, eval_group_size=2, eval_steps=(2,), "
+    example = re.sub(r"(?<=[ (])output_dir=", f"{size}output_dir=", "\n".join(blocks))
+    assert size in example
+    exec(compile(example, page, "exec"), {"__name__": "__main__"})
+    assert [name for name in made if not (tmp_path / name).is_file()] == []
+    assert Image.open(tmp_path / made[0]).size == (64, 64)

@@ -2,6 +2,9 @@
 
 Types and sizes are read off the constructors' annotations; modules are made on the meta device, where they weigh
 nothing, and get their memory once the weights that came with them have every one of their shapes.
+
+This is not the checker of `noisepolicy.settings`, which reads what people write and is lenient: there "1e-4" is a
+number, and a single value a list of one. A policy's JSON was written by `save_pretrained`, so any other type is damage.
 """
 
 import json
