@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 FORK_SERVER = Path(__file__).with_name("fork_server.py")
@@ -22,26 +24,36 @@ class Launcher:
         )
         assert json.loads(self._process.stdout.readline()) == "ready"
 
-    def start(self, module: str, arguments: list[str], folder: Path, output: Path, *, max_file_bytes: int = 0) -> int:
-        """The process id of `noisepolicy-MODULE` in `folder`, which adds to the files `output`/stdout and stderr."""
-        return self._ask(
+    def start(
+        self,
+        module: str,
+        arguments: Iterable[object],
+        folder: Path,
+        output: Path,
+        *,
+        environment: Mapping[str, str] = os.environ,
+        max_file_bytes: int = 0,
+    ) -> "Forked":
+        """Start `noisepolicy-MODULE` in `folder`. Its output is added to the files `output`/stdout and stderr."""
+        pid = self._ask(
             do="start",
             module=module,
             arguments=[str(argument) for argument in arguments],
             folder=str(folder),
             output=str(output),
-            environment={**os.environ, "OMP_NUM_THREADS": "1"},
+            environment={**environment, "OMP_NUM_THREADS": "1"},
             max_file_bytes=max_file_bytes,
         )
+        return Forked(self, pid)
 
-    def wait(self, pid: int, timeout_s: float = 300.0) -> int | None:
-        """The exit code, -N for signal N, or None while it runs."""
+    def wait(self, pid: int, timeout_s: float) -> int | None:
+        """Return the exit code, -N for signal N, or None while the process runs."""
         return self._ask(do="wait", pid=pid, timeout_s=timeout_s)
 
     def run(self, module: str, *arguments: object, folder: Path, output: Path) -> subprocess.CompletedProcess:
-        code = self.wait(self.start(module, arguments, folder, output))
-        assert code is not None, f"noisepolicy-{module} did not end: {(output / 'stderr').read_text()}"
+        code = self.start(module, arguments, folder, output).wait()
         texts = [(output / name).read_text() for name in ("stdout", "stderr")]
+        assert code is not None, f"noisepolicy-{module} did not end: {texts}"
         return subprocess.CompletedProcess(arguments, code, *texts)
 
     def _ask(self, **request):
@@ -52,3 +64,22 @@ class Launcher:
     def close(self) -> None:
         self._process.kill()  # its runs are waited for, so none is left
         self._process.wait()
+
+
+class Forked:
+    """A process of a `Launcher`, with what tests use of `subprocess.Popen`."""
+
+    def __init__(self, launcher: Launcher, pid: int) -> None:
+        self._launcher, self.pid, self.returncode = launcher, pid, None
+
+    def wait(self, timeout_s: float = 300.0) -> int | None:
+        if self.returncode is None:
+            self.returncode = self._launcher.wait(self.pid, timeout_s)
+        return self.returncode
+
+    def poll(self) -> int | None:
+        return self.wait(0.0)
+
+    def kill(self) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)

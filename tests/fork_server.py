@@ -19,6 +19,7 @@ import torch
 import noisepolicy.cli.eval
 import noisepolicy.cli.export
 import noisepolicy.cli.generate
+import noisepolicy.cli.reward_server
 import noisepolicy.cli.train
 import noisepolicy.evaluation
 import noisepolicy.training

@@ -110,14 +110,14 @@ def test_killed_runs_resume_to_the_same_bits(commands, run_train, tmp_path):
     metrics = tmp_path / "killed" / "metrics.jsonl"
     for kill in range(2):
         before = metrics.read_text().count("\n") if metrics.exists() else 0
-        pid = commands.start("train", arguments, tmp_path, tmp_path)
+        process = commands.start("train", arguments, tmp_path, tmp_path)
         # Once it makes progress (a checkpoint is written every iteration), at a random moment.
-        while commands.wait(pid, 0.002) is None:
+        while process.wait(0.002) is None:
             if metrics.exists() and metrics.read_text().count("\n") != before:
                 break
         time.sleep(rng.random() * 0.3)
-        os.kill(pid, signal.SIGKILL)
-        assert commands.wait(pid) == -signal.SIGKILL, f"kill {kill} came after the end"
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, f"kill {kill} came after the end"
         assert (tmp_path / "killed" / "config.yaml").exists(), f"kill {kill} came before the run began"
         arguments = ["--resume", "killed"]
     result = run_train("--resume", "killed")
@@ -235,8 +235,8 @@ def test_a_failing_reward_is_one_line_and_exit_code_1(run_train, tmp_path, body,
 @pytest.mark.slow
 def test_a_full_disk_is_one_line_and_exit_code_1(commands, tmp_path):
     """A file-size limit stands in for a full disk: the write of the checkpoint fails."""
-    pid = commands.start("train", [*SHORT, "--output-dir", "run"], tmp_path, tmp_path, max_file_bytes=200_000)
-    assert commands.wait(pid) == 1
+    process = commands.start("train", [*SHORT, "--output-dir", "run"], tmp_path, tmp_path, max_file_bytes=200_000)
+    assert process.wait() == 1
     error = (tmp_path / "stderr").read_text()
     assert "File too large" in error and "Traceback" not in error
     assert not list((tmp_path / "run" / "checkpoints").iterdir()), "no torn file is left"

@@ -2,10 +2,6 @@
 
 import dataclasses
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -160,7 +156,7 @@ def test_auto_takes_the_fastest_and_says_why(frozen, monkeypatch):
 
 
 @pytest.mark.slow
-def test_training_sees_the_same_rewards_and_resumes_to_the_same_bits(run_train, tmp_path, on_engine):
+def test_training_sees_the_same_rewards_and_resumes_to_the_same_bits(commands, run_train, tmp_path, on_engine):
     name = "onnx"
     on_engine(name)
     for engine in ("eager", name):
@@ -175,12 +171,12 @@ def test_training_sees_the_same_rewards_and_resumes_to_the_same_bits(run_train, 
     assert metrics[1][-1]["reward"] == pytest.approx(metrics[0][-1]["reward"], abs=0.1)
     assert yaml.safe_load((tmp_path / name / "config.yaml").read_text())["engine"] == name
 
-    command = [sys.executable, "-m", "noisepolicy.cli.train", *SHORT, "--engine", name, "--output-dir", "killed"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    arguments = [*SHORT, "--engine", name, "--output-dir", "killed"]
+    process = commands.start("train", arguments, tmp_path, tmp_path)
     lines = tmp_path / "killed" / "metrics.jsonl"
-    while process.poll() is None and not (lines.exists() and lines.read_text().count("\n") >= 1):
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
+    while process.wait(0.02) is None and not (lines.exists() and lines.read_text().count("\n") >= 1):
+        pass
+    process.kill()
     process.wait()
     assert run_train("--resume", "killed").returncode == 0
     whole, killed = (read_tensors(tmp_path / run / "policy" / "policy.safetensors") for run in (name, "killed"))
@@ -271,14 +267,8 @@ def test_compiled_modules_say_what_pipelines_ask(frozen):
         ("train", ["--denoiser-dtype", "bfloat16"], 2, "--engine eager computes in the model's own dtype"),
     ],
 )
-def test_the_command_line_is_told_in_one_line(tmp_path, command, arguments, code, message):
-    result = subprocess.run(
-        [sys.executable, "-m", f"noisepolicy.cli.{command}", *arguments, "--device", "cpu", "--output-dir", "run"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        check=False,
-    )
+def test_the_command_line_is_told_in_one_line(run_command, tmp_path, command, arguments, code, message):
+    result = run_command(command, *arguments, "--device", "cpu", "--output-dir", "run")
     assert result.returncode == code
     assert message in result.stderr and "Traceback" not in result.stderr
     assert not Path(tmp_path / "run").exists()

@@ -3,8 +3,8 @@
 import os
 import socket
 import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,8 @@ import torch
 from transformers import AutoImageProcessor, CLIPConfig, CLIPModel
 
 from noisepolicy.worlds.shapes.tokenizer import MAX_TOKENS, build_tokenizer
+
+from ..commands import Forked
 
 PROCESSOR_JSON = """{
   "image_processor_type": "CLIPImageProcessor", "do_resize": true, "size": {"shortest_edge": 32}, "resample": 3,
@@ -57,18 +59,15 @@ def free_port() -> int:
 class Server:
     """A command that listens at a port, in a process of its own; started again at the same port by `start`."""
 
-    def __init__(self, command: list[str], port: int, folder: Path, token: str | None = None) -> None:
+    def __init__(self, start: Callable[[], Forked | subprocess.Popen], port: int, folder: Path) -> None:
+        """`start` makes the process, which writes to `folder`/stderr."""
         self.port = port
         self.address = f"http://127.0.0.1:{port}"
-        self.log = folder / f"server_{port}.log"
-        self._command, self._folder, self._token = command, folder, token
+        self.log = folder / "stderr"
+        self._start = start
 
     def start(self) -> None:
-        environment = {name: value for name, value in os.environ.items() if name != "NOISEPOLICY_REWARD_TOKEN"}
-        if self._token is not None:
-            environment["NOISEPOLICY_REWARD_TOKEN"] = self._token
-        with self.log.open("ab") as log:
-            self._process = subprocess.Popen(self._command, stdout=log, stderr=log, cwd=self._folder, env=environment)
+        self._process = self._start()
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
@@ -85,14 +84,25 @@ class Server:
 
 
 @pytest.fixture
-def serve(tmp_path: Path):
+def serve(commands, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory):
     """`serve(reward, *flags, token=None)` starts noisepolicy-reward-server; `serve(command=...)` another command."""
     servers = []
 
     def start(reward: str = "brightness", *flags: str, token: str | None = None, command=None) -> Server:
-        port = free_port()
-        ours = [sys.executable, "-m", "noisepolicy.cli.reward_server", "--reward", reward, "--port", str(port), *flags]
-        server = Server([*command, str(port)] if command else ours, port, tmp_path, token)
+        port, output = free_port(), tmp_path_factory.mktemp("server")
+        environment = {name: value for name, value in os.environ.items() if name != "NOISEPOLICY_REWARD_TOKEN"}
+        if token is not None:
+            environment["NOISEPOLICY_REWARD_TOKEN"] = token
+
+        def start_ours() -> Forked:
+            arguments = ["--reward", reward, "--port", port, *flags]
+            return commands.start("reward_server", arguments, tmp_path, output, environment=environment)
+
+        def start_other() -> subprocess.Popen:
+            with (output / "stderr").open("ab") as log:
+                return subprocess.Popen([*command, str(port)], stdout=log, stderr=log, cwd=tmp_path, env=environment)
+
+        server = Server(start_other if command else start_ours, port, output)
         servers.append(server)
         server.start()
         return server

@@ -1,8 +1,6 @@
 """The shipped video model: its format, its size, and that it is worth training a policy for."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -48,11 +46,8 @@ def test_scores_by_step_count_and_the_noise_matters():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["critic", "find"])
-def test_training_from_the_command_line_shows_clips(tmp_path, algorithm):
-    command = [
-        sys.executable,
-        "-m",
-        "noisepolicy.cli.train",
+def test_training_from_the_command_line_shows_clips(run_train, tmp_path, algorithm):
+    arguments = [
         "moving_shapes",
         "--algorithm",
         algorithm,
@@ -74,8 +69,8 @@ def test_training_from_the_command_line_shows_clips(tmp_path, algorithm):
         "4",
     ]
     if algorithm == "find":
-        command += ["--prompts", held_out_scenes()[0].caption]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        arguments += ["--prompts", held_out_scenes()[0].caption]
+    result = run_train(*arguments)
     assert result.returncode == 0, result.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["images_trained"] == 8 and summary["sweep"][0]["base"]["strict"] is not None

@@ -1,7 +1,6 @@
 """The shipped model: its format, its size, and that it is worth training a policy for."""
 
 import json
-import subprocess
 import sys
 
 import pytest
@@ -12,7 +11,7 @@ from transformers import CLIPTextModel
 from noisepolicy.ops import gaussian_sample
 from noisepolicy.storage import read_tensors
 from noisepolicy.worlds import moving_shapes
-from noisepolicy.worlds.shapes import held_out_scenes, model_folder
+from noisepolicy.worlds.shapes import held_out_scenes, model_folder, pretrain
 from noisepolicy.worlds.shapes.reward import score
 
 
@@ -69,11 +68,9 @@ def test_scores_by_step_count_and_the_noise_matters(frozen):
 
 
 @pytest.mark.slow
-def test_pretraining_resumes(tmp_path):
+def test_pretraining_resumes(monkeypatch, tmp_path):
     command = [
-        sys.executable,
-        "-m",
-        "noisepolicy.worlds.shapes.pretrain",
+        "pretrain",
         str(tmp_path),
         "--vae-steps",
         "2",
@@ -84,7 +81,8 @@ def test_pretraining_resumes(tmp_path):
         "--num-pictures",
         "128",
     ]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    monkeypatch.setattr(sys, "argv", command)
+    pretrain.main()
     text_encoder = read_tensors(tmp_path / "model" / "text_encoder" / "model.safetensors")
     assert text_encoder.keys() == read_tensors(model_folder() / "text_encoder" / "model.safetensors").keys()
     for name in ("vocab.json", "merges.txt"):
@@ -93,7 +91,7 @@ def test_pretraining_resumes(tmp_path):
     first = read_tensors(tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors")
     (tmp_path / "unet.safetensors").unlink()
     (tmp_path / "text_encoder.safetensors").unlink()
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    pretrain.main()
     again = read_tensors(tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors")
     assert first.keys() == again.keys()
     assert all(torch.equal(first[name], again[name]) for name in first)
