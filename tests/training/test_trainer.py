@@ -7,16 +7,21 @@ import torch
 
 from noisepolicy.ops import gaussian_log_prob, ppo_clip_loss
 
+from ..sampling import everyday
+
 
 @pytest.mark.parametrize(
     "settings",
-    [
-        {"algorithm": "critic"},
-        {"algorithm": "ppo"},
-        {"algorithm": "critic", "policy": "dense"},
-        {"algorithm": "ppo", "policy": "dense", "std": "learned"},
-        {"algorithm": "critic", "num_inference_steps": (1, 2), "std": "learned"},
-    ],
+    everyday(
+        [
+            {"algorithm": "critic"},
+            {"algorithm": "ppo"},
+            {"algorithm": "critic", "policy": "dense"},
+            {"algorithm": "critic", "num_inference_steps": (1, 2), "std": "learned"},
+            {"algorithm": "ppo", "policy": "dense", "std": "learned"},
+        ],
+        2,
+    ),
     ids=lambda settings: "-".join(str(value) for value in settings.values()),
 )
 def test_every_recipe_learns(make_trainer, tmp_path, settings):
