@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from noisepolicy.cli.failures import quiet_loading
 from noisepolicy.rewards import Reward
 from noisepolicy.storage import write_json
 from noisepolicy.training.config import TrainConfig
@@ -24,7 +23,6 @@ def main(result: Path, num_iterations: int) -> None:
     Then time a checkpoint and resuming from it, and, in one process, what overlapping hides of a slow reward.
     """
     torch.set_num_threads(1)
-    quiet_loading()
     # One more than is run: the last one of a run saves it.
     config = TrainConfig.of(
         num_iterations=num_iterations + 2,
