@@ -117,7 +117,7 @@ class FrozenDiffusersPipeline:
             self.negative_embeds = encode_negative(
                 self._pipeline, negative_prompt, max_sequence_length=max_sequence_length
             )
-            """What guidance leads away from, one row, by argument of the pipeline's `__call__`."""
+            """Embeddings that guidance leads away from, one row, by argument of the pipeline's `__call__`."""
         parameters = inspect.signature(type(pipeline).__call__).parameters
         # Some pipelines default to "", and refuse it beside embeddings.
         unused = {name: None for name in ("prompt", "negative_prompt") if name in parameters}

@@ -128,7 +128,7 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What to train, on what, and how long."""
+    """The settings of a training run."""
 
     model: Annotated[ModelConfig, Group("Model"), Flat("")] = field(default_factory=ModelConfig)
     reward: Annotated[str | None, Group("Reward")] = None
@@ -343,7 +343,7 @@ def load_preset(name: str) -> TrainConfig:
 
 
 def is_model_object(name: str) -> bool:
-    """Whether a model's name is `module:object`, an object of a Python module."""
+    """Tell whether a model's name is `module:object`, an object of a Python module."""
     return ":" in name and not name.startswith(FROM_PYTHON) and not Path(name).exists()
 
 

@@ -81,7 +81,7 @@ def test_sde_variant_of_a_deterministic_scheduler_is_refused():
 
 
 def test_ancestral_sampler_is_deterministic_at_one_step():
-    """As distilled models use it."""
+    """Distilled models are used with this sampler at one step."""
     frozen = FrozenDiffusersPipeline(make_pipeline(EulerAncestralDiscreteScheduler))
     assert torch.equal(generate_one(frozen, 1), generate_one(frozen, 1))
     with pytest.raises(ValueError, match="is stochastic at 2 steps"):

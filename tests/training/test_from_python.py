@@ -124,7 +124,7 @@ def test_evaluating_other_prompts_and_rewards(blob, tmp_path):
 
 
 def test_a_model_of_a_module_gets_everything(tmp_path, monkeypatch, capsys):
-    """From the working folder, as a reward; and whoever goes on with the run must repeat it."""
+    """A model's module is found in the working folder, as a reward's is; whoever resumes the run must repeat it."""
     monkeypatch.chdir(tmp_path)
     shutil.copy(Path(__file__).parent / "conftest.py", tmp_path / "my_module.py")
     with open("my_module.py", "a") as file:

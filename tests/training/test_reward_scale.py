@@ -133,7 +133,7 @@ def sum_of_bright_and_red(factor):
 
 
 def test_each_part_of_a_sum_has_its_own_unit(make_trainer, tmp_path):
-    """Where one part varies 1,000 times as much as the other, `each` raises both and `sum` the large one alone."""
+    """If one part varies 1,000 times as much as the other, `each` raises both and `sum` the large one alone."""
     rises = {}
     for mode in ("each", "sum"):
         trainer = make_trainer(

@@ -153,7 +153,7 @@ def test_an_action_of_another_policy_is_noticed(make_trainer, tmp_path):
 
 
 def test_the_critic_chooses_better_starts(make_trainer, tmp_path):
-    """Of the same policy's draws, the chosen ones have more of the real reward; one candidate is the plain draw."""
+    """Chosen draws of a policy have more of the real reward than its first draws; one candidate is the plain draw."""
     trainer = make_trainer(tmp_path, num_iterations=40, kl_budget=0.1)
     list(trainer)
     policy, frozen, prompts = trainer.policy, trainer._task.frozen, list(trainer._task.train_prompts) * 32
