@@ -58,6 +58,11 @@ def pipeline(family_folder):
     return pipeline
 
 
+def identity(value):
+    """Modules and tensors are compared by identity, all else by content: the exporter leaves equal tuples and dicts."""
+    return id(value) if isinstance(value, torch.nn.Module | torch.Tensor) else repr(value)
+
+
 def describe(pipeline):
     """All that a use of the pipeline could change, with identities where these count."""
     described = {}
@@ -66,7 +71,9 @@ def describe(pipeline):
         for path, module in part.named_modules() if isinstance(part, torch.nn.Module) else ():
             key = f"{name}.{path}"
             described[f"{key} training"] = module.training
-            described[f"{key} attributes"] = {attribute: id(value) for attribute, value in vars(module).items()}
+            for attribute, value in vars(module).items():
+                items = value if isinstance(value, dict) else {None: value}
+                described[f"{key} attribute {attribute}"] = {name: identity(item) for name, item in items.items()}
             described[f"{key} hooks"] = [[*getattr(module, hooks).items()] for hooks in HOOKS]
             for attribute in ("use_slicing", "use_tiling"):
                 described[f"{key} {attribute}"] = getattr(module, attribute, None)
