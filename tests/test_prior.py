@@ -4,8 +4,13 @@ import numpy as np
 import pytest
 import torch
 
+import noisepolicy
 from noisepolicy.ops import gaussian_sample
 from noisepolicy.prior import noise
+
+
+def test_the_package_offers_it():
+    assert noisepolicy.noise is noise  # and no module of that name hides it
 
 
 @pytest.mark.parametrize("shape", [(4, 64, 64), (3, 5, 123), (2, 5, 7, 9), (1,)])
