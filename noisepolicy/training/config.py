@@ -35,7 +35,7 @@ DEFAULT_EVAL_STEPS = (1, 2, 4, 8, 16)
 FROM_PYTHON = "python:"
 """Begins the name of a model or reward that was given as an object from Python, and which no command can load."""
 RENAMED = {"denoiser": "engine", "denoiser_dtype": "engine_dtype"}
-"""Names of settings before 0.2, and what they are called now."""
+"""Former names of settings, and their names of today."""
 
 RECIPES: dict[str, dict[str, Any]] = {
     "critic": {

@@ -3,6 +3,7 @@
 import importlib
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,26 @@ def test_leaving_the_loop_keeps_what_was_trained(blob, tmp_path):
     list(whole)
     for name, value in whole._learner.policy.state_dict().items():
         assert torch.equal(resumed._learner.policy.state_dict()[name], value), name
+
+
+def test_ctrl_c_leaves_a_run_that_can_go_on(blob, tmp_path):
+    model, left_or_right = blob
+    calls = []
+
+    def pressed_once(images, prompts):
+        calls.append(len(images))
+        if sum(calls) == 3 * 8:  # in the third iteration
+            signal.raise_signal(signal.SIGINT)
+        return left_or_right(images, prompts)
+
+    given = {"prompts": ["a", "bb"], "output_dir": tmp_path, "eval_num_prompts": 0}
+    run = noisepolicy.Run(model(), reward=pressed_once, **(given | SMALL | {"num_iterations": 5}))
+    seen = []
+    with pytest.raises(KeyboardInterrupt):
+        seen.extend(metrics["iteration"] for metrics in run)
+    assert run.iteration == 3 and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert [metrics["iteration"] for metrics in run] == [4, 5]
+    assert noisepolicy.resume(tmp_path, model=model(), reward=pressed_once).iteration == 5
 
 
 def test_a_setting_that_may_not_change_is_refused(blob, tmp_path):

@@ -92,6 +92,27 @@ def test_settings_that_cannot_work(change, message):
         TrainConfig.of(**change).check()
 
 
+def test_former_names_are_still_taken(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("denoiser: openvino\ndenoiser_dtype: bfloat16\n")
+    assert load_config(tmp_path / "config.yaml").model.engine == "openvino"
+    config = parse_arguments(["--denoiser", "onnx", "--denoiser_dtype=float32", "--batch_size", "8"]).config
+    assert (config.model.engine, config.model.engine_dtype, config.batch_size) == ("onnx", "float32", 8)
+    notes = capsys.readouterr().err.splitlines()
+    assert notes[0] == "noisepolicy-train: note: --denoiser is called --engine now" and len(notes) == 2
+
+
+def test_help_shows_groups_bounds_and_the_algorithm_s_own_defaults(capsys):
+    pages = {}
+    for algorithm in ("critic", "find"):
+        with pytest.raises(SystemExit):
+            parse_arguments(["--help", "--algorithm", algorithm])
+        pages[algorithm] = " ".join(capsys.readouterr().out.split())
+    for title in ("Model:", "Reward:", "Prompts:", "Policy:", "Training:", "Critic:", "Evaluation:", "Output:"):
+        assert f" {title} " in pages["critic"]
+    assert "(default: 125)" in pages["critic"] and "(default: 20)" in pages["find"]
+    assert "must be in [0, 1]; default: 0.82" in pages["critic"] and "None" not in pages["critic"]
+
+
 def test_checkpoints_keep_two_and_skip_the_damaged(tmp_path):
     for iteration in (1, 2, 3):
         save_checkpoint(tmp_path, iteration, {"weight": torch.tensor([float(iteration)])}, {"iteration": iteration})
