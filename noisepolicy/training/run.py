@@ -150,9 +150,7 @@ class Run:
         return run
 
     @classmethod
-    def open(
-        cls, folder: RunFolder, config: TrainConfig, *, device: str | None = None, given: Given | None = None
-    ) -> "Run":
+    def open(cls, folder: RunFolder, config: TrainConfig, *, device: str | None = None) -> "Run":
         """Open a run's last saved policy, to evaluate it and generate with it. The run cannot be trained.
 
         Args:
@@ -167,9 +165,9 @@ class Run:
         run._accelerator = make_run_accelerator(config, device)
         config = for_device(with_mixed_precision(config, run._accelerator), run._accelerator.device)
         run.processes = Processes(run._accelerator, config.timeout)
-        run._given = folder.given(config, given or Given())
+        run._given = folder.given(config, Given())
         run.config, run._folder, run._learner = config, folder, None
-        run._task = run._opened_model = None
+        run._task = run._opened_model = run._sha256_after = None
         run.metrics = folder.read_metrics()
         run._policy = policy.to(run._accelerator.device)
         run._sweep = None
@@ -238,9 +236,9 @@ class Run:
 
     def _make_learner(self) -> None:
         config, task, device = self.config, self._task, self._accelerator.device
-        self._given: Given = Given()
         self._policy: NoisePolicy | None = None
         self._policy_iteration = -1
+        self._sha256_after: str | None = None
         self._sweep: Sweep | None = None
         self.iteration = 0
         """Number of iterations trained so far."""
@@ -322,6 +320,7 @@ class Run:
     def _iterate(self) -> dict[str, Any]:
         """Do one iteration: make a batch of images, learn from it, and write the metrics."""
         start, number = time.perf_counter(), self.iteration
+        self._sha256_after = None
         with plain_arithmetic():
             rollout = self.roll_out(number)
             with self._clock.phase("policy"):
@@ -600,8 +599,9 @@ class Run:
 
     def _evaluate(self, config: TrainConfig, objects: Given) -> Sweep:
         """Measure with `objects`; for those that are None, with the run's own model, reward, prompts and rewards."""
-        own = self._given
-        if self._task is not None:
+        if self._task is None:
+            own = self._given
+        else:
             task = self._task
             own = Given(task.frozen, task.reward, task.eval_rewards, eval_prompts=task.eval_prompts)
             if config.evaluation.prompts != self.config.evaluation.prompts:
@@ -659,7 +659,8 @@ class Run:
         if self._opened_model is None:
             config = self.config
             self._opened_model = load_model(config.model, self._accelerator.device, self._given.model, settings=config)
-            self._folder.warn_of_another_model(self._opened_model.weights_sha256())
+            self._sha256_after = self._opened_model.weights_sha256()
+            self._folder.warn_of_another_model(self._sha256_after)
         return self._opened_model
 
     def generate(
@@ -732,8 +733,8 @@ class Run:
 
     def finish(self) -> None:
         """Evaluate on the held-out prompts, then write `summary.json`, `report.html` and the policy's model card."""
-        hash_after = self._frozen.weights_sha256()
-        if hash_after != self._frozen_sha256:
+        self._sha256_after = self._frozen.weights_sha256()
+        if self._sha256_after != self._frozen_sha256:
             raise RuntimeError("the frozen model's weights changed during training; the run is not to be trusted")
         config, sweep = self.config, Sweep([], [])
         if self._eval_prompts:
@@ -754,7 +755,7 @@ class Run:
                 write_bytes(self._folder.samples / "before_after.png", picture)
                 write_bytes(self._folder.policy / "before_after.png", picture)
             write_model_card(self._folder.policy, config=config.plain(), summary=summary)
-            self._write_report(self._folder.report, sweep)
+            self._write_report(self._folder.report, sweep, summary)
 
     def report(self, output_dir: Path | None = None) -> Path:
         """Write the report with the newest evaluation.
@@ -767,33 +768,34 @@ class Run:
             The path of `report.html`.
         """
         sweep = self.evaluation
-        if output_dir is None:
-            self._write_report(self._folder.report, sweep)
-            return self._folder.report
-        write_json(output_dir / "summary.json", self._summary(sweep))
-        self._write_report(output_dir / "report.html", sweep)
-        return output_dir / "report.html"
+        summary = self._summary(sweep)
+        if output_dir is not None:
+            write_json(output_dir / "summary.json", summary)
+        path = self._folder.report if output_dir is None else output_dir / "report.html"
+        self._write_report(path, sweep, summary)
+        return path
 
-    def _write_report(self, path: Path, sweep: Sweep) -> None:
+    def _write_report(self, path: Path, sweep: Sweep, summary: dict[str, Any]) -> None:
         write_report(
             path,
             config=self.config.plain(),
-            summary=self._summary(sweep),
+            summary=summary,
             metrics=self.metrics,
             pairs=sweep.pairs,
         )
 
     def _summary(self, sweep: Sweep) -> dict[str, Any]:
+        # A hash of a large model takes a while, and is known where nothing has run since.
+        sha256 = self._sha256_after or self._frozen.weights_sha256()
         if self._learner is None:
-            after = {"frozen_sha256_after": self._frozen.weights_sha256(), "sweep": sweep.rows}
-            return self._folder.read_summary() | after
+            return self._folder.read_summary() | {"frozen_sha256_after": sha256, "sweep": sweep.rows}
         return {
             "images_trained": self.images_trained,
             "train_seconds": self.train_seconds,
             "seconds": self.seconds,
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "frozen_sha256_before": self._frozen_sha256,
-            "frozen_sha256_after": self._frozen.weights_sha256(),
+            "frozen_sha256_after": sha256,
             "sweep": sweep.rows,
         }
 
