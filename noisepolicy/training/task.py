@@ -57,9 +57,9 @@ def load_task(
     given = given or Given()
     _refuse_missing_objects(config, given)
     world = find_world(config.model.name)
+    train, held_out = _load_prompts(config, given, world, for_training=for_training)
     if world is None and config.reward is None and given.reward is None:
         raise ValueError(f"--model {config.model.name} needs --reward, e.g. pickscore")
-    train, held_out = _load_prompts(config, given, world, for_training=for_training)
     if world is not None and given.reward is None and config.reward in (None, config.model.name):
         for prompt in itertools.chain(train, held_out):
             world.parse_caption(prompt)
