@@ -12,8 +12,10 @@ import math
 import re
 import reprlib
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
+from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -103,7 +105,7 @@ class Setting:
             return None
         if not self.is_list:
             return self._checked_one(value)
-        values = value if isinstance(value, list | tuple) else [value]
+        values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
         if self.kind is int and not values:
             raise ValueError(f"{self.flag} must be one or more numbers, got none")
         return tuple(self._checked_one(item) for item in values)
@@ -145,8 +147,8 @@ def _converted(value: Any, kind: type) -> Any:
         if not isinstance(value, str | Path):
             raise ValueError
         return Path(value)
-    # PyYAML reads 1e-4, which has no point, as text.
-    if not isinstance(value, int | float | str) or (kind is int and isinstance(value, float) and value % 1):
+    # PyYAML reads 1e-4, which has no point, as text. NumPy's numbers are numbers too.
+    if not isinstance(value, Real | str) or (kind is int and not isinstance(value, Integral | str) and value % 1):
         raise ValueError
     return kind(value)
 
@@ -246,15 +248,6 @@ def _replaced(config: Config, tree: dict[str, Any]) -> Config:
             for name, value in tree.items()
         },
     )
-
-
-def checked(config: Config) -> Config:
-    """Copy a config and check all of its values, for a dataclass that was filled without `with_settings`.
-
-    Raises:
-        ValueError: as `with_settings`.
-    """
-    return with_settings(config, **flat_values(config))
 
 
 def plain_values(config: Any) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         eval_rewards=() if arguments.rewards else config.evaluation.rewards,
         eval_rewards_flag="--rewards",
     )
-    if arguments.model and TrainConfig.of(model=arguments.model).with_absolute_paths().model != config.model:
+    if arguments.model and TrainConfig.of(model=arguments.model).with_absolute_paths().model.name != config.model.name:
         config = config.replace(model=arguments.model)
     if arguments.reward and with_absolute_paths(arguments.reward) != with_absolute_paths(trained_for):
         raise ValueError(f"--reward repeats what the run was trained for, {trained_for}; others are --rewards")

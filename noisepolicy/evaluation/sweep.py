@@ -158,7 +158,8 @@ def evaluate_sweep(
             (base_image, base_metrics), (policy_image, policy_metrics) = (
                 results.first_of(shown) for results in (base, ours)
             )
-            pairs.append(Pair(prompts[shown], steps, base_image, policy_image, base_metrics, policy_metrics))
+            if base_image.ndim in (3, 4) and base_image.shape[-3] == 3:  # else it is no picture to show
+                pairs.append(Pair(prompts[shown], steps, base_image, policy_image, base_metrics, policy_metrics))
     return Sweep(rows, pairs, measured_on)
 
 
@@ -233,8 +234,9 @@ def _measure_part(
     images = frozen.generate(
         latents, chunk_embeds, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale
     )
-    others = {other.name: other(images, chunk_prompts) for other in eval_rewards}
-    metrics = {**others, **reward.metrics(images, chunk_prompts)}
+    # By position: further rewards may have the same name, or that of something that the reward tells.
+    others = {_eval_key(number): other(images, chunk_prompts) for number, other in enumerate(eval_rewards)}
+    metrics = {**reward.metrics(images, chunk_prompts), **others}
     groups = images.reshape(-1, group_size, *images.shape[1:]).float().cpu()
     on_progress(len(chunk_embeds))
     return Results(
@@ -309,13 +311,19 @@ def summarise(
         "policy": policy.summary(),
         **_gain(base, policy, "reward"),
         "parts": [_compare(base, policy, name) for name in parts],
-        "eval_rewards": [_compare(base, policy, name) for name in others],
+        "eval_rewards": [
+            _compare(base, policy, _eval_key(number)) | {"name": name} for number, name in enumerate(others)
+        ],
         "best_of_n": [
             {"n": n, "reward": expected_best_of(base_rewards, n), "num_images": base_rewards.numel()}
             for n in _BEST_OF
             if n <= base_rewards.shape[1]
         ],
     }
+
+
+def _eval_key(number: int) -> str:
+    return f"eval_rewards/{number}"
 
 
 def _compare(base: Results, policy: Results, name: str) -> dict[str, Any]:

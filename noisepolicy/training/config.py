@@ -95,7 +95,7 @@ class CriticConfig:
 
     updates: Annotated[int, COUNT] = 22
     """Gradient steps on the reward critic in an iteration."""
-    batch_size: Annotated[int, COUNT] = 64
+    batch_size: Annotated[int, Bounds(at_least=2)] = 64
     """Samples of the history in each step of the critic, and samples of the policy in the critic's term of the
     policy's loss."""
     size: Annotated[int, Bounds(at_least=2)] = 2
@@ -308,8 +308,8 @@ class TrainConfig:
         return plain_values(self)
 
 
-def load_config(path: Path, base: TrainConfig | None = None) -> TrainConfig:
-    """A YAML file's settings over `base`.
+def load_config(path: Path) -> TrainConfig:
+    """Read settings from a YAML file; the others keep their defaults.
 
     Raises:
         ValueError: if the file is missing, is no YAML mapping, or has a key or value that is no setting's.
@@ -321,7 +321,7 @@ def load_config(path: Path, base: TrainConfig | None = None) -> TrainConfig:
     # A setting that is left empty, and may not be, keeps its default.
     given = {name: value for name, value in values.items() if value is not None or known[name].is_optional}
     try:
-        return (base or TrainConfig()).replace(**given)
+        return TrainConfig.of(**given)
     except ValueError as error:
         raise ValueError(f"{path}: {with_names(TrainConfig, str(error))}") from error
 

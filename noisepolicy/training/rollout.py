@@ -109,6 +109,11 @@ class RolloutMaker:
                 actions.append(sample.action)
                 log_probs.append(sample.log_prob)
                 if critic_shape is not None:
+                    if images.ndim not in (4, 5) or images.shape[-3] != 3:
+                        raise ValueError(
+                            "the critic learns from pictures (batch, 3, height, width), and the model makes images of "
+                            f"shape {tuple(images.shape)}; --algorithm ppo needs no pictures"
+                        )
                     pictures.append(shrink_pictures(images, critic_shape).to(device, torch.float16))
                 with clock.phase("reward"):
                     scorer.add(images, prompts[rows])

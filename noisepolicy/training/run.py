@@ -42,10 +42,10 @@ from noisepolicy.training.checkpoint import (
     with_prefix,
     without_prefix,
 )
-from noisepolicy.training.config import FROM_PYTHON, TrainConfig, load_preset, preset_names
+from noisepolicy.training.config import FROM_PYTHON, EvalConfig, ModelConfig, TrainConfig, load_preset, preset_names
 from noisepolicy.training.devices import for_device, make_accelerator, make_run_accelerator, with_mixed_precision
 from noisepolicy.training.find import Find
-from noisepolicy.training.launch import rank
+from noisepolicy.training.launch import num_ranks, rank
 from noisepolicy.training.learner import Learner
 from noisepolicy.training.noise_ppo import NoisePpo
 from noisepolicy.training.processes import Processes
@@ -56,7 +56,7 @@ from noisepolicy.training.rollout import PHASES, PhaseClock, Rollout, RolloutMak
 from noisepolicy.training.run_folder import MAY_CHANGE_ON_RESUME, RunFolder, check_free
 from noisepolicy.training.seeding import stream_seed
 from noisepolicy.training.signals import Signals
-from noisepolicy.training.task import Given, Task, as_reward, load_model, load_task, reward_name
+from noisepolicy.training.task import Given, Task, as_reward, dtype_of, find_object, load_model, load_task, reward_name
 from noisepolicy.training.trust import refuse_outside_code
 from noisepolicy.worlds import WORLDS
 
@@ -69,9 +69,17 @@ _OF_A_LOADED_MODEL = (
     "vae_slicing",
     "vae_tiling",
     "cpu_offload",
-    "drop_text_encoders",
 )
 """Settings that cannot be given for a model from Python, which is used as it is."""
+
+
+_PYTHON_NAMES = {
+    "--num-images": "num_images_per_prompt",
+    "--steps": "num_inference_steps",
+    "go on with --resume ": "go on with noisepolicy.resume: ",
+    "repeat it on the command line: ": "give it again: ",
+}
+"""What the commands' flags are called in Python, beside the settings."""
 
 
 class Run:
@@ -122,11 +130,20 @@ class Run:
                 config = load_preset(model)
             else:
                 settings |= {} if model is None else {"model": model}
+            config = config or TrainConfig()
             named, given = _split_objects(
-                **settings, reward=reward, prompts=prompts, eval_prompts=eval_prompts, eval_rewards=eval_rewards
+                **settings,
+                reward=reward,
+                prompts=prompts,
+                eval_prompts=eval_prompts,
+                eval_rewards=eval_rewards,
+                column=config.prompt_column,
             )
-            config = (config or TrainConfig()).replace(**named)
+            config = config.replace(**named)
             config.check()
+            for name in _OF_A_LOADED_MODEL if given.model is not None else ():
+                if getattr(config.model, name) != getattr(ModelConfig(), name):
+                    raise ValueError(f"{name} is for models that are loaded by name; set it on the model itself")
             if config.output_dir is None and rank() == 0:
                 config = config.replace(output_dir=tempfile.mkdtemp(prefix="noisepolicy-"))
             self._start(config.with_absolute_paths(), given)
@@ -165,7 +182,7 @@ class Run:
         run._accelerator = make_run_accelerator(config, device)
         config = for_device(with_mixed_precision(config, run._accelerator), run._accelerator.device)
         run.processes = Processes(run._accelerator, config.timeout)
-        run._given = folder.given(config, Given())
+        run._given, _ = find_object(config, folder.given(config, Given()))
         run.config, run._folder, run._learner = config, folder, None
         run._task = run._opened_model = run._sha256_after = None
         run.metrics = folder.read_metrics()
@@ -181,9 +198,17 @@ class Run:
         resumed: RunFolder | None = None,
         launch_id: str | None = None,
     ) -> None:
-        model_device = getattr(given.model, "device", None)
-        if model_device is not None and config.model.device == "auto":
-            config = config.replace(device=str(model_device))
+        self._folder = resumed
+        try:
+            self._prepare(config, given, resumed, launch_id)
+        finally:  # also after an error, which a notebook keeps, and with it the lock
+            if self._folder is not None:
+                self._folder.unlock()
+
+    def _prepare(self, config: TrainConfig, given: Given, resumed: RunFolder | None, launch_id: str | None) -> None:
+        given, device = find_object(config, given)
+        if device is not None and config.model.device == "auto":
+            config = config.replace(device=device.type if num_ranks() > 1 else str(device))
         self._accelerator = make_accelerator(config.model.device, timeout_s=config.timeout)
         config = with_mixed_precision(config, self._accelerator)
         self.processes = processes = Processes(self._accelerator, config.timeout)
@@ -191,12 +216,14 @@ class Run:
             resumed.lock()
         if config.model.engine == "auto" and processes.count > 1:
             raise ValueError("--engine auto may choose differently in each process; name the engine")
+        from_caller = given
         if resumed:
             given = resumed.given(config, given)
         self._task = task = load_task(config, self._accelerator.device, given)
         # What 'auto' chose is the run's from here on: a resumed run must not choose again.
         config = config.replace(
-            engine=getattr(task.frozen, "engine", "eager"),
+            engine=task.frozen.engine,
+            dtype=dtype_of(task.frozen) or config.model.dtype,
             eval_steps=task.eval_steps,
             reward=reward_name(task.reward),
             eval_rewards=tuple(map(reward_name, task.eval_rewards)),
@@ -221,18 +248,19 @@ class Run:
         self._eval_prompts = task.eval_prompts[: config.evaluation.num_prompts]
         self._sample_prompts = task.eval_prompts[:_NUM_SAMPLES] or task.train_prompts[:_NUM_SAMPLES]
         # Encoded once, and while there are text encoders.
-        self._sample_embeds = task.frozen.encode([str(prompt) for prompt in self._sample_prompts])
+        self._sample_embeds = self._encode(self._sample_prompts)
         self._eval_embeds = None
         if self._eval_prompts:
-            self._eval_embeds = task.frozen.encode([str(prompt) for prompt in self._eval_prompts])
+            self._eval_embeds = self._encode(self._eval_prompts)
         if resumed is not None:
             self.go_back()
+            if processes.is_main:
+                resumed.keep_prompts(from_caller)
             if processes.is_main and self.iteration < config.num_iterations:
                 self._folder.summary.unlink(missing_ok=True)  # the policy will be another than the one it is about
         if config.model.drop_text_encoders:
             self.encode_prompts(config.num_iterations)
             task.frozen.drop_text_encoders()
-        self._folder.unlock()
 
     def _make_learner(self) -> None:
         config, task, device = self.config, self._task, self._accelerator.device
@@ -246,6 +274,8 @@ class Run:
         """The metrics of every iteration so far."""
         self.train_seconds = 0.0
         self._saved_iteration = 0
+        self._is_whole = True
+        """Whether no iteration was cut short, which leaves a policy that is partly updated."""
         self._known_checkpoint = self._newest_checkpoint()
         """Iteration of the newest checkpoint, whole or not, that this object has written or found."""
         self._frozen_sha256 = task.frozen.weights_sha256()
@@ -271,7 +301,8 @@ class Run:
             RewardError: if the reward fails.
             RuntimeError: if the policy's numbers stop being finite, or the processes lose or contradict one another.
         """
-        return self.iterations(Signals.of_python())
+        with arguments_named(self._is_of_python):
+            yield from self.iterations(Signals.of_python())
 
     def iterations(self, signals: Signals) -> Iterator[dict[str, Any]]:
         """Train and yield metrics as `__iter__`, with a caller's own signal handlers."""
@@ -280,6 +311,11 @@ class Run:
         config, is_main = self.config, self.processes.is_main
         if self._learner is None:
             raise ValueError("this run was opened to look at; noisepolicy.resume(folder) trains it")
+        if not self._is_whole:
+            raise RuntimeError(
+                "an iteration of this run was cut short; go on from its last checkpoint with "
+                f"noisepolicy.resume({str(self.folder)!r})"
+            )
         board = self._board(str(self._folder.tensorboard)) if self._board and is_main else None
         progress = tqdm(
             total=config.num_iterations,
@@ -300,10 +336,13 @@ class Run:
                         metrics = self._iterate()
                         self._show(metrics, progress, board)
                         if self._is_signalled(signals):
-                            raise KeyboardInterrupt
+                            raise KeyboardInterrupt(
+                                f"stopped after iteration {self.iteration}; go on with "
+                                f"noisepolicy.resume({str(self.folder)!r})"
+                            )
                     yield metrics
             except (KeyboardInterrupt, GeneratorExit):  # between two iterations
-                if is_main:
+                if is_main and self._is_whole:
                     self.save()
                 raise
             finally:
@@ -312,15 +351,21 @@ class Run:
 
     def train(self) -> "Run":
         """Train to the last iteration, then evaluate and write the summary, the model card and the report."""
-        for _ in self:
-            pass
-        self.finish()
+        try:
+            for _ in self:
+                pass
+            self.finish()
+        except RuntimeError as error:  # the caller has no Run yet, and its folder may be a temporary one
+            if error.args and isinstance(error.args[0], str):
+                error.args = (f"{error.args[0]}; go on with noisepolicy.resume({str(self.folder)!r})",)
+            raise
         return self
 
     def _iterate(self) -> dict[str, Any]:
         """Do one iteration: make a batch of images, learn from it, and write the metrics."""
         start, number = time.perf_counter(), self.iteration
-        self._sha256_after = None
+        self._is_whole = False
+        self._sha256_after = self._sweep = None
         with plain_arithmetic():
             rollout = self.roll_out(number)
             with self._clock.phase("policy"):
@@ -339,6 +384,7 @@ class Run:
                 start = time.perf_counter()
                 self.save()
         self.train_seconds += time.perf_counter() - start
+        self._is_whole = True
         return metrics
 
     def roll_out(self, number: int) -> Rollout:
@@ -501,7 +547,7 @@ class Run:
             if name == "frozen_sha256":
                 raise ValueError(
                     f"the model is not the one that the run was started with: the weights of {self.config.model.name} "
-                    f"have SHA-256 {settings[name][:12]}..., and its checkpoints were made with "
+                    f"have SHA-256 {str(settings[name])[:12]}..., and its checkpoints were made with "
                     f"{str(made_with[name])[:12]}...; put the model back, or start anew with another --output-dir"
                 )
             if name == "prompts_sha256":
@@ -593,7 +639,8 @@ class Run:
         with arguments_named(self._is_of_python):
             given = {"eval_steps": steps, "eval_num_prompts": num_prompts, "eval_group_size": group_size}
             settings = {name: value for name, value in given.items() if value is not None}
-            named, objects = _split_objects(**settings, eval_prompts=prompts, eval_rewards=rewards)
+            column = self.config.prompt_column
+            named, objects = _split_objects(**settings, eval_prompts=prompts, eval_rewards=rewards, column=column)
             self._sweep = self._evaluate(self.config.replace(**named), objects)
             return self._sweep
 
@@ -611,14 +658,15 @@ class Run:
         changed = {name: value for name, value in vars(objects).items() if value is not None}
         given = dataclasses.replace(own, model=self._frozen, **changed)
         task = load_task(config, self._accelerator.device, given, for_training=False)
-        prompts = task.eval_prompts[: config.evaluation.num_prompts]
+        # A run without an evaluation of its own (0 prompts) can still be asked for one.
+        prompts = task.eval_prompts[: config.evaluation.num_prompts or EvalConfig().num_prompts]
         if not prompts:
-            raise ValueError("there are no held-out prompts to evaluate on; give --eval-prompts")
+            raise ValueError("there are no held-out prompts to evaluate on; give some as prompts (--prompts)")
         is_own = self._task is not None and task.eval_prompts is self._task.eval_prompts
         if is_own and len(prompts) <= len(self._eval_prompts):  # encoded already; the encoders may be gone
             embeds = self._eval_embeds[: len(prompts)]
         else:
-            embeds = task.frozen.encode([str(prompt) for prompt in prompts])
+            embeds = self._encode(prompts)
         return self._sweep_over(task, prompts, embeds, config)
 
     def _sweep_over(self, task: Task, prompts: Sequence[str], embeds: PromptEmbeds, config: TrainConfig) -> Sweep:
@@ -651,6 +699,10 @@ class Run:
                 collect=partial(processes.collect, "'evaluate'"),
                 measured_on=measured_on(config.plain()),
             )
+
+    def _encode(self, prompts: Sequence[str]) -> PromptEmbeds:
+        """The prompts' embeddings, on the policy's device."""
+        return self._frozen.encode([str(prompt) for prompt in prompts]).to(self.device)
 
     @property
     def _frozen(self) -> FrozenModel:
@@ -720,7 +772,7 @@ class Run:
         steps = num_inference_steps or self.config.num_inference_steps[0]
         guidance = self.config.guidance_scale if guidance_scale is None else guidance_scale
         frozen, policy = self._frozen, self.policy
-        embeds = frozen.encode([prompt for prompt in prompts for _ in range(num_images_per_prompt)])
+        embeds = self._encode([prompt for prompt in prompts for _ in range(num_images_per_prompt)])
         starts = {}
         if compare:
             prior = torch.zeros(len(embeds), *policy.latent_shape, device=self._accelerator.device)
@@ -757,7 +809,7 @@ class Run:
             write_model_card(self._folder.policy, config=config.plain(), summary=summary)
             self._write_report(self._folder.report, sweep, summary)
 
-    def report(self, output_dir: Path | None = None) -> Path:
+    def report(self, output_dir: str | Path | None = None) -> Path:
         """Write the report with the newest evaluation.
 
         Args:
@@ -769,10 +821,11 @@ class Run:
         """
         sweep = self.evaluation
         summary = self._summary(sweep)
-        if output_dir is not None:
-            write_json(output_dir / "summary.json", summary)
-        path = self._folder.report if output_dir is None else output_dir / "report.html"
-        self._write_report(path, sweep, summary)
+        path = self._folder.report if output_dir is None else Path(output_dir) / "report.html"
+        if self.is_main:
+            if output_dir is not None:
+                write_json(path.with_name("summary.json"), summary)
+            self._write_report(path, sweep, summary)
         return path
 
     def _write_report(self, path: Path, sweep: Sweep, summary: dict[str, Any]) -> None:
@@ -876,7 +929,9 @@ def resume(
         saved = saved.replace(output_dir=run.path)
         settings = {name: value for name, value in settings.items() if value is not None}
         settings |= {} if model is None else {"model": model}
-        named, given = _split_objects(**settings, reward=reward, eval_rewards=eval_rewards)
+        if not isinstance(settings.get("prompts", ""), str | Path):
+            raise ValueError("prompts: a resumed run keeps its training prompts; leave them out")
+        named, given = _split_objects(**settings, reward=reward, eval_rewards=eval_rewards, column=saved.prompt_column)
         refuse_outside_code(
             run.path,
             model=None if model is not None else saved.model.name,
@@ -918,7 +973,10 @@ def arguments_named(is_wanted: bool = True) -> Iterator[None]:
         yield
     except (ValueError, RuntimeError) as error:
         if is_wanted and error.args and isinstance(error.args[0], str):
-            error.args = (with_names(TrainConfig, error.args[0]),)
+            message = with_names(TrainConfig, error.args[0])
+            for flag, name in _PYTHON_NAMES.items():
+                message = message.replace(flag, name)
+            error.args = (message,)
         raise
 
 
@@ -929,6 +987,7 @@ def _split_objects(
     prompts: Any = None,
     eval_prompts: Any = None,
     eval_rewards: Any = None,
+    column: str | None = None,
     **settings: Any,
 ) -> tuple[dict[str, Any], Given]:
     """Split arguments into settings, with names in the place of objects, and the objects."""
@@ -937,8 +996,6 @@ def _split_objects(
         settings["model"] = str(model) if isinstance(model, str | Path) else FROM_PYTHON + type(model).__name__
         if not isinstance(model, str | Path):
             objects["model"] = model
-            if fixed := sorted(settings.keys() & set(_OF_A_LOADED_MODEL)):
-                raise ValueError(f"{fixed[0]} is for models that are loaded by name; set it on the model itself")
     if isinstance(reward, str):
         settings["reward"] = reward
     elif reward is not None:
@@ -955,7 +1012,7 @@ def _split_objects(
             settings[name] = (str(source),)
         elif source is not None:
             try:
-                objects[name] = PromptList([source], settings.get("prompt_column"))
+                objects[name] = PromptList([source], settings.get("prompt_column", column))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
             settings[name] = (FROM_PYTHON + name,)

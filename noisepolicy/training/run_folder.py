@@ -172,10 +172,14 @@ class RunFolder:
         """Write the prompts that were given from Python and, last, the settings, which make the folder a run's."""
         if launch_id is not None:
             write_text(self.launch, launch_id)
+        self.keep_prompts(given)
+        config.save(self.config)
+
+    def keep_prompts(self, given: Given) -> None:
+        """Write the prompts that were given from Python to files of the run."""
         for name in _PROMPTS:
             if (prompts := getattr(given, name)) is not None:
                 write_text(self.path / f"{name}.jsonl", "".join(map(_as_record, prompts)))
-        config.save(self.config)
 
     def given(self, config: TrainConfig, given: Given) -> Given:
         """Return `given` with the prompts that this run was given from Python.
@@ -186,6 +190,8 @@ class RunFolder:
         kept = {}
         for name, sources in zip(_PROMPTS, (config.prompts, config.evaluation.prompts), strict=True):
             if sources == (FROM_PYTHON + name,) and getattr(given, name) is None:
+                if not (self.path / f"{name}.jsonl").is_file():
+                    raise ValueError(f"{self.path / name}.jsonl, which holds prompts of this run, is not there")
                 kept[name] = PromptList([str(file_within(self.path, f"{name}.jsonl").absolute())], _PROMPT_FIELD)
         return dataclasses.replace(given, **kept)
 
@@ -244,14 +250,14 @@ class RunFolder:
                 f"correct {self.config.name}"
             )
 
-    def warn_of_another_model(self, sha256: str) -> None:
+    def warn_of_another_model(self, sha256: str | None) -> None:
         """Warn if the run was trained with a model whose weights have another hash, or if that is not known."""
         try:
             trained_with = self.read_summary().get("frozen_sha256_before")
         except DamagedFileError as error:
             warnings.warn(f"{error}; until then, the model here is not compared with the run's", stacklevel=2)
             return
-        if trained_with is not None and trained_with != sha256:
+        if sha256 is not None and trained_with is not None and trained_with != sha256:
             warnings.warn(
                 f"the model here (SHA-256 {sha256[:12]}...) is not the one that {self.path} was trained with "
                 f"({str(trained_with)[:12]}...): other weights, or another dtype",

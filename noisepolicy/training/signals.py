@@ -25,6 +25,7 @@ class Signals:
         self._numbers, self._second = numbers, second
         self._is_put_off = False
         self._before: dict[int, Any] = {}
+        self._depth = 0
 
     @classmethod
     def of_python(cls) -> "Signals":
@@ -33,6 +34,9 @@ class Signals:
         return cls((signal.SIGINT,) if is_main else (), signal.default_int_handler)
 
     def __enter__(self) -> "Signals":
+        self._depth += 1
+        if self._depth > 1:  # a block within a block of the same handlers
+            return self
         # One that is ignored, as in a shell's background jobs, stays so.
         self._before = {number: signal.getsignal(number) for number in self._numbers}
         for number, handler in self._before.items():
@@ -41,6 +45,9 @@ class Signals:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._depth -= 1
+        if self._depth:
+            return
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

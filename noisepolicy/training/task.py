@@ -1,5 +1,6 @@
 """The task of a run: a frozen model, a reward, and prompts for training and for evaluation."""
 
+import dataclasses
 import itertools
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,8 +12,10 @@ import torch
 
 from noisepolicy.frozen import FrozenModel, as_frozen_model
 from noisepolicy.frozen.config import ModelConfig
+from noisepolicy.frozen.plain import PlainModel
 from noisepolicy.named_objects import import_object
 from noisepolicy.rewards import Reward, load_reward
+from noisepolicy.settings import settings_of
 from noisepolicy.training.config import DEFAULT_EVAL_STEPS, FROM_PYTHON, TrainConfig, is_model_object
 from noisepolicy.training.prompt_list import PromptList
 from noisepolicy.training.prompt_records import identity
@@ -67,6 +70,8 @@ def load_task(
     further = config.evaluation.rewards if given.eval_rewards is None else given.eval_rewards
     eval_rewards = [load_reward(each, device=device) if isinstance(each, str) else each for each in further]
     frozen = load_model(config.model, device, given.model, settings=config)
+    if isinstance(frozen, PlainModel) and (prompts := train or held_out):
+        frozen.encode([str(prompts[0])])  # it has no prompt of its own to try the step counts with
     # One image for each step count now, rather than a failure in the middle of the run.
     for steps in config.num_inference_steps if for_training else ():
         frozen.check_deterministic(steps, config.guidance_scale)
@@ -159,6 +164,29 @@ def _on_engine(frozen: FrozenModel, model: ModelConfig, settings: TrainConfig) -
     return frozen
 
 
+def find_object(config: TrainConfig, given: Given) -> tuple[Given, torch.device | None]:
+    """The model that a user's module holds, if the settings name one, and the device of a model from Python.
+
+    An object that says nothing of its device, and holds no weights, is taken to be on the CPU.
+
+    Raises:
+        ValueError: if the module or the object is not there.
+    """
+    if given.model is None and is_model_object(config.model.name):
+        given = dataclasses.replace(given, model=import_object(config.model.name, "model"))
+    if given.model is None:
+        return given, None
+    if hasattr(given.model, "components"):  # a diffusers pipeline
+        return given, torch.device(given.model.device)
+    return given, as_frozen_model(given.model).device or torch.device("cpu")
+
+
+def dtype_of(frozen: FrozenModel) -> str | None:
+    """The data type that a diffusers pipeline's denoiser computes in, if it is one that a setting can name."""
+    name = str(getattr(getattr(frozen, "denoiser", None), "dtype", "")).removeprefix("torch.")
+    return name if name in settings_of(ModelConfig)["dtype"].choices else None
+
+
 def as_reward(reward: Reward | Callable[..., Any], argument: str) -> Reward:
     """Make a `Reward` of a reward from Python; a function keeps its name.
 
@@ -194,6 +222,8 @@ def _load_prompts(
         train = given.prompts if given.prompts is not None else PromptList(config.prompts, config.prompt_column)
     elif needs_training_prompts:
         train = [scene.caption for scene in world.train_scenes()]
+    if is_find and not for_training and given.eval_prompts is not None:
+        return [], given.eval_prompts
     if is_find:
         train = _without_repeats(train)
         return train, train

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import shutil
 import signal
 from pathlib import Path
@@ -114,6 +115,105 @@ def test_ctrl_c_leaves_a_run_that_can_go_on(blob, tmp_path):
     assert run.iteration == 3 and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert [metrics["iteration"] for metrics in run] == [4, 5]
     assert noisepolicy.resume(tmp_path, model=model(), reward=pressed_once).iteration == 5
+
+
+def test_a_second_ctrl_c_leaves_no_half_iteration_behind(blob, tmp_path):
+    """It ends the iteration midway; the object refuses to go on, and the folder goes on from its checkpoint."""
+    model, left_or_right = blob
+
+    def pressed_twice(images, prompts):
+        for _ in range(2 if run.iteration == 3 else 0):
+            signal.raise_signal(signal.SIGINT)
+        return left_or_right(images, prompts)
+
+    given = {"prompts": ["a", "bb"], "output_dir": tmp_path / "run", "eval_num_prompts": 0}
+    given |= SMALL | {"num_iterations": 5, "checkpoint_every": 2}
+    run = noisepolicy.Run(model(), reward=pressed_twice, **given)
+    with pytest.raises(KeyboardInterrupt):
+        list(run)
+    with pytest.raises(RuntimeError, match=r"cut short; go on from its last checkpoint with noisepolicy\.resume"):
+        list(run)
+    resumed = noisepolicy.resume(tmp_path / "run", model=model(), reward=left_or_right_named("pressed_twice", blob))
+    assert resumed.iteration == 2
+    list(resumed)
+    whole = noisepolicy.Run(model(), reward=left_or_right, **(given | {"output_dir": tmp_path / "whole"}))
+    list(whole)
+    for name, value in whole._learner.policy.state_dict().items():
+        assert torch.equal(resumed._learner.policy.state_dict()[name], value), name
+
+
+def left_or_right_named(name, blob):
+    return Reward(name, blob[1])
+
+
+def test_a_resumed_run_keeps_the_held_out_prompts_it_is_given(blob, tmp_path):
+    given = {"prompts": ["a", "bb"], "eval_prompts": ["ccc"], "output_dir": tmp_path, "eval_steps": (1,)}
+    noisepolicy.Run(blob[0](), reward=blob[1], **(given | SMALL)).train()
+    with pytest.raises(ValueError, match="a resumed run keeps its training prompts"):
+        noisepolicy.resume(tmp_path, model=blob[0](), reward=blob[1], prompts=["c"])
+    noisepolicy.resume(tmp_path, model=blob[0](), reward=blob[1], eval_prompts=["dddd", "eeeee"]).train()
+    again = noisepolicy.resume(tmp_path, model=blob[0](), reward=blob[1])
+    assert list(again._task.eval_prompts) == ["dddd", "eeeee"]
+    (tmp_path / "eval_prompts.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"eval_prompts\.jsonl, which holds prompts of this run, is not there"):
+        noisepolicy.resume(tmp_path, model=blob[0](), reward=blob[1])
+    # The lock is given back after an error that somebody keeps.
+    with pytest.raises(ValueError, match="is not there"):
+        noisepolicy.resume(tmp_path, model=blob[0](), reward=blob[1])
+
+
+def test_find_is_evaluated_on_its_own_prompts(blob, tmp_path):
+    given = {"prompts": ["a", "bb"], "algorithm": "find", "eval_steps": (1,), "output_dir": tmp_path}
+    run = noisepolicy.Run(blob[0](), reward=blob[1], **(given | SMALL | {"batch_size": None}))
+    list(run)
+    assert run.evaluate(group_size=2).rows[0]["num_pairs"] == 4
+
+
+def test_further_rewards_of_one_name_are_told_apart(blob, tmp_path):
+    def reward(images, prompts):  # the name of what was trained for in the table
+        return torch.full((len(images),), 5.0)
+
+    given = {"prompts": ["a", "bb"], "eval_num_prompts": 0, "output_dir": tmp_path}
+    run = noisepolicy.Run(blob[0](), reward=blob[1], **(given | SMALL))
+    further = [reward, lambda images, prompts: [1.0] * len(images), lambda images, prompts: [2.0] * len(images)]
+    (row,) = run.evaluate(steps=range(1, 2), prompts=["ccc"], rewards=further, group_size=2).rows
+    assert [other["base"] for other in row["eval_rewards"]] == [5.0, 1.0, 2.0]
+    assert row["base"]["reward"] != 5.0 and (run.report(str(tmp_path / "out"))).is_file()
+
+
+def test_a_model_that_fails_at_many_steps_says_so_before_it_is_trained(blob, tmp_path):
+    class FewSteps(blob[0]):
+        def generate(self, latents, prompt_embeds, *, num_inference_steps, guidance_scale):
+            if num_inference_steps > 4:
+                raise ValueError("four steps at most")
+            return super().generate(latents, prompt_embeds, num_inference_steps=1, guidance_scale=1.0)
+
+    given = {"prompts": ["a", "bb"], "eval_prompts": ["ccc"], "output_dir": tmp_path}
+    with pytest.warns(UserWarning, match="the evaluation leaves out 8, 16 steps: four steps at most"):
+        run = noisepolicy.Run(FewSteps(), reward=blob[1], **(given | SMALL))
+    assert run.config.evaluation.steps == (1, 2, 4)
+
+
+@pytest.mark.parametrize("shape", [(5,), (1, 4, 4)])
+def test_images_that_are_no_pictures(blob, tmp_path, shape):
+    class Numbers(blob[0]):
+        def generate(self, latents, prompt_embeds, **settings):
+            return latents.flatten(1)[:, : math.prod(shape)].unflatten(1, shape)
+
+    def first(images, prompts):
+        return images.flatten(1)[:, 0]
+
+    given = {"reward": first, "prompts": ["a", "bb"], "eval_prompts": ["ccc"], "eval_steps": (1,)}
+    with pytest.raises(ValueError, match=r"the critic learns from pictures .* algorithm ppo needs no pictures"):
+        list(noisepolicy.Run(Numbers(), output_dir=tmp_path / "critic", **(given | SMALL)))
+    run = noisepolicy.train(Numbers(), algorithm="ppo", output_dir=tmp_path / "ppo", **(given | SMALL))
+    assert run.evaluation.rows and not run.evaluation.pairs and run.report().is_file()
+
+
+def test_settings_of_a_loaded_model_are_refused_in_a_config_too(frozen, tmp_path):
+    config = noisepolicy.TrainConfig.of(vae_tiling=True, output_dir=tmp_path / "run")
+    with pytest.raises(ValueError, match="vae_tiling is for models that are loaded by name"):
+        noisepolicy.Run(frozen._pipeline, reward="brightness", prompts=["a"], config=config)
 
 
 def test_a_setting_that_may_not_change_is_refused(blob, tmp_path):
