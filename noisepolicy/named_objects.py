@@ -69,6 +69,8 @@ def _find_module(name: str) -> ModuleSpec | None:
     """Find the file of a module or of its package, as an import would. Nothing is run."""
     importlib.invalidate_caches()
     first = name.partition(".")[0]
+    if first in sys.modules:  # an import takes it from there, whatever lies in the working folder
+        return sys.modules[first].__spec__
     return PathFinder.find_spec(first, [str(Path.cwd()), *sys.path]) if first else None
 
 

@@ -216,3 +216,13 @@ def test_a_reward_means_the_same_in_any_folder(tmp_path, monkeypatch):
     }.items():
         wanted = text if absolute is None else absolute.format(tmp_path)
         assert with_absolute_paths(text) == wanted == with_absolute_paths(wanted)
+
+
+def test_a_module_that_is_imported_already_is_not_the_folder_s(tmp_path, monkeypatch):
+    """As in this repository's own folder, where the sources lie beside the package that is installed."""
+    (tmp_path / "json").mkdir()
+    (tmp_path / "json" / "__init__.py").touch()
+    (tmp_path / "not_imported_yet.py").touch()
+    monkeypatch.chdir(tmp_path)
+    assert with_absolute_paths("json.decoder:scanstring") == "json.decoder:scanstring"
+    assert with_absolute_paths("not_imported_yet:score") == f"{tmp_path}/not_imported_yet:score"

@@ -97,6 +97,15 @@ def test_leaving_the_loop_keeps_what_was_trained(blob, tmp_path):
         assert torch.equal(resumed._learner.policy.state_dict()[name], value), name
 
 
+@pytest.fixture
+def _python_s_own_handler():
+    """A shell's background jobs ignore Ctrl-C, and so do tests that are one."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_python_s_own_handler")
 def test_ctrl_c_leaves_a_run_that_can_go_on(blob, tmp_path):
     model, left_or_right = blob
     calls = []
@@ -117,6 +126,7 @@ def test_ctrl_c_leaves_a_run_that_can_go_on(blob, tmp_path):
     assert noisepolicy.resume(tmp_path, model=model(), reward=pressed_once).iteration == 5
 
 
+@pytest.mark.usefixtures("_python_s_own_handler")
 def test_a_second_ctrl_c_leaves_no_half_iteration_behind(blob, tmp_path):
     """It ends the iteration midway; the object refuses to go on, and the folder goes on from its checkpoint."""
     model, left_or_right = blob
