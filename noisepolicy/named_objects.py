@@ -75,5 +75,7 @@ def _find_module(name: str) -> ModuleSpec | None:
 
 
 def _lies_in(folder: Path, module: ModuleSpec | None) -> bool:
-    places = [] if module is None else module.submodule_search_locations or [module.origin]
-    return any(place is not None and Path(place).parent.resolve() == folder.resolve() for place in places)
+    places: list[str] = []
+    if module is not None:  # the origin of a built-in module is no file
+        places = list(module.submodule_search_locations or ([module.origin] if module.has_location else []))
+    return any(Path(place).parent.resolve() == folder.resolve() for place in places)
