@@ -79,7 +79,7 @@ _PYTHON_NAMES = {
     "go on with --resume ": "go on with noisepolicy.resume: ",
     "repeat it on the command line: ": "give it again: ",
 }
-"""What the commands' flags are called in Python, beside the settings."""
+"""Python names for what the commands' messages say of flags that are no settings."""
 
 
 class Run:
