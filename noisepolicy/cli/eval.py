@@ -41,6 +41,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from noisepolicy.training.run_folder import RunFolder
     from noisepolicy.training.trust import refuse_outside_code
 
+    if arguments.num_prompts is not None and arguments.num_prompts < 1:
+        raise ValueError(f"--num-prompts must be positive, got {arguments.num_prompts}")
     folder, config = RunFolder.open(arguments.run)
     trained_for = config.reward or config.model.name
     refuse_outside_code(

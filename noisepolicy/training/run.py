@@ -636,6 +636,8 @@ class Run:
         Raises:
             ValueError: if there are no prompts, or the model cannot work with a step count.
         """
+        if num_prompts is not None and num_prompts < 1:
+            raise ValueError(f"num_prompts must be positive, got {num_prompts}")
         with arguments_named(self._is_of_python):
             given = {"eval_steps": steps, "eval_num_prompts": num_prompts, "eval_group_size": group_size}
             settings = {name: value for name, value in given.items() if value is not None}

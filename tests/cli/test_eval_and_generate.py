@@ -104,7 +104,7 @@ def test_model_card_has_the_runs_numbers(run_folder):
         ("eval", ["nothing"], "not a run folder"),
         ("eval", ["RUN", "--steps", "two"], "--steps must be numbers"),
         ("eval", ["RUN", "--rewards", "beauty"], "unknown reward 'beauty'"),
-        ("eval", ["RUN", "--num-prompts", "0"], "no held-out prompts"),
+        ("eval", ["RUN", "--num-prompts", "0"], "--num-prompts must be positive, got 0"),
         ("generate", ["nothing", "a prompt"], "not a run folder"),
         ("generate", ["RUN", "a prompt", "--num-images", "0"], "--num-images must be 1 or more"),
     ],
