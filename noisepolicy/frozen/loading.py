@@ -257,7 +257,8 @@ def _whole_weights() -> Iterator[None]:
         def from_pretrained(cls: type, path: str | Path, *args: Any, **kwargs: Any) -> Any:
             component, info = original(cls, path, *args, output_loading_info=True, **kwargs)
             tensors = component.state_dict(keep_vars=True)
-            missing = set(info["missing_keys"])
+            # Older releases of transformers leave some of them out of the list, without memory.
+            missing = {*info["missing_keys"], *(name for name, tensor in tensors.items() if tensor.is_meta)}
             loaded = {id(tensor) for name, tensor in tensors.items() if name not in missing}
             # Weights that are tied to others need not be in the files.
             if missing := sorted(name for name in missing if id(tensors.get(name)) not in loaded):

@@ -38,6 +38,8 @@ def wrapped(
     module: torch.nn.Module, method: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]
 ) -> Iterator[None]:
     """Replace `module.method` by `wrapper` of it within this context."""
+    if method not in vars(module) and not hasattr(type(module), method):
+        module = getattr(module, "_orig_mod", module)  # a compiled module only passes this method on
     original = getattr(module, method)
     had_own = method in vars(module)
     setattr(module, method, wrapper(original))
