@@ -36,8 +36,8 @@ def run(
     seeds: Sequence[int],
     methods: Sequence[str] | None,
     is_quick: bool,
-    denoiser: str,
-    denoiser_dtype: str | None,
+    engine: str,
+    engine_dtype: str | None,
     is_ablation: bool = False,
     device: torch.device | str = "cpu",
     workers: int = 1,
@@ -48,7 +48,7 @@ def run(
         output: Folder of the jobs.
         methods: Names of methods. Default: all.
         is_quick: Do a twentieth of everything, to see whether it runs.
-        denoiser, denoiser_dtype: Engine of the image model, as in `TrainConfig`.
+        engine, engine_dtype: Engine of the image model, as in `TrainConfig`.
         is_ablation: Measure the default recipe with one thing changed, in place of the methods.
         device: Device of all jobs.
         workers: Number of jobs side by side, each in a process of its own. The seconds of a job are then those of a
@@ -68,15 +68,15 @@ def run(
             if method.starts_from and method.starts_from not in [m.name for m in chosen] and not needed.exists():
                 raise ValueError(f"{method.name} starts from {method.starts_from}, which has not run; name it too")
     models = list(dict.fromkeys(method.model for method in chosen))
-    settings = {model: scales[model] for model in models}, torch.device(device), denoiser, denoiser_dtype
+    settings = {model: scales[model] for model in models}, torch.device(device), engine, engine_dtype
     if workers > 1:
         _run_side_by_side(chosen, seeds, jobs, settings, workers)
     worlds = _make_worlds(*settings)
     result: dict[str, Any] = {
         "quick": is_quick,
         "seeds": list(seeds),
-        "denoiser": denoiser,
-        "denoiser_dtype": denoiser_dtype,
+        "denoiser": engine,
+        "denoiser_dtype": engine_dtype,
         "workers": workers,
         "base": {model: describe_base(world) for model, (_, world) in worlds.items()},
         "methods": [],
@@ -91,14 +91,12 @@ def run(
 Worlds = Mapping[str, tuple[TrainConfig, World]]
 
 
-def _make_worlds(
-    scales: Mapping[str, Scale], device: torch.device, denoiser: str, denoiser_dtype: str | None
-) -> Worlds:
+def _make_worlds(scales: Mapping[str, Scale], device: torch.device, engine: str, engine_dtype: str | None) -> Worlds:
     worlds = {}
     for model, scale in scales.items():
         config = TrainConfig.of(model=model, eval_num_prompts=0)
         if model == "shapes":
-            config = config.replace(engine=denoiser, engine_dtype=denoiser_dtype)
+            config = config.replace(engine=engine, engine_dtype=engine_dtype)
         worlds[model] = config, make_world(load_task(config, device), scale, device)
     return worlds
 

@@ -20,7 +20,7 @@ import torch
 from noisepolicy.frozen import FrozenModel, PromptEmbeds
 from noisepolicy.ops import gaussian_sample, num_counters
 from noisepolicy.rewards import Reward
-from noisepolicy.training.seeding import stream_seed
+from noisepolicy.training.rollout import stream_seed
 
 MAX_IMAGES = 2**20
 """Largest number of images of a prompt: as many rows of noise are set aside for each."""

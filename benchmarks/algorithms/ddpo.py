@@ -36,7 +36,7 @@ from noisepolicy.ops import gaussian_log_prob, ppo_clip_loss
 from noisepolicy.rewards import Reward
 from noisepolicy.storage import load_optimizer_tensors, optimizer_tensors, read_tensors, write_tensors
 from noisepolicy.training.checkpoint import with_prefix, without_prefix
-from noisepolicy.training.seeding import stream_generator, stream_seed
+from noisepolicy.training.rollout import stream_generator, stream_seed
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 

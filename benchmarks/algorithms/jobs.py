@@ -31,8 +31,8 @@ from noisepolicy.ops import gaussian_kl
 from noisepolicy.policies import NoisePolicy, TablePolicy
 from noisepolicy.storage import write_json
 from noisepolicy.training.config import TrainConfig
+from noisepolicy.training.rollout import stream_seed
 from noisepolicy.training.run import Run, resume
-from noisepolicy.training.seeding import stream_seed
 from noisepolicy.training.task import Task
 from noisepolicy.worlds.shapes import model_folder
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from noisepolicy.benchmarks.kernels import bench as kernels
-from noisepolicy.benchmarks.latency.cases import EMBEDDED, Engine, ModelSpec, choose_denoisers, engine_name
+from noisepolicy.benchmarks.latency.cases import EMBEDDED, Engine, ModelSpec, choose_engines, engine_name
 from noisepolicy.benchmarks.latency.engines import LatencyBench
 from noisepolicy.benchmarks.latency.training import time_training
 from noisepolicy.benchmarks.machine import describe_machine
@@ -25,8 +25,8 @@ _TRAINED_STEPS = 2
 def run(
     *,
     model: str = EMBEDDED,
-    denoisers: Sequence[str] | None = None,
-    denoiser_dtypes: Sequence[str | None] = (None,),
+    engines: Sequence[str] | None = None,
+    engine_dtypes: Sequence[str | None] = (None,),
     batch_sizes: Sequence[int] = BATCH_SIZES,
     step_counts: Sequence[int] = STEP_COUNTS,
     dtype: str = "float32",
@@ -43,8 +43,8 @@ def run(
 
     Args:
         model: `"shapes"`, the embedded model, or a folder or hub id.
-        denoisers: Engines. Default: every one that runs here, on a CPU without torch.compile.
-        denoiser_dtypes: Data types of engines other than eager. Default: the model's own.
+        engines: Engines. Default: every one that runs here, on a CPU without torch.compile.
+        engine_dtypes: Data types of engines other than eager. Default: the model's own.
         batch_sizes: Numbers of rows handed to the denoiser. Rollouts take the smallest and the largest.
         step_counts: Step counts of the rollouts.
         dtype: Data type of the model.
@@ -66,7 +66,7 @@ def run(
     if unknown := set(skip) - set(PARTS):
         raise ValueError(f"unknown --skip {min(unknown)!r}; choose from {', '.join(PARTS)}")
     device = torch.device(device)
-    names, reasons = choose_denoisers(denoisers, device)
+    names, reasons = choose_engines(engines, device)
     spec = ModelSpec(model, dtype, device, scheduler, timestep_spacing)
     threads_before = torch.get_num_threads()
     if threads or device.type == "cpu":
@@ -87,11 +87,11 @@ def run(
         if "kernels" not in skip:
             result["kernels"] = _time_kernels(device)
         for name in names:
-            for engine_dtype in denoiser_dtypes if name != "eager" else [None]:
+            for engine_dtype in engine_dtypes if name != "eager" else [None]:
                 try:
                     bench.add(name, engine_dtype)
                 except ValueError as error:
-                    if denoisers is not None:
+                    if engines is not None:
                         raise
                     reasons[name] = f"not measured in {engine_dtype or dtype}: {error}"
                     print(f"{name}: {reasons[name]}")

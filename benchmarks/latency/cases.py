@@ -25,7 +25,7 @@ from noisepolicy.frozen.recording import recorded_call
 from noisepolicy.worlds.shapes import held_out_scenes, model_folder
 
 EMBEDDED = "shapes"
-COMPILE_NOTE = "torch.compile takes about a minute for each shape on a CPU; --denoiser compile includes it"
+COMPILE_NOTE = "torch.compile takes about a minute for each shape on a CPU; --engine compile includes it"
 DENOISER_TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
 """Tolerance of the prediction by the engine's dtype: largest difference from eager PyTorch's, over its largest
 number where that is above 1."""
@@ -141,7 +141,7 @@ class Engine:
         return f"{self.backend} {self.dtype}"
 
 
-def choose_denoisers(asked: Sequence[str] | None, device: torch.device) -> tuple[list[str], dict[str, str | None]]:
+def choose_engines(asked: Sequence[str] | None, device: torch.device) -> tuple[list[str], dict[str, str | None]]:
     """Return the engines to measure, and the reasons why others are not measured.
 
     Raises:
@@ -156,9 +156,9 @@ def choose_denoisers(asked: Sequence[str] | None, device: torch.device) -> tuple
         return names, reasons
     for name in asked:
         if name not in reasons:
-            raise ValueError(f"unknown --denoiser {name!r}; choose from {', '.join(reasons)}")
+            raise ValueError(f"unknown --engine {name!r}; choose from {', '.join(reasons)}")
         if reasons[name] is not None:
-            raise ValueError(f"denoiser {name!r} does not run on {device.type} here: {reasons[name]}")
+            raise ValueError(f"engine {name!r} does not run on {device.type} here: {reasons[name]}")
     return list(dict.fromkeys(asked)), reasons
 
 
@@ -176,7 +176,7 @@ def load_engine(spec: ModelSpec, backend: str, dtype: str | None, *, rollout_bat
         try:
             use_engine(frozen, backend, dtype=None if dtype == spec.dtype else dtype)
         except (RuntimeError, OSError) as error:
-            raise RuntimeError(f"denoiser {backend!r}: {error}; --denoiser NAME ... leaves it out") from error
+            raise RuntimeError(f"engine {backend!r}: {error}; --engine NAME ... leaves it out") from error
     return Engine(backend, dtype, frozen, time.perf_counter() - start)
 
 

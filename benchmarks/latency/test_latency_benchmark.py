@@ -8,7 +8,7 @@ from noisepolicy.benchmarks.latency.cases import (
     DiffusersBaseline,
     ModelSpec,
     check_output,
-    choose_denoisers,
+    choose_engines,
     load_engine,
 )
 from noisepolicy.engines import ENGINES
@@ -30,7 +30,7 @@ def test_denoiser(name, batch, baseline, benchmark):
     benchmark.group = f"denoiser, batch {batch}, {_DEVICE.type}"
     module = baseline.denoiser
     if name != "diffusers":
-        measured, reasons = choose_denoisers(None, _DEVICE)
+        measured, reasons = choose_engines(None, _DEVICE)
         if name not in measured:
             pytest.skip(reasons[name])
         module = load_engine(_SPEC, name, None, rollout_batch_size=batch).frozen.denoiser

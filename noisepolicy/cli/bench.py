@@ -57,7 +57,7 @@ def _list_backends() -> None:
     for name, reason in available_backends().items():
         print(f"{name:8s} {reason or _available(name)}")
     for place in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        print(f"denoiser engines on {place}")
+        print(f"engines on {place}")
         for name, reason in available_engines(torch.device(place)).items():
             print(f"  {name:12s} {reason or 'available'}")
 
@@ -97,8 +97,8 @@ def _run_latency(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     old = read_report(arguments.compare) if arguments.compare else None
     result = bench.run(
         model=arguments.model,
-        denoisers=arguments.denoiser,
-        denoiser_dtypes=arguments.denoiser_dtype or (None,),
+        engines=arguments.engine,
+        engine_dtypes=arguments.engine_dtype or (None,),
         batch_sizes=arguments.batch_sizes or bench.BATCH_SIZES,
         step_counts=arguments.steps or bench.STEP_COUNTS,
         dtype=arguments.dtype,
@@ -142,8 +142,8 @@ def _run_algorithms(arguments: argparse.Namespace) -> dict[str, Any]:
         seeds=arguments.seeds[:1] if arguments.quick else arguments.seeds,
         methods=arguments.methods,
         is_quick=arguments.quick,
-        denoiser=arguments.denoiser,
-        denoiser_dtype=arguments.denoiser_dtype,
+        engine=arguments.engine,
+        engine_dtype=arguments.engine_dtype,
         is_ablation=arguments.ablations,
         device=device,
         workers=arguments.workers,

@@ -24,7 +24,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         epilog="Without a command it is latency, whose flags noisepolicy-bench latency --help lists.",
     )
     parser.add_argument(
-        "--list-backends", action="store_true", help="which op backends and denoiser engines run here, and why not"
+        "--list-backends", action="store_true", help="which op backends and engines run here, and why not"
     )
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     commands = parser.add_subparsers(dest="command")
@@ -83,8 +83,8 @@ def _add_latency(commands: Any) -> None:
         help="for latency.json and latency.html; default: runs/bench- and the time",
     )
     add("--model", default="shapes", help="the frozen model, a folder or hub id; default: the embedded one")
-    add("--denoiser", nargs="+", metavar="NAME", help="engines; default: all that run here, on a CPU but compile")
-    add("--denoiser-dtype", nargs="+", choices=_DTYPES, help="what engines beside eager compute in; default: --dtype")
+    add("--engine", nargs="+", metavar="NAME", help="engines; default: all that run here, on a CPU but compile")
+    add("--engine-dtype", nargs="+", choices=_DTYPES, help="what engines beside eager compute in; default: --dtype")
     add("--batch-sizes", type=int, nargs="+", metavar="N", help="default: 1 4 16 64; rollouts take the outer two")
     add("--steps", type=int, nargs="+", metavar="N", help="denoising steps of rollouts; default: 1 2 4 8")
     add("--guidance-scale", type=float, default=1.5, help="default: 1.5")
@@ -132,8 +132,8 @@ def _add_algorithms(commands: Any) -> None:
     add("--methods", nargs="+", metavar="NAME", help="some; default: all")
     add("--ablations", action="store_true", help="the default recipe with one thing changed at a time, in their place")
     add("--quick", action="store_true", help="a twentieth of everything and one seed, in ten minutes")
-    add("--denoiser", default="eager", help="engine of the image model; default: eager")
-    add("--denoiser-dtype", choices=_DTYPES, help="what the engine computes in; default: float32")
+    add("--engine", default="eager", help="engine of the image model; default: eager")
+    add("--engine-dtype", choices=_DTYPES, help="what the engine computes in; default: float32")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add(
         "--workers",

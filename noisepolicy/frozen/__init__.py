@@ -2,8 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from noisepolicy.frozen.base import FrozenModel, PromptEmbeds
-from noisepolicy.frozen.plain import PlainModel, as_frozen_model
+from noisepolicy.frozen.base import FrozenModel, PlainModel, PromptEmbeds, as_frozen_model
 
 if TYPE_CHECKING:
     from noisepolicy.frozen.diffusers_pipeline import FrozenDiffusersPipeline

@@ -22,19 +22,14 @@ def available_backends() -> dict[str, str | None]:
     return {name: module.unavailable_reason() for name, module in _BACKENDS.items()}
 
 
-def resolve(backend: str, tensor: torch.Tensor) -> ModuleType:
-    """Return the module that runs an op on `tensor`.
+@functools.cache  # looked up once: finding out costs more than a small op
+def choose(backend: str, device: torch.device) -> ModuleType:
+    """Return the module that runs an op on tensors of `device`.
 
     Raises:
         ValueError: if there is no backend of that name.
-        RuntimeError: if the backend cannot run here, or not on the tensor's device.
+        RuntimeError: if the backend cannot run here, or not on the device.
     """
-    return choose(backend, tensor.device)
-
-
-@functools.cache  # looked up once: finding out costs more than a small op
-def choose(backend: str, device: torch.device) -> ModuleType:
-    """Return the module that runs ops on tensors of `device`; see `resolve`."""
     device_type = device.type
     if backend == "auto":
         backend = os.environ.get("NOISEPOLICY_BACKEND", "auto")

@@ -1,31 +1,25 @@
-"""Gradients of the ops, and their registration as `torch.ops.noisepolicy.*` for torch.compile and torch.export.
+"""Registration of the ops as `torch.ops.noisepolicy.*`, for torch.compile and torch.export.
 
-A registered op costs an eager call tens of microseconds, so eager calls use the `autograd.Function`s here, or go to
-their backend directly where no gradient is wanted. Both kinds share one definition of the gradients. Tensors are
-those of `layout.policy_rows`; `backend` is a name that `dispatch.resolve` knows.
+A registered op costs an eager call tens of microseconds, so eager calls do without. Both have the gradients of
+`gaussian.py`. Tensors are those of `layout.policy_rows`; `backend` is a name that `dispatch.choose` knows.
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from noisepolicy.ops.dispatch import resolve
+from noisepolicy.ops.dispatch import choose
+from noisepolicy.ops.gaussian import log_prob_backward, ppo_gradients, save_log_prob
 from noisepolicy.ops.layout import PpoForward, check_fp32, check_rows, make_spectrum
 
 _UINT64 = 2**64
 
 
-def to_int64(value: int) -> int:
-    """Convert a 64-bit counter to the signed integer that an op's schema can hold."""
-    return value - _UINT64 if value >= _UINT64 // 2 else value
-
-
 @torch.library.custom_op("noisepolicy::gaussian_sample", mutates_args=())
 def gaussian_sample(mean: Tensor, log_std: Tensor, seed: int, offset: int, backend: str) -> tuple[Tensor, Tensor]:
     check_rows(mean, log_std)
-    return resolve(backend, mean).gaussian_sample(mean, log_std, seed % _UINT64, offset % _UINT64)
+    return choose(backend, mean.device).gaussian_sample(mean, log_std, seed % _UINT64, offset % _UINT64)
 
 
 @gaussian_sample.register_fake
@@ -41,7 +35,7 @@ def spectral_sample(
     if len(extent) != 3 or len(bands) != 3 or mean.numel() != mean.shape[0] * mean.shape[1] * math.prod(bands):
         raise ValueError(f"coefficients of shape {tuple(mean.shape)} are not of {bands} bands of {extent}")
     spectrum = make_spectrum((mean.shape[1], *bands), (mean.shape[1], *extent))
-    return resolve(backend, mean).spectral_sample(mean, log_std, spectrum, seed % _UINT64, offset % _UINT64)
+    return choose(backend, mean.device).spectral_sample(mean, log_std, spectrum, seed % _UINT64, offset % _UINT64)
 
 
 @spectral_sample.register_fake
@@ -54,7 +48,7 @@ def _(mean, log_std, extent, bands, seed, offset, backend):
 def gaussian_log_prob(latents: Tensor, mean: Tensor, log_std: Tensor, backend: str) -> Tensor:
     check_rows(mean, log_std)
     latents = check_fp32("latents", latents, tuple(mean.shape), mean.device)
-    return resolve(backend, mean).gaussian_log_prob(latents, mean, log_std)
+    return choose(backend, mean.device).gaussian_log_prob(latents, mean, log_std)
 
 
 @gaussian_log_prob.register_fake
@@ -77,7 +71,7 @@ def ppo_clip_loss(
     latents = check_fp32("latents", latents, tuple(mean.shape), mean.device)
     old_log_prob = check_fp32("old_log_prob", old_log_prob, tuple(mean.shape[:1]), mean.device)
     advantages = check_fp32("advantages", advantages, tuple(mean.shape[:1]), mean.device)
-    module = resolve(backend, mean)
+    module = choose(backend, mean.device)
     return tuple(module.ppo_clip_loss(latents, mean, log_std, old_log_prob, advantages, clip_range, kl_coef))
 
 
@@ -100,7 +94,7 @@ def gaussian_backward(
     latents = check_fp32("latents", latents, tuple(mean.shape), mean.device)
     grad_log_prob = check_fp32("grad_log_prob", grad_log_prob, tuple(mean.shape[:1]), mean.device)
     grad_kl = check_fp32("grad_kl", grad_kl, tuple(mean.shape[:1]), mean.device)
-    module = resolve(backend, mean)
+    module = choose(backend, mean.device)
     grads = module.gaussian_backward(latents, mean, log_std, grad_log_prob, grad_kl, needs_latents)
     return (*grads[:2], grads[2] if needs_latents else latents.new_empty(0))
 
@@ -115,18 +109,6 @@ def _rows(mean: Tensor) -> Tensor:
     return mean.new_empty(mean.shape[0], dtype=torch.float32)
 
 
-def _save_log_prob(ctx, inputs, output):
-    *tensors, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _log_prob_backward(ctx, grad_output, run_backward):
-    needs_latents = ctx.needs_input_grad[0]
-    weights = grad_output.contiguous(), torch.zeros_like(grad_output)
-    grad_mean, grad_log_std, grad_latents = run_backward(*ctx.saved_tensors, *weights, needs_latents, ctx.backend)
-    return grad_latents if needs_latents else None, grad_mean, grad_log_std, None
-
-
 def _save_ppo(ctx, inputs, output):
     latents, mean, log_std, *_, ctx.kl_coef, ctx.backend = inputs
     ctx.save_for_backward(latents, mean, log_std, output[-1])
@@ -137,77 +119,10 @@ def _ppo_backward(ctx, grad_totals):
     """Only the loss, the first of the totals, has a gradient; the others are statistics."""
     if grad_totals is None:
         return (None,) * 8
-    return None, *_ppo_gradients(ctx, grad_totals[0], gaussian_backward), None, None, None, None, None
-
-
-def _ppo_gradients(ctx, grad_loss, run_backward):
-    latents, mean, log_std, grad_log_prob = ctx.saved_tensors
-    grad_kl = (grad_loss * (ctx.kl_coef / max(mean.shape[0], 1))).repeat(mean.shape[0])
-    return run_backward(latents, mean, log_std, grad_loss * grad_log_prob, grad_kl, False, ctx.backend)[:2]
+    return None, *ppo_gradients(ctx, grad_totals[0], gaussian_backward), None, None, None, None, None
 
 
 gaussian_log_prob.register_autograd(
-    lambda ctx, grad: _log_prob_backward(ctx, grad, gaussian_backward), setup_context=_save_log_prob
+    lambda ctx, grad: log_prob_backward(ctx, grad, gaussian_backward), setup_context=save_log_prob
 )
 ppo_clip_loss.register_autograd(lambda ctx, grad, *_: _ppo_backward(ctx, grad), setup_context=_save_ppo)
-
-
-def _eager_backward(latents, mean, log_std, grad_log_prob, grad_kl, needs_latents, backend):
-    module = resolve(backend, mean)
-    return module.gaussian_backward(latents, mean, log_std, grad_log_prob, grad_kl, needs_latents)
-
-
-def _once(backward):
-    """Apply `once_differentiable`, which costs ten microseconds, only where a second derivative could be asked for."""
-    guarded = torch.autograd.function.once_differentiable(backward)
-
-    def either(ctx, grad_output):
-        return (guarded if torch.is_grad_enabled() else backward)(ctx, grad_output)
-
-    return either
-
-
-class EagerLogProb(torch.autograd.Function):
-    """`gaussian_log_prob` with its gradient."""
-
-    @staticmethod
-    def forward(ctx, latents, mean, log_std, backend):
-        _save_log_prob(ctx, (latents, mean, log_std, backend), None)
-        return resolve(backend, mean).gaussian_log_prob(latents, mean, log_std)
-
-    @staticmethod
-    @_once
-    def backward(ctx, grad_output):
-        return _log_prob_backward(ctx, grad_output, _eager_backward)
-
-
-class PpoBackward(NamedTuple):
-    """A computed loss and the inputs of its gradient, or the gradients if the backend has them ready."""
-
-    loss: Tensor
-    latents: Tensor
-    grad_log_prob: Tensor
-    kl_coef: float
-    backend: str
-    gradients: tuple[Tensor, Tensor] | None
-
-
-class EagerPpoGradient(torch.autograd.Function):
-    """Attaches the gradient of `ppo_clip_loss` to a computed loss; one argument, since each costs microseconds."""
-
-    @staticmethod
-    def forward(ctx, mean, log_std, pending: PpoBackward):
-        ctx.save_for_backward(pending.latents, mean, log_std, pending.grad_log_prob)
-        ctx.kl_coef, ctx.backend, ctx.gradients = pending[3:]
-        return pending.loss.clone()
-
-    @staticmethod
-    @_once
-    def backward(ctx, grad_loss):
-        # Given away once: what receives them may keep them as its own and add to them.
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:
-            gradients = _ppo_gradients(ctx, grad_loss, _eager_backward)
-        elif grad_loss.item() != 1:
-            gradients = [gradient.mul_(grad_loss) for gradient in gradients]
-        return *gradients, None

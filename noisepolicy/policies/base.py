@@ -14,7 +14,7 @@ import torch
 from noisepolicy.ops import gaussian_kl
 from noisepolicy.policies.critic import RewardCritic
 from noisepolicy.policies.loading import MAX_CANDIDATES, checked, fill, read_config
-from noisepolicy.policies.precision import Float32Module, float32_by_default, without_autocast
+from noisepolicy.policies.networks import Float32Module, float32_by_default, without_autocast
 from noisepolicy.prior import as_indices, first_counter
 from noisepolicy.storage import file_within, read_tensors, write_json, write_tensors
 
@@ -343,22 +343,6 @@ class NoisePolicy(Float32Module):
                     shutil.copy(file_within(self._source, name), Path(folder) / name)
             api.upload_folder(repo_id=repo_id, folder_path=folder)
         return url
-
-
-def power_preserving(shift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `mean` and `log_std` of `(shift + e) / sqrt(1 + mean(shift^2))`, e ~ N(0, 1): rows keep the prior's power.
-
-    A mean added to noise of std 1 makes it louder than any noise the model was trained on; few steps forgive that,
-    many do not. KL to the prior is `elements * log(1 + mean(shift^2)) / 2`.
-
-    Args:
-        shift: `(batch, ...)`
-
-    Returns:
-        mean of the same shape, and log_std with one value a row.
-    """
-    log_std = -0.5 * torch.log1p((shift**2).mean(tuple(range(1, shift.ndim)), keepdim=True))
-    return shift * log_std.exp(), log_std
 
 
 def _read(folder: Path) -> NoisePolicy:

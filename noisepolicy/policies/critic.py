@@ -17,8 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from noisepolicy.ops import dct_basis
-from noisepolicy.policies.precision import Float32Module, without_autocast
-from noisepolicy.policies.prompt_reader import PromptReader
+from noisepolicy.policies.networks import Float32Module, PromptReader, without_autocast
 
 _SKETCH_SCALE = 2  # the sketch has twice the action's resolution, and as many frames
 

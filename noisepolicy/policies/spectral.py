@@ -8,9 +8,8 @@ import torch
 from torch import nn
 
 from noisepolicy.ops import spectral_sample
-from noisepolicy.policies.base import NoisePolicy, PolicySample, Std, power_preserving
-from noisepolicy.policies.precision import without_autocast
-from noisepolicy.policies.prompt_reader import PromptReader
+from noisepolicy.policies.base import NoisePolicy, PolicySample, Std
+from noisepolicy.policies.networks import PromptReader, power_preserving, without_autocast
 
 
 class SpectralPolicy(NoisePolicy):

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from noisepolicy.ops import gaussian_sample, spectral_sample
-from noisepolicy.policies.base import NoisePolicy, PolicySample, Std, power_preserving
-from noisepolicy.policies.precision import without_autocast
+from noisepolicy.policies.base import NoisePolicy, PolicySample, Std
+from noisepolicy.policies.networks import power_preserving, without_autocast
 
 _KEY_WIDTH = 4  # numbers each token's embedding is projected to
 _KEY_SEED = 20240719

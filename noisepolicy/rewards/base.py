@@ -1,20 +1,33 @@
-"""A reward: a black box from images and prompts to numbers, and the checks on what it returns.
+"""A reward: a black box from images and prompts to numbers, the checks on what it returns, and its units.
 
 A reward is called as `reward(images, prompts)`, or as `reward(images, prompts, metadata)` where its third parameter is
 called `metadata`. Images are float32 in [0, 1], `(batch, 3, height, width)`, or video, `(batch, frames, 3, height,
 width)`; metadata is one dict a prompt, the other fields of its record in the prompt file. It returns `(batch,)`
 numbers, or a pair `(numbers, info)` with a dict. An object that has more to tell, such as whether an image is wholly
 right, has a method `metrics(images, prompts) -> {"reward": (batch,), "strict": (batch,), ...}`.
+
+Rewards come in every unit: a CLIP cosine moves by 0.01, PickScore by 1 around 20, CLIPScore by 5. KL, variety and the
+critic's loss must be weighed against them, so everything that learns sees standardised rewards: what is learned from
+`a * reward + b` is what is learned from `reward`. The spread that counts is the one between images of one prompt, as in
+the advantages: that is what a choice of noise can change.
 """
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from noisepolicy.prompt import metadata_of
+
+Normalisation = Literal["each", "sum", "none"]
+
+_WINDOW = 1024  # images; ten batches of the default recipe
+_TAIL = 0.025
+_MAX_STANDARDISED = 5.0
+_ENOUGH_TO_JUDGE = 64  # images
 
 
 class RewardError(RuntimeError):
@@ -176,3 +189,168 @@ def check_video(images: torch.Tensor, prompts: Sequence[str]) -> None:
 def _check_lengths(images: torch.Tensor, prompts: Sequence[str]) -> None:
     if len(images) != len(prompts):
         raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
+
+
+class WeightedSum(Reward):
+    """`sum_k weight_k * reward_k` in the rewards' own units; training may bring the parts to one unit first.
+
+    Args:
+        name: Name of the sum, for messages and reports.
+        parts: Pairs of a weight and a reward; no two rewards have the same name.
+    """
+
+    def __init__(self, name: str, parts: Sequence[tuple[float, Reward]]) -> None:
+        super().__init__(name, self.__call__)
+        self._rewards = [reward for _, reward in parts]
+        self._weights = {reward.name: weight for weight, reward in parts}
+
+    @property
+    def weights(self) -> dict[str, float]:
+        return dict(self._weights)
+
+    def parts(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        return torch.stack([reward(images, prompts) for reward in self._rewards], 1)
+
+    def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        return weigh(self.parts(images, prompts), self._weights)
+
+    def metrics(self, images: torch.Tensor, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Return the sum as `reward`, each part's own value by its name, and `strict` if just one part defines it."""
+        results = [reward.metrics(images, prompts) for reward in self._rewards]
+        parts = torch.stack([result["reward"] for result in results], 1)
+        total = weigh(parts, self._weights)
+        # First, and not hidden by a part of the same name.
+        values = {"reward": total, **dict(zip(self._weights, parts.unbind(1), strict=True))} | {"reward": total}
+        strict = [result["strict"] for result in results if "strict" in result]
+        return values | {"strict": strict[0]} if len(strict) == 1 else values
+
+
+def weigh(parts: torch.Tensor, weights: dict[str, float]) -> torch.Tensor:
+    """Return the weighted sum over the last axis: `(batch,)` from `(batch, parts)`, float64."""
+    return (parts * parts.new_tensor(list(weights.values()))).sum(-1)
+
+
+class Spread(NamedTuple):
+    """Centre and spreads of a set of numbers, robust against a few outliers."""
+
+    center: float
+    total: float
+    """Standard deviation of all of the numbers."""
+    within: float
+    """Standard deviation between images of one prompt; equal to `total` if prompts have one image each."""
+
+
+class RewardScale:
+    """A running scale of the reward, and of each part of a weighted sum, over the last images.
+
+    Its state is those images' rewards, so a resumed run goes on with the same bits, and every process of a run, which
+    has the whole batch, has the same scale. Rewards are float64: see `Reward`.
+
+    Args:
+        weights: Weights of the reward's parts, by name.
+        normalisation: "each" divides every part by its own spread before it is weighted (GDPO, arXiv 2601.05242);
+            "sum" leaves the parts in their own units and standardises their weighted sum; "none" standardises nothing.
+    """
+
+    def __init__(self, weights: Mapping[str, float], group_size: int, normalisation: Normalisation) -> None:
+        self._weights, self._group_size, self._normalisation = dict(weights), group_size, normalisation
+        self._window = torch.zeros(0, len(weights), dtype=torch.float64)
+        self._parts = [Spread(0.0, 0.0, 0.0)] * len(weights)
+        self.spread = Spread(0.0, 0.0, 0.0)
+        """Spread of the weighted sum, after `normalisation` of its parts."""
+        self._num_images = 0
+        self._has_warned = False
+
+    def update(self, parts: torch.Tensor) -> None:
+        """Update the scale with a batch of `Reward.parts`, `(batch, parts)`; groups of one prompt are adjacent."""
+        self._num_images += len(parts)
+        size = max(_WINDOW - _WINDOW % self._group_size, len(parts))
+        self._window = torch.cat([self._window, parts.to("cpu", torch.float64)])[-size:]
+        self._measure()
+
+    def _measure(self) -> None:
+        if self._normalisation == "none":
+            self.spread = Spread(0.0, 1.0, 1.0)
+            return
+        self._parts = [measure_spread(part, self._group_size) for part in self._window.unbind(1)]
+        self.spread = measure_spread(self._combine(self._window), self._group_size)
+
+    def standardise(self, parts: torch.Tensor) -> torch.Tensor:
+        """Standardise `(batch, parts)` to `(batch,)` float32: the weighted sum less its centre, in units of its spread.
+
+        Values are cut at five spreads on either side, so that one outlier does not outweigh everything else.
+        """
+        standardised = self.standardise_sum(self._combine(parts.double()))
+        if self._normalisation == "none":
+            return standardised
+        return standardised.clamp(-_MAX_STANDARDISED, _MAX_STANDARDISED)
+
+    def standardise_sum(self, total: torch.Tensor) -> torch.Tensor:
+        """Standardise weighted sums, float64 of any shape, without the cut."""
+        return _ratio(total - self.spread.center, self.spread.total).float()
+
+    @property
+    def within_share(self) -> float:
+        """Return the spread between images of one prompt, in standardised units; 0 if there is nothing to learn."""
+        return self.spread.within / self.spread.total if self.spread.total else 0.0
+
+    def _combine(self, parts: torch.Tensor) -> torch.Tensor:
+        """Weight and sum the parts to `(batch,)`, after bringing them to one unit if each is normalised."""
+        if self._normalisation == "each":
+            columns = zip(parts.unbind(1), self._parts, strict=True)
+            parts = torch.stack([_ratio(part - spread.center, spread.within) for part, spread in columns], 1)
+        return weigh(parts, self._weights)
+
+    def warn_if_nothing_to_learn(self) -> None:
+        """Warn once if a part of the reward has given all images of each prompt the same value so far."""
+        if self._has_warned or self._num_images < _ENOUGH_TO_JUDGE:
+            return
+        for name, part in zip(self._weights, self._window.unbind(1), strict=True):
+            groups = part.unflatten(0, (-1, self._group_size))
+            if (part == part[0]).all():
+                found = f"it gave {part[0].item():g} to every image"
+            elif self._group_size > 1 and (groups == groups[:, :1]).all():
+                found = "it gave the same to every image of a prompt"
+            else:
+                continue
+            self._has_warned = True
+            warnings.warn(
+                f"nothing can be learned from the reward {name!r}: {found} of the last {len(part)}", stacklevel=2
+            )
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return the state as tensors, for a checkpoint."""
+        return {"window": self._window, "num_images": torch.tensor(self._num_images)}
+
+    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Restore what `state` returned."""
+        self._window, self._num_images = state["window"], int(state["num_images"])
+        self._measure()
+
+
+def measure_spread(values: torch.Tensor, group_size: int) -> Spread:
+    """Measure centre and spreads of `(groups * group_size,)` numbers, float64, groups adjacent.
+
+    The outermost 2.5% on either side count as the next number further in. Every step commutes with a multiplication by
+    a power of two: the scale of `2 * reward` is exactly twice that of `reward`.
+    """
+    if (values == values[0]).all():  # the mean of equal numbers may differ from them in the last bit
+        return Spread(values[0].item(), 0.0, 0.0)
+    low, high = values.quantile(torch.tensor([_TAIL, 1 - _TAIL], dtype=torch.float64))
+    inner = values.clamp(low, high) if low < high else values
+    total = inner.std(correction=0).item()
+    within = (_within(inner, group_size) or _within(values, group_size)) if group_size > 1 else total
+    return Spread(inner.mean().item(), total, within)
+
+
+def _within(values: torch.Tensor, group_size: int) -> float:
+    """Compute the unbiased standard deviation within groups."""
+    groups = values.unflatten(0, (-1, group_size))
+    is_equal = (groups == groups[:, :1]).all(1, keepdim=True)
+    deviations = (groups - groups.mean(1, keepdim=True)).masked_fill(is_equal, 0.0)
+    return deviations.square().mean().mul(group_size / (group_size - 1)).sqrt().item()
+
+
+def _ratio(values: torch.Tensor, spread: float) -> torch.Tensor:
+    """Divide `values` by `spread`; without a spread the result is zeros."""
+    return values / spread if spread else torch.zeros_like(values)

@@ -21,8 +21,7 @@ import torch
 from safetensors import SafetensorError
 
 from noisepolicy.named_objects import absolute_folder, import_object, with_absolute_folder
-from noisepolicy.rewards.base import Reward, torch_settings_kept
-from noisepolicy.rewards.weighted_sum import WeightedSum
+from noisepolicy.rewards.base import Reward, WeightedSum, torch_settings_kept
 
 _MAX_DEPTH = 8
 

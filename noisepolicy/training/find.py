@@ -22,16 +22,13 @@ from torch.nn import functional as F
 from noisepolicy.ops import gaussian_kl, gaussian_log_prob, ppo_clip_loss
 from noisepolicy.policies import NoisePolicy, TablePolicy
 from noisepolicy.policies.critic import RewardCritic
-from noisepolicy.policies.precision import plain_arithmetic
-from noisepolicy.policies.prompt_reader import PromptReader
+from noisepolicy.policies.networks import PromptReader, averaged, plain_arithmetic
+from noisepolicy.rewards.base import RewardScale
 from noisepolicy.storage import load_optimizer_tensors, optimizer_tensors
 from noisepolicy.training.checkpoint import with_prefix, without_prefix
 from noisepolicy.training.config import TrainConfig
-from noisepolicy.training.learner import averaged, draw_noise
-from noisepolicy.training.prompt_store import PromptStore
-from noisepolicy.training.reward_scale import RewardScale
-from noisepolicy.training.rollout import Rollout
-from noisepolicy.training.seeding import stream_generator, stream_seed
+from noisepolicy.training.rollout import Rollout, draw_noise, stream_generator, stream_seed
+from noisepolicy.training.rows import PromptStore
 from noisepolicy.training.task import Task
 
 _MAX_CALIBRATOR_UPDATES = 100

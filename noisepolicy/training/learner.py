@@ -46,17 +46,3 @@ class Learner(Protocol):
     ) -> None:
         """Restore what `state` returned."""
         ...
-
-
-@torch.no_grad()
-def averaged(average: NoisePolicy, policy: NoisePolicy, decay: float, number: int) -> None:
-    """Move the average towards the policy's weights after iteration `number`."""
-    # Faster at the start, where the weights of ten iterations ago are of no use yet.
-    decay = min(decay, (1 + number) / (10 + number))
-    for mean, current in zip(average.parameters(), policy.parameters(), strict=True):
-        mean.lerp_(current, 1 - decay)
-
-
-def draw_noise(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Draw normal noise of the shape of `like`, on its device; the values are the same on every device."""
-    return torch.randn(like.shape, generator=generator).to(like.device)

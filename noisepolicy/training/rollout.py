@@ -2,8 +2,12 @@
 
 A frozen model's rounding depends on the batch it is called with, so a batch is cut into the same chunks for any number
 of processes, and everything of a chunk (policy, frozen model, reward) is computed with no other rows.
+
+Randomness has no state: every draw is named by the run's seed, a purpose and a number. Nothing random has to be saved,
+so a resumed run draws what an uninterrupted one would have drawn.
 """
 
+import hashlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -18,11 +22,10 @@ import torch
 from noisepolicy.ops import num_counters
 from noisepolicy.policies import NoisePolicy
 from noisepolicy.policies.critic import CriticShape, shrink_pictures
-from noisepolicy.rewards.weighted_sum import weigh
+from noisepolicy.rewards.base import weigh
 from noisepolicy.training.config import TrainConfig
 from noisepolicy.training.processes import Processes
-from noisepolicy.training.prompt_store import PromptStore
-from noisepolicy.training.seeding import stream_seed
+from noisepolicy.training.rows import PromptStore
 from noisepolicy.training.task import Task
 
 PHASES = ("frozen_model", "reward", "policy")
@@ -267,3 +270,18 @@ class PhaseClock:
     def _synchronize(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+
+
+def stream_seed(seed: int, purpose: str) -> int:
+    """Return a 64-bit key for one purpose of a run."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest(), "little")
+
+
+def stream_generator(seed: int, purpose: str, number: int) -> torch.Generator:
+    """Return a fresh CPU generator for draw `number` of a purpose."""
+    return torch.Generator().manual_seed(stream_seed(seed, f"{purpose}/{number}") >> 1)
+
+
+def draw_noise(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Draw normal noise of the shape of `like`, on its device; the values are the same on every device."""
+    return torch.randn(like.shape, generator=generator).to(like.device)

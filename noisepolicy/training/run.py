@@ -9,10 +9,10 @@ import dataclasses
 import functools
 import hashlib
 import html
+import json
 import math
 import resource
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,7 +28,7 @@ from noisepolicy.evaluation.figures import before_after, image_grid, to_pil
 from noisepolicy.frozen import FrozenModel, PromptEmbeds
 from noisepolicy.ops import gaussian_sample
 from noisepolicy.policies import NoisePolicy
-from noisepolicy.policies.precision import plain_arithmetic
+from noisepolicy.policies.networks import plain_arithmetic
 from noisepolicy.rewards import Reward
 from noisepolicy.settings import with_names
 from noisepolicy.storage import DamagedFileError, write_bytes, write_json
@@ -45,16 +45,15 @@ from noisepolicy.training.checkpoint import (
 from noisepolicy.training.config import FROM_PYTHON, EvalConfig, ModelConfig, TrainConfig, load_preset, preset_names
 from noisepolicy.training.devices import for_device, make_accelerator, make_run_accelerator, with_mixed_precision
 from noisepolicy.training.find import Find
-from noisepolicy.training.launch import num_ranks, rank
+from noisepolicy.training.launch import num_ranks
 from noisepolicy.training.learner import Learner
 from noisepolicy.training.noise_ppo import NoisePpo
 from noisepolicy.training.processes import Processes
 from noisepolicy.training.prompt_list import PromptList
 from noisepolicy.training.prompt_records import identity
-from noisepolicy.training.prompt_store import PromptStore
-from noisepolicy.training.rollout import PHASES, PhaseClock, Rollout, RolloutMaker
+from noisepolicy.training.rollout import PHASES, PhaseClock, Rollout, RolloutMaker, stream_seed
+from noisepolicy.training.rows import PromptStore
 from noisepolicy.training.run_folder import MAY_CHANGE_ON_RESUME, RunFolder, check_free
-from noisepolicy.training.seeding import stream_seed
 from noisepolicy.training.signals import Signals
 from noisepolicy.training.task import Given, Task, as_reward, dtype_of, find_object, load_model, load_task, reward_name
 from noisepolicy.training.trust import refuse_outside_code
@@ -144,8 +143,6 @@ class Run:
             for name in _OF_A_LOADED_MODEL if given.model is not None else ():
                 if getattr(config.model, name) != getattr(ModelConfig(), name):
                     raise ValueError(f"{name} is for models that are loaded by name; set it on the model itself")
-            if config.output_dir is None and rank() == 0:
-                config = config.replace(output_dir=tempfile.mkdtemp(prefix="noisepolicy-"))
             self._start(config.with_absolute_paths(), given)
 
     @classmethod
@@ -231,9 +228,9 @@ class Run:
         self.config = config = config.with_absolute_paths().resolved(len(task.train_prompts))
         config.check()
         self._board = _make_board(config.tensorboard)
-        self._folder = resumed or processes.broadcast(
-            "'name the run folder'", RunFolder.choose(config) if processes.is_main else None
-        )
+        if resumed is None:
+            chosen = RunFolder.choose(config, is_temporary=self._is_of_python) if processes.is_main else None
+            self._folder = processes.broadcast("'name the run folder'", chosen)
         try:
             self._make_learner()
             processes.wait("'start'")
@@ -332,7 +329,7 @@ class Run:
                 self._learner.begin()
             try:
                 while self.iteration < config.num_iterations:
-                    with signals.put_off():
+                    with signals.put_off:
                         metrics = self._iterate()
                         self._show(metrics, progress, board)
                         if self._is_signalled(signals):
@@ -378,7 +375,8 @@ class Run:
         is_last = self.iteration == self.config.num_iterations
         if self.processes.is_main:
             # Before the checkpoint: a kill between the two then loses neither.
-            self._folder.append_metrics(metrics)
+            with open(self._folder.metrics, "a", encoding="utf-8") as file:
+                file.write(json.dumps(metrics) + "\n")
             if is_last or self.iteration % self.config.checkpoint_every == 0:
                 self.train_seconds += time.perf_counter() - start
                 start = time.perf_counter()

@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import socket
+import tempfile
 import time
 import warnings
 from collections.abc import Iterable
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from noisepolicy.prompt import metadata_of
-from noisepolicy.storage import HALF_WRITTEN, DamagedFileError, file_within, write_text
+from noisepolicy.storage import HALF_WRITTEN, DamagedFileError, file_within, make_new_folder, write_text
 from noisepolicy.training.checkpoint import whole_checkpoints
 from noisepolicy.training.config import FROM_PYTHON, TrainConfig, is_model_object, load_config
 from noisepolicy.training.prompt_list import PromptList
@@ -60,10 +61,8 @@ class RunFolder:
         self.tensorboard = path / "tensorboard"
 
     @classmethod
-    def choose(cls, config: TrainConfig) -> "RunFolder":
-        """Choose a new run's folder: `config`'s, or a new one in runs/, which is made and named by the time.
-
-        Runs that start in the same second get different folders: the second one's name ends in -2.
+    def choose(cls, config: TrainConfig, *, is_temporary: bool = False) -> "RunFolder":
+        """Choose a new run's folder: `config`'s, or a new one, which is made: a temporary one, or runs/ and the time.
 
         Raises:
             ValueError: as `check_free`.
@@ -71,15 +70,9 @@ class RunFolder:
         check_free(config.output_dir)
         if config.output_dir is not None:
             return cls(config.output_dir)
-        first = path = _RUNS / time.strftime("%Y%m%d-%H%M%S")
-        number = 1
-        while True:
-            try:
-                path.mkdir(parents=True)
-                return cls(path)
-            except FileExistsError:
-                number += 1
-                path = first.with_name(f"{first.name}-{number}")
+        if is_temporary:
+            return cls(Path(tempfile.mkdtemp(prefix="noisepolicy-")))
+        return cls(make_new_folder(_RUNS / time.strftime("%Y%m%d-%H%M%S")))
 
     def give_up(self) -> None:
         """Remove the folder that `choose` made for a run that could not be started, unless there are files in it."""
@@ -263,10 +256,6 @@ class RunFolder:
                 f"({str(trained_with)[:12]}...): other weights, or another dtype",
                 stacklevel=2,
             )
-
-    def append_metrics(self, values: dict[str, Any]) -> None:
-        with open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Read the whole lines in order. A last line cut by a crash is left out; a damaged line too, with a warning."""

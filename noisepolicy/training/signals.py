@@ -3,16 +3,15 @@
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 
 class Signals:
     """Signal handlers for the duration of a `with` block.
 
-    The first signal raises KeyboardInterrupt, or sets `received` within `put_off`. After it other handlers are in
-    place, so a second signal ends the work even where no Python runs.
+    The first signal raises KeyboardInterrupt, or sets `received` while `put_off` is held. After it other handlers are
+    in place, so a second signal ends the work even where no Python runs.
 
     Args:
         numbers: Signals to handle.
@@ -23,7 +22,8 @@ class Signals:
 
     def __init__(self, numbers: Sequence[int] = (signal.SIGINT, signal.SIGTERM), second: Any = signal.SIG_DFL) -> None:
         self._numbers, self._second = numbers, second
-        self._is_put_off = False
+        self.put_off = threading.Lock()
+        """Held by work that cannot stop midway; the work checks `received` where it can stop."""
         self._before: dict[int, Any] = {}
         self._depth = 0
 
@@ -56,21 +56,12 @@ class Signals:
         """Exit code of the received signal: 130 for SIGINT and 143 for SIGTERM, as in shells."""
         return 128 + (self.received or signal.SIGINT)
 
-    @contextmanager
-    def put_off(self) -> Iterator[None]:
-        """Postpone signals within this block, which cannot stop midway; it checks `received` where it can stop."""
-        self._is_put_off = True
-        try:
-            yield
-        finally:
-            self._is_put_off = False
-
     def _handle(self, number: int, _: Any) -> None:
         self.received = number
         for other, handler in self._before.items():
             if handler is not signal.SIG_IGN:
                 signal.signal(other, self._second)
-        if not self._is_put_off:
+        if not self.put_off.locked():
             raise KeyboardInterrupt
         # Not by print, which the signal may have come in the midst of.
         os.write(2, b"\nstopping after this iteration; once more to stop at once\n")

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from noisepolicy.frozen import FrozenModel, as_frozen_model
+from noisepolicy.frozen.base import PlainModel
 from noisepolicy.frozen.config import ModelConfig
-from noisepolicy.frozen.plain import PlainModel
 from noisepolicy.named_objects import import_object
 from noisepolicy.rewards import Reward, load_reward
 from noisepolicy.settings import settings_of

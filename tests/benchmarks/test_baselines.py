@@ -14,7 +14,7 @@ from noisepolicy.ops import gaussian_sample
 from noisepolicy.rewards import Reward
 from noisepolicy.rewards.registry import load_reward
 from noisepolicy.storage import read_tensors
-from noisepolicy.training.seeding import stream_generator, stream_seed
+from noisepolicy.training.rollout import stream_generator, stream_seed
 from noisepolicy.worlds.shapes import held_out_scenes, model_folder, train_scenes
 
 SAMPLER = {"num_inference_steps": 2, "guidance_scale": 1.5}

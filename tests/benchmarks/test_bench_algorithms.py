@@ -87,7 +87,7 @@ def test_every_kind_of_job_and_the_report(tmp_path, monkeypatch, capsys):
 def test_a_killed_training_job_goes_on(tmp_path, monkeypatch):
     tiny = dataclasses.replace(QUICK["shapes"], share=0.0, least=960, num_prompts=2, group_size=2, step_counts=(2,))
     monkeypatch.setattr(bench, "QUICK", {"shapes": tiny})
-    options = {"seeds": [0], "methods": ["spectral_ppo"], "is_quick": True, "denoiser": "eager", "denoiser_dtype": None}
+    options = {"seeds": [0], "methods": ["spectral_ppo"], "is_quick": True, "engine": "eager", "engine_dtype": None}
     whole = bench.run(tmp_path / "whole", **options)
 
     real = jobs.World.measure

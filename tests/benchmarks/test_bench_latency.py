@@ -30,7 +30,7 @@ ENGINES = ["eager", *(["onnx"] if available_engines(CPU)["onnx"] is None else []
 def folder(tmp_path_factory):
     """Folder of a real report of denoisers and rollouts."""
     path = tmp_path_factory.mktemp("latency")
-    arguments = ["--denoiser", *ENGINES, "--batch-sizes", "1", "2", "--skip", "kernels", "training"]
+    arguments = ["--engine", *ENGINES, "--batch-sizes", "1", "2", "--skip", "kernels", "training"]
     assert main([*SHORT, *arguments, "--output", str(path)]) == 0
     return path
 
@@ -158,7 +158,7 @@ def test_every_part_is_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(extras, "run", lambda *arguments: {})
     monkeypatch.setattr(training, "NUM_ITERATIONS", 1)
     output = tmp_path / "report"
-    arguments = ["--denoiser", "eager", "--batch-sizes", "1", "--output", str(output), "--json", str(tmp_path / "copy")]
+    arguments = ["--engine", "eager", "--batch-sizes", "1", "--output", str(output), "--json", str(tmp_path / "copy")]
     assert main([*SHORT, *arguments]) == 0
     lines = capsys.readouterr().out.splitlines()
     result = json.loads(lines[-1])
@@ -236,8 +236,8 @@ def test_a_file_that_is_no_report(content, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--denoiser", "tensorrt"], "denoiser 'tensorrt' does not run on cpu here: it needs an NVIDIA GPU"),
-        (["--denoiser", "eager", "tpu"], "unknown --denoiser 'tpu'; choose from eager, compile, onnx"),
+        (["--engine", "tensorrt"], "engine 'tensorrt' does not run on cpu here: it needs an NVIDIA GPU"),
+        (["--engine", "eager", "tpu"], "unknown --engine 'tpu'; choose from eager, compile, onnx"),
         (["--batch-sizes", "0"], "--batch-sizes must be positive, got [0]"),
         (["--steps", "-1"], "--steps must be positive, got [-1]"),
         (["--threads", "-2"], "--threads must be positive, got [-2]"),
@@ -274,7 +274,7 @@ def test_an_output_that_is_a_file(tmp_path, capsys):
 def test_list_backends_names_the_engines(capsys):
     assert main(["--list-backends"]) == 0
     out = capsys.readouterr().out
-    assert "denoiser engines on cpu" in out and "tensorrt     it needs an NVIDIA GPU" in out
+    assert "engines on cpu" in out and "tensorrt     it needs an NVIDIA GPU" in out
 
 
 def _plant(monkeypatch, spoil):
@@ -292,7 +292,7 @@ def test_a_wrong_denoiser_is_not_timed(monkeypatch, tmp_path, capsys):
         frozen.denoiser.register_forward_hook(lambda module, inputs, output: (output[0] + 1e-2,))
 
     _plant(monkeypatch, spoil)
-    arguments = ["--denoiser", "compile", "--batch-sizes", "1", "--skip", "kernels", "--output", str(tmp_path / "new")]
+    arguments = ["--engine", "compile", "--batch-sizes", "1", "--skip", "kernels", "--output", str(tmp_path / "new")]
     assert main([*SHORT, *arguments]) == 1
     error = capsys.readouterr().err
     assert "the denoiser of compile float32 at batch 1 is wrong: it differs from eager PyTorch by 0.01" in error
@@ -305,7 +305,7 @@ def test_a_wrong_image_is_not_timed(monkeypatch, capsys):
         monkeypatch.setattr(frozen.vae, "decode", lambda *a, **k: (decode(*a, **k)[0] + 1e-2,), raising=False)
 
     _plant(monkeypatch, spoil)
-    arguments = ["--denoiser", "compile", "--batch-sizes", "1", "--skip", "kernels", "denoiser"]
+    arguments = ["--engine", "compile", "--batch-sizes", "1", "--skip", "kernels", "denoiser"]
     assert main([*SHORT, *arguments]) == 1
     assert "an image of compile float32 (batch 1, steps 1) is wrong" in capsys.readouterr().err
 

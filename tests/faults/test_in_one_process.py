@@ -14,8 +14,8 @@ import noisepolicy
 from noisepolicy.rewards import Reward
 from noisepolicy.storage import write_tensors
 from noisepolicy.training.checkpoint import whole_checkpoints
-from noisepolicy.training.history import History
 from noisepolicy.training.prompt_list import PromptList
+from noisepolicy.training.rows import History
 
 
 def make_trainer(folder, **settings):

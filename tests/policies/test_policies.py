@@ -5,8 +5,8 @@ import torch
 
 from noisepolicy.ops import dct_basis, gaussian_kl, gaussian_log_prob, gaussian_sample
 from noisepolicy.policies import DensePolicy, NoisePolicy, SpectralPolicy
-from noisepolicy.policies.base import power_preserving
 from noisepolicy.policies.critic import CriticShape, RewardCritic
+from noisepolicy.policies.networks import power_preserving
 
 PROMPT_SHAPE = (6, 16)
 POLICIES = [

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from noisepolicy.storage import DamagedFileError
-from noisepolicy.training.history import History
+from noisepolicy.training.rows import History
 
 ACTION, PICTURE = (3, 2), (1, 2, 2)
 

@@ -1,5 +1,6 @@
 """The small parts of training: advantages, settings, checkpoints, randomness."""
 
+import json
 import multiprocessing
 import warnings
 from importlib.resources import files
@@ -13,8 +14,8 @@ from noisepolicy.storage import read_tensors, write_bytes, write_tensors
 from noisepolicy.training.checkpoint import save_checkpoint, whole_checkpoints
 from noisepolicy.training.config import DEFAULT_EVAL_STEPS, TrainConfig, load_config
 from noisepolicy.training.noise_ppo import leave_one_out, residual
+from noisepolicy.training.rollout import stream_generator, stream_seed
 from noisepolicy.training.run_folder import RunFolder
-from noisepolicy.training.seeding import stream_generator, stream_seed
 from noisepolicy.training.task import Given
 
 
@@ -149,7 +150,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 def test_metrics_forget_what_a_resumed_run_makes_again(tmp_path):
     run = RunFolder(tmp_path)
     for iteration in (1, 2, 3):
-        run.append_metrics({"iteration": iteration, "images": 0, "reward": 0.0, "kl_to_prior": 0.0})
+        with open(run.metrics, "a") as file:
+            file.write(json.dumps({"iteration": iteration, "images": 0, "reward": 0.0, "kl_to_prior": 0.0}) + "\n")
     with open(run.metrics, "a") as file:
         file.write('{"iterat')
     run.truncate_metrics(2)

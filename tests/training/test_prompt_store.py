@@ -6,7 +6,7 @@ import torch
 from noisepolicy.frozen import PromptEmbeds
 from noisepolicy.prompt import Prompt
 from noisepolicy.storage import DamagedFileError
-from noisepolicy.training.prompt_store import PromptStore
+from noisepolicy.training.rows import PromptStore
 
 
 class CountingModel:

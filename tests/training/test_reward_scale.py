@@ -7,8 +7,7 @@ import torch
 from scipy import stats
 
 from noisepolicy.rewards import Reward
-from noisepolicy.rewards.weighted_sum import WeightedSum
-from noisepolicy.training.reward_scale import RewardScale, measure_spread
+from noisepolicy.rewards.base import RewardScale, WeightedSum, measure_spread
 from noisepolicy.training.run_folder import RunFolder
 
 ALGORITHMS = {

@@ -1,4 +1,7 @@
-"""Policies and critics are float32 and compute in float32, whatever the code around them computes in."""
+"""The parts that the networks of policies and critics share.
+
+They are float32 and compute in float32, whatever the code around them computes in.
+"""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -6,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -14,7 +18,7 @@ def without_autocast(method: _Function) -> _Function:
     """Decorate a module's method, so that `torch.autocast` around a call has no effect on it."""
 
     @functools.wraps(method)
-    def call(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         device_type = next(self.parameters()).device.type
         if not torch.is_autocast_enabled(device_type):
             return method(self, *args, **kwargs)
@@ -44,7 +48,7 @@ def float32_by_default() -> Iterator[None]:
         torch.set_default_dtype(default)
 
 
-class Float32Module(torch.nn.Module):
+class Float32Module(nn.Module):
     """A module whose parameters and buffers are made in float32 and stay float32, and can be trained.
 
     Neither torch's default dtype nor `torch.inference_mode` around a subclass's constructor has an effect on them.
@@ -67,3 +71,51 @@ class Float32Module(torch.nn.Module):
                 "any dtype, so move it with .to(device) alone"
             )
         return super()._apply(fn, recurse)
+
+
+class PromptReader(nn.Module):
+    """Projects each token by one shared layer, lays the results side by side in order, and applies an MLP.
+
+    Pooling would make "a red circle left of a blue square" and "a blue square left of a red circle" nearly alike for
+    text encoders that are not causal; a token's place in the row tells them apart. `(batch, tokens, width)` becomes
+    `(batch, hidden)`.
+    """
+
+    def __init__(self, prompt_shape: tuple[int, int], *, token_width: int, hidden_width: int) -> None:
+        super().__init__()
+        num_tokens, width = prompt_shape
+        self.token = nn.Linear(width, token_width)
+        self.body = nn.Sequential(
+            nn.Linear(num_tokens * token_width, hidden_width),
+            nn.SiLU(),
+            nn.Linear(hidden_width, hidden_width),
+            nn.SiLU(),
+        )
+
+    def forward(self, prompt_embeds: torch.Tensor) -> torch.Tensor:
+        return self.body(self.token(prompt_embeds.float()).flatten(1))
+
+
+def power_preserving(shift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `mean` and `log_std` of `(shift + e) / sqrt(1 + mean(shift^2))`, e ~ N(0, 1): rows keep the prior's power.
+
+    A mean added to noise of std 1 makes it louder than any noise the model was trained on; few steps forgive that,
+    many do not. KL to the prior is `elements * log(1 + mean(shift^2)) / 2`.
+
+    Args:
+        shift: `(batch, ...)`
+
+    Returns:
+        mean of the same shape, and log_std with one value a row.
+    """
+    log_std = -0.5 * torch.log1p((shift**2).mean(tuple(range(1, shift.ndim)), keepdim=True))
+    return shift * log_std.exp(), log_std
+
+
+@torch.no_grad()
+def averaged(average: nn.Module, policy: nn.Module, decay: float, number: int) -> None:
+    """Move the average towards the policy's weights after iteration `number`."""
+    # Faster at the start, where the weights of ten iterations ago are of no use yet.
+    decay = min(decay, (1 + number) / (10 + number))
+    for mean, current in zip(average.parameters(), policy.parameters(), strict=True):
+        mean.lerp_(current, 1 - decay)

@@ -1,4 +1,4 @@
-"""Rows of one kind in a file that grows: read where they are needed, so that memory does not grow with them.
+"""Rows on disk, so that memory does not grow with a run: the embeddings of its prompts, and the images it has made.
 
 A folder holds `header.json`, which says what a row is, and `rows.bin`: the rows one after another, each with a CRC-32
 of its own. A checkpoint remembers how many rows there were and their digest; rows beyond it are written again.
@@ -8,12 +8,15 @@ import json
 import os
 import tempfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from noisepolicy.frozen import FrozenModel, PromptEmbeds
+from noisepolicy.policies.networks import plain_arithmetic
 from noisepolicy.storage import DamagedFileError, write_json
 
 _VERSION = 1
@@ -153,3 +156,156 @@ class RowFile:
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
         self._file = open(descriptor, "r+b", buffering=0)  # noqa: SIM115
         os.ftruncate(descriptor, self.size * self._row.itemsize)
+
+
+class History:
+    """The rows that a critic is trained on.
+
+    Args:
+        folder: RUN/history; None for a process that is not the main one.
+        action_shape: Shape of one action, float32.
+        picture_shape: Shape of one small picture, kept as float16.
+        num_parts: Number of parts of the reward. They are kept as float64 before they are weighted, since the scale
+            that brings them to one unit changes during a run.
+        device: Device of drawn rows, except for the prompts' row numbers, which stay on the CPU.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        action_shape: tuple[int, ...],
+        picture_shape: tuple[int, ...],
+        num_parts: int,
+        device: torch.device,
+    ) -> None:
+        self._device = device
+        self._rows = RowFile(
+            folder,
+            [
+                ("prompt_row", "<i8", ()),
+                ("step_index", "<i8", ()),
+                ("parts", "<f8", (num_parts,)),
+                ("action", "<f4", action_shape),
+                ("picture", "<f2", picture_shape),
+            ],
+        )
+
+    @property
+    def size(self) -> int:
+        return self._rows.size
+
+    def append(self, **rows: torch.Tensor) -> None:
+        """Add a batch, given as one tensor for each column.
+
+        Raises:
+            OSError: if the disk is full; earlier rows are unharmed.
+        """
+        self._rows.append(len(rows["parts"]), {name: values.cpu().numpy() for name, values in rows.items()})
+
+    def draw(self, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """Draw `count` rows, uniformly and with replacement.
+
+        Raises:
+            DamagedFileError: if a row is not as it was written.
+        """
+        table = self._rows.read(torch.randint(self.size, (count,), generator=generator).tolist())
+        rows = {name: torch.from_numpy(np.ascontiguousarray(table[name])) for name, _, _ in self._rows.columns}
+        return {name: rows[name] if name == "prompt_row" else rows[name].to(self._device) for name in rows}
+
+    def state(self) -> dict[str, int]:
+        """Flush the rows to disk and return the state for a checkpoint."""
+        return self._rows.state()
+
+    def load_state(self, state: dict[str, int], folder: Path) -> None:
+        """Go back to a checkpoint's rows in RUN/history, and forget later ones.
+
+        Raises:
+            DamagedFileError: if a row is missing or not as it was written.
+        """
+        self._rows.load_state(state, folder)
+
+
+class PromptStore:
+    """Rows of embeddings, in the order in which their prompts were met.
+
+    Args:
+        frozen: The frozen model, which encodes prompts.
+        prompts: All prompts of the run.
+        device: Device of selected rows.
+    """
+
+    def __init__(self, frozen: FrozenModel, prompts: Sequence[str], device: torch.device) -> None:
+        self._frozen, self._prompts, self._device = frozen, prompts, device
+        self._row_of: dict[int, int] = {}
+        self._no_rows: PromptEmbeds | None = None
+        """Empty tensors with the types and shapes of rows, once there is a row."""
+        self._rows: RowFile | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape `(tokens, width)` of a prompt's embeddings, known once a prompt was met."""
+        return tuple(self._no_rows.prompt_embeds.shape[1:])
+
+    def __len__(self) -> int:
+        """Return the number of prompts met so far."""
+        return len(self._row_of)
+
+    def add(self, prompt_index: Iterable[int]) -> torch.Tensor:
+        """Encode the prompts that were not met yet, together; return each index's row, int64."""
+        index = list(prompt_index)
+        if new := [i for i in dict.fromkeys(index) if i not in self._row_of]:
+            with plain_arithmetic():
+                embeds = self._frozen.encode([str(self._prompts[i]) for i in new]).to(torch.device("cpu"))
+            if self._rows is None:
+                self._no_rows = embeds[:0]
+                self._rows = self._file(None)
+            columns = {name: _as_bytes(tensor) for name, tensor in embeds.tensors().items()}
+            self._rows.append(len(new), {"prompt": np.array(new), **columns})
+            self._row_of |= {i: len(self) + number for number, i in enumerate(new)}
+        return torch.tensor([self._row_of[i] for i in index])
+
+    def __getitem__(self, rows: torch.Tensor) -> PromptEmbeds:
+        """Return embeddings of some rows, `(len(rows), ...)`, on the store's device."""
+        table = self._rows.read(rows.tolist())
+        return PromptEmbeds(
+            **{
+                name: torch.from_numpy(table[name].copy()).view(like.dtype).view(len(rows), *like.shape[1:])
+                for name, like in self._no_rows.tensors().items()
+            }
+        ).to(self._device)
+
+    def keep(self, folder: Path) -> None:
+        """Keep the rows in `folder`, RUN/prompts, from now on; in the main process only."""
+        if self._rows.folder is None:
+            kept = self._file(folder)
+            kept.copy_from(self._rows)
+            self._rows = kept
+
+    def state(self) -> dict[str, int]:
+        """Flush the rows to disk and return the state for a checkpoint."""
+        return self._rows.state()
+
+    def load_state(self, state: Mapping[str, int], folder: Path, *, is_main: bool) -> None:
+        """Go back to a checkpoint's rows in `folder`, and forget later ones.
+
+        Raises:
+            DamagedFileError: if a row is missing or not as it was written; the store is unchanged then.
+        """
+        rows = self._file(folder if is_main else None)
+        rows.load_state(state, folder)
+        self._rows = rows
+        self._row_of = {int(i): row for row, i in enumerate(rows.column("prompt"))}
+
+    def _file(self, folder: Path | None) -> RowFile:
+        columns = [(name, "u1", (_width(tensor),)) for name, tensor in self._no_rows.tensors().items()]
+        return RowFile(folder, [("prompt", "<i8", ()), *columns])
+
+
+def _width(tensor: torch.Tensor) -> int:
+    """Return the bytes of a row."""
+    return tensor[:1].new_empty(1, *tensor.shape[1:]).nbytes
+
+
+def _as_bytes(tensor: torch.Tensor) -> np.ndarray:
+    """View rows as `(rows, bytes)`."""
+    return tensor.detach().contiguous().flatten(1).view(torch.uint8).numpy()
