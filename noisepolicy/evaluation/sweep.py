@@ -177,30 +177,16 @@ def measure(
     reward: Reward,
     prompts: Sequence[str],
     embeds: PromptEmbeds,
-    *,
-    num_inference_steps: int,
-    group_size: int,
-    guidance_scale: float,
-    seed: int,
+    **settings: Any,
 ) -> "Results":
-    """Make and score `group_size` images of each prompt, from the policy's starts or, without a policy, the prior's."""
-    return Results.join(
-        [
-            _measure_part(
-                policy,
-                frozen,
-                reward,
-                prompts,
-                embeds,
-                begin=begin,
-                num_inference_steps=num_inference_steps,
-                group_size=group_size,
-                guidance_scale=guidance_scale,
-                seed=seed,
-            )
-            for begin in range(0, len(prompts), _PROMPTS_AT_A_TIME)
-        ]
-    )
+    """Make and score some images of each prompt, from the policy's starts or, without a policy, the prior's.
+
+    Args:
+        settings: `num_inference_steps`, `group_size`, `guidance_scale` and `seed`, as in `evaluate_sweep`.
+    """
+    begins = range(0, len(prompts), _PROMPTS_AT_A_TIME)
+    parts = [_measure_part(policy, frozen, reward, prompts, embeds, begin=begin, **settings) for begin in begins]
+    return Results.join(parts)
 
 
 @torch.no_grad()

@@ -41,15 +41,17 @@ class RowFile:
         self._file: Any = None
         self._path = folder / "rows.bin" if folder else "a file of this process' own"
 
-    def append(self, count: int, rows: Mapping[str, np.ndarray]) -> None:
-        """Add `count` rows, given as one array for each column.
+    def append(self, **rows: np.ndarray | torch.Tensor) -> None:
+        """Add rows, given as one array or tensor for each column.
 
         Raises:
             OSError: if the disk is full; earlier rows are unharmed.
         """
+        count = len(rows[self.columns[0][0]])
         table = np.empty(count, self._row)
         for name, _, _ in self.columns:
-            table[name] = rows[name]
+            values = rows[name]
+            table[name] = values.cpu().numpy() if isinstance(values, torch.Tensor) else values
         data, digest = bytearray(table.tobytes()), self._digest
         for start in range(0, len(data), self._row.itemsize):
             crc = zlib.crc32(memoryview(data)[start : start + self._body]).to_bytes(4, "little")
@@ -158,7 +160,7 @@ class RowFile:
         os.ftruncate(descriptor, self.size * self._row.itemsize)
 
 
-class History:
+class History(RowFile):
     """The rows that a critic is trained on.
 
     Args:
@@ -179,28 +181,14 @@ class History:
         device: torch.device,
     ) -> None:
         self._device = device
-        self._rows = RowFile(
-            folder,
-            [
-                ("prompt_row", "<i8", ()),
-                ("step_index", "<i8", ()),
-                ("parts", "<f8", (num_parts,)),
-                ("action", "<f4", action_shape),
-                ("picture", "<f2", picture_shape),
-            ],
-        )
-
-    @property
-    def size(self) -> int:
-        return self._rows.size
-
-    def append(self, **rows: torch.Tensor) -> None:
-        """Add a batch, given as one tensor for each column.
-
-        Raises:
-            OSError: if the disk is full; earlier rows are unharmed.
-        """
-        self._rows.append(len(rows["parts"]), {name: values.cpu().numpy() for name, values in rows.items()})
+        columns = [
+            ("prompt_row", "<i8", ()),
+            ("step_index", "<i8", ()),
+            ("parts", "<f8", (num_parts,)),
+            ("action", "<f4", action_shape),
+            ("picture", "<f2", picture_shape),
+        ]
+        super().__init__(folder, columns)
 
     def draw(self, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """Draw `count` rows, uniformly and with replacement.
@@ -208,21 +196,9 @@ class History:
         Raises:
             DamagedFileError: if a row is not as it was written.
         """
-        table = self._rows.read(torch.randint(self.size, (count,), generator=generator).tolist())
-        rows = {name: torch.from_numpy(np.ascontiguousarray(table[name])) for name, _, _ in self._rows.columns}
+        table = self.read(torch.randint(self.size, (count,), generator=generator).tolist())
+        rows = {name: torch.from_numpy(np.ascontiguousarray(table[name])) for name, _, _ in self.columns}
         return {name: rows[name] if name == "prompt_row" else rows[name].to(self._device) for name in rows}
-
-    def state(self) -> dict[str, int]:
-        """Flush the rows to disk and return the state for a checkpoint."""
-        return self._rows.state()
-
-    def load_state(self, state: dict[str, int], folder: Path) -> None:
-        """Go back to a checkpoint's rows in RUN/history, and forget later ones.
-
-        Raises:
-            DamagedFileError: if a row is missing or not as it was written.
-        """
-        self._rows.load_state(state, folder)
 
 
 class PromptStore:
@@ -260,7 +236,7 @@ class PromptStore:
                 self._no_rows = embeds[:0]
                 self._rows = self._file(None)
             columns = {name: _as_bytes(tensor) for name, tensor in embeds.tensors().items()}
-            self._rows.append(len(new), {"prompt": np.array(new), **columns})
+            self._rows.append(prompt=np.array(new), **columns)
             self._row_of |= {i: len(self) + number for number, i in enumerate(new)}
         return torch.tensor([self._row_of[i] for i in index])
 

@@ -21,6 +21,11 @@ from noisepolicy.training.prompt_list import PromptList
 from noisepolicy.training.prompt_records import identity
 from noisepolicy.worlds import find_world
 
+_OF_USE = (
+    *("rollout_batch_size", "height", "width", "num_frames"),
+    *("negative_prompt", "max_sequence_length", "cuda_graph"),
+)
+
 
 @dataclass(frozen=True)
 class Given:
@@ -98,6 +103,8 @@ def load_model(model: ModelConfig, device: torch.device, given: Any = None, *, s
     if given is not None:
         return _load_given(model, device, given, settings)
     world = find_world(model.name)
+    if world is not None and model.num_frames is None:  # a UNet for video does not say how long its clips are
+        model = dataclasses.replace(model, num_frames=world.NUM_FRAMES)
     from noisepolicy.frozen import FrozenDiffusersPipeline
 
     try:
@@ -105,20 +112,13 @@ def load_model(model: ModelConfig, device: torch.device, given: Any = None, *, s
             model.name if world is None else world.model_folder(),
             device=device,
             dtype=getattr(torch, model.dtype or "float32"),
-            rollout_batch_size=model.rollout_batch_size,
-            height=model.height,
-            width=model.width,
-            # A UNet for video does not say how long its clips are.
-            num_frames=model.num_frames or (None if world is None else world.NUM_FRAMES),
-            negative_prompt=model.negative_prompt,
-            max_sequence_length=model.max_sequence_length,
             variant=model.variant,
             scheduler=model.scheduler,
             timestep_spacing=model.timestep_spacing,
             vae_slicing=model.vae_slicing,
             vae_tiling=model.vae_tiling,
             cpu_offload=model.cpu_offload,
-            cuda_graph=model.cuda_graph,
+            **_use_of(model),
         )
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load --model {model.name}: {' '.join(str(error).split())}") from error
@@ -131,18 +131,12 @@ def _load_given(model: ModelConfig, device: torch.device, given: Any, settings: 
         if model.engine != "eager" and getattr(given, "engine", None) is None:
             raise ValueError(f"--engine {model.engine} is for diffusers pipelines, not for a {type(given).__name__}")
         return as_frozen_model(given, device=device)
-    frozen = as_frozen_model(
-        given,
-        device=device,
-        rollout_batch_size=model.rollout_batch_size,
-        height=model.height,
-        width=model.width,
-        num_frames=model.num_frames,
-        negative_prompt=model.negative_prompt,
-        max_sequence_length=model.max_sequence_length,
-        cuda_graph=model.cuda_graph,
-    )
-    return _on_engine(frozen, model, settings)
+    return _on_engine(as_frozen_model(given, device=device, **_use_of(model)), model, settings)
+
+
+def _use_of(model: ModelConfig) -> dict[str, Any]:
+    """Return the settings of a pipeline's use, in contrast to its loading: keyword arguments of the frozen pipeline."""
+    return {name: getattr(model, name) for name in _OF_USE}
 
 
 def _on_engine(frozen: FrozenModel, model: ModelConfig, settings: TrainConfig) -> FrozenModel:

@@ -75,6 +75,15 @@ def test_arguments_are_checked_and_named(blob, tmp_path, settings, message):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_refused_run_leaves_no_temporary_folder(blob, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    given = {"reward": blob[1], "prompts": ["a"], "eval_num_prompts": 0, "batch_size": 8, "group_size": 4}
+    with pytest.raises(ValueError, match="prompts"):  # by the learner, which is made in the folder
+        noisepolicy.Run(blob[0](), algorithm="find", **given)
+    assert list(tmp_path.iterdir()) == []
+    assert noisepolicy.Run(blob[0](), **given).folder.parent == tmp_path
+
+
 def test_leaving_the_loop_keeps_what_was_trained(blob, tmp_path):
     """Leaving a loop saves; the same object goes on, and so does the folder, which then refuses the old object."""
     given = {"reward": blob[1], "prompts": iter(["a", "bb"]), "output_dir": tmp_path, "eval_num_prompts": 0}
