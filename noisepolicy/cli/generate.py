@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _generate(arguments: argparse.Namespace) -> None:
     quiet_loading()
-    from noisepolicy.evaluation.figures import base_above_policy, picture_bytes
+    from noisepolicy.evaluation.figures import image_grid, picture_bytes
     from noisepolicy.storage import write_bytes
     from noisepolicy.training.run import Run
     from noisepolicy.training.run_folder import RunFolder
@@ -58,7 +58,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     count = len(images["policy"])
     print(f"{count} image{'s' if count > 1 else ''} in {output}")
     if arguments.compare:
-        write_bytes(output / "grid.png", base_above_policy(images["base"], images["policy"]))
+        write_bytes(output / "grid.png", image_grid([*images["base"], *images["policy"]], count))
         print(f"base model above, policy below: {output / 'grid.png'}")
 
 

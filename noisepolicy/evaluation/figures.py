@@ -118,11 +118,6 @@ def still(image: torch.Tensor) -> torch.Tensor:
     return image if image.ndim == 3 else image[len(image) // 2]
 
 
-def base_above_policy(base: Sequence[torch.Tensor], policy: Sequence[torch.Tensor]) -> bytes:
-    """Draw a PNG grid with a column for each pair: the base model above, the policy below."""
-    return image_grid([*base, *policy], len(base))
-
-
 def image_grid(images: Sequence[torch.Tensor], columns: int) -> bytes:
     """Draw a PNG of images side by side, row by row."""
     tiles = [to_pil(still(image)) for image in images]

@@ -69,19 +69,15 @@ def gaussian_log_prob(latents, mean, log_std):
     return log_prob
 
 
-def ppo_clip_loss(latents, mean, log_std, old_log_prob, advantages, clip_range, kl_coef):
-    return _ppo_clip_loss(latents, mean, log_std, old_log_prob, advantages, clip_range, kl_coef, None, None)
-
-
 def ppo_clip_loss_and_gradients(latents, mean, log_std, old_log_prob, advantages, clip_range, kl_coef):
     """Return `ppo_clip_loss` and its gradients for mean and log_std; each row is read again while in the cache."""
     gradients = torch.empty_like(mean), torch.empty_like(log_std)
     arguments = latents, mean, log_std, old_log_prob, advantages, clip_range, kl_coef
-    return _ppo_clip_loss(*arguments, *gradients), gradients
+    return ppo_clip_loss(*arguments, *gradients), gradients
 
 
-def _ppo_clip_loss(
-    latents, mean, log_std, old_log_prob, advantages, clip_range, kl_coef, grad_mean, grad_log_std
+def ppo_clip_loss(
+    latents, mean, log_std, old_log_prob, advantages, clip_range, kl_coef, grad_mean=None, grad_log_std=None
 ) -> PpoForward:
     batch = mean.shape[0]
     out = PpoForward(_empty(3), _empty(batch), _empty(batch), _empty(batch), _empty(batch))

@@ -53,7 +53,7 @@ def standard_normal(batch: int, size: int, seed: int, offset: int, device: torch
 
 @torch.no_grad()
 def gaussian_sample(mean, log_std, seed, offset):
-    noise = standard_normal(mean.shape[0], _row_size(mean), seed, offset, mean.device)
+    noise = standard_normal(mean.shape[0], math.prod(mean.shape[1:]), seed, offset, mean.device)
     return _shift_and_scale(noise.reshape(mean.shape), mean, log_std)
 
 
@@ -110,10 +110,6 @@ def gaussian_backward(latents, mean, log_std, grad_log_prob, grad_kl, needs_late
     runs = grad_log_std.reshape(log_std.numel(), -1) if mean.numel() else grad_log_std.new_zeros(log_std.numel(), 1)
     grad_log_std = runs.double().sum(1).reshape(log_std.shape)
     return grad_mean.to(mean.dtype), grad_log_std.to(log_std.dtype), -of_value if needs_latents else None
-
-
-def _row_size(tensor):
-    return math.prod(tensor.shape[1:])
 
 
 def _expand(log_std, mean):

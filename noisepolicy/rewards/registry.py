@@ -127,11 +127,6 @@ def _is_of_this_machine(address: str) -> bool:
     return urlsplit(address).hostname in LOOPBACK
 
 
-def reward_names() -> list[str]:
-    """Return every registered name, sorted."""
-    return sorted(_REGISTRY)
-
-
 def _terms(spec: str) -> list[tuple[float | None, str]]:
     """Split a text into weights and names."""
     terms = [_parse_term(text, spec) for text in _split(spec, "+")]
@@ -209,7 +204,7 @@ def _find(name: str) -> tuple[_Entry | None, str]:
     if ":" in name:
         return None, name
     raise ValueError(
-        f"unknown reward {name!r}; choose from {reward_names()} or give 'module:function' or an http(s) address"
+        f"unknown reward {name!r}; choose from {sorted(_REGISTRY)} or give 'module:function' or an http(s) address"
     )
 
 
