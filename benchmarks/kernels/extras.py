@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from noisepolicy import ops
 from noisepolicy.benchmarks.kernels.cases import OPS, make_case
 from noisepolicy.benchmarks.timing import measure
-from noisepolicy.ops.layout import row_sizes
+from noisepolicy.ops.layout import kernel_policy
 
 _BATCH, _SMALL_DIM, _LARGE_DIM = 8, 16, 65_536
 _REPETITIONS = 3
@@ -42,7 +42,7 @@ def call_overhead() -> dict[str, float]:
 
     mean, log_std = torch.zeros(2, _BATCH, _SMALL_DIM)
     latents, log_prob = torch.empty(_BATCH, _SMALL_DIM), torch.empty(_BATCH)
-    policy = mean.data_ptr(), log_std.data_ptr(), 0, *row_sizes(mean, log_std)
+    policy = kernel_policy(mean, log_std)
     results = latents.data_ptr(), log_prob.data_ptr()
     threads = torch.get_num_threads()
     with torch.no_grad():

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 
 import torch
 
-from noisepolicy.ops.layout import PpoForward, Spectrum, dct_basis, row_sizes
+from noisepolicy.ops.layout import PpoForward, Spectrum, kernel_policy
 
 try:
     from noisepolicy import _C
@@ -18,8 +18,6 @@ else:
     _cuda, _LOAD_ERROR = getattr(_C, "cuda", None), None
 
 DEVICES = ("cuda",)
-
-_STORAGE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 @functools.cache  # and not at import: asking starts the driver, which does not survive a fork
@@ -35,7 +33,7 @@ def unavailable_reason() -> str | None:
 
 
 def gaussian_sample(mean, log_std, seed, offset):
-    policy = _policy(mean, log_std)
+    policy = kernel_policy(mean, log_std)
     latents, log_prob = _empty(mean, mean.shape), _rows(mean)
     with _on_device_of(mean):
         scratch = _empty(mean, _cuda.gaussian_sample_scratch(policy))
@@ -44,8 +42,8 @@ def gaussian_sample(mean, log_std, seed, offset):
 
 
 def spectral_sample(mean, log_std, spectrum: Spectrum, seed, offset):
-    policy = _policy(mean, log_std)
-    basis = [dct_basis(b, n, mean.device) for b, n in zip(spectrum.bands, spectrum.extent, strict=True)]
+    policy = kernel_policy(mean, log_std)
+    basis = spectrum.bases(mean.device)
     fields = (spectrum.channels, *spectrum.extent, *spectrum.bands, *_addresses(*basis))
     latents = _empty(mean, (mean.shape[0], spectrum.channels, *spectrum.extent))
     coefficients, log_prob = _empty(mean, mean.shape), _rows(mean)
@@ -57,7 +55,7 @@ def spectral_sample(mean, log_std, spectrum: Spectrum, seed, offset):
 
 
 def gaussian_log_prob(latents, mean, log_std):
-    policy = _policy(mean, log_std)
+    policy = kernel_policy(mean, log_std)
     log_prob = _rows(mean)
     with _on_device_of(mean):
         scratch = _empty(mean, _cuda.gaussian_log_prob_scratch(policy))
@@ -66,7 +64,7 @@ def gaussian_log_prob(latents, mean, log_std):
 
 
 def ppo_clip_loss(latents, mean, log_std, old_log_prob, advantages, clip_range, kl_coef):
-    policy = _policy(mean, log_std)
+    policy = kernel_policy(mean, log_std)
     forward = PpoForward(_empty(mean, 3), *(_rows(mean) for _ in range(4)))
     with _on_device_of(mean):
         scratch = _empty(mean, _cuda.ppo_clip_loss_scratch(policy))
@@ -76,7 +74,7 @@ def ppo_clip_loss(latents, mean, log_std, old_log_prob, advantages, clip_range, 
 
 
 def gaussian_backward(latents, mean, log_std, grad_log_prob, grad_kl, needs_latents):
-    policy = _policy(mean, log_std)
+    policy = kernel_policy(mean, log_std)
     grad_mean, grad_log_std = torch.empty(mean.shape, dtype=mean.dtype, device=mean.device), torch.empty_like(log_std)
     grad_latents = _empty(mean, mean.shape) if needs_latents else None
     with _on_device_of(mean):
@@ -85,11 +83,6 @@ def gaussian_backward(latents, mean, log_std, grad_log_prob, grad_kl, needs_late
         results = _addresses(grad_mean, grad_log_std, grad_latents, scratch)
         _cuda.gaussian_backward(policy, *inputs, *results, _stream(mean))
     return grad_mean, grad_log_std, grad_latents
-
-
-def _policy(mean, log_std) -> tuple[int, ...]:
-    """Fill in the Gaussian of csrc/arguments.h."""
-    return mean.data_ptr(), log_std.data_ptr(), _STORAGE[mean.dtype], *row_sizes(mean, log_std)
 
 
 def _empty(like, shape):

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 STORAGE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""Data types of mean and log_std, in the order of csrc/arguments.h."""
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,10 @@ class Spectrum:
     channels: int
     extent: tuple[int, int, int]
     bands: tuple[int, int, int]
+
+    def bases(self, device: torch.device) -> list[torch.Tensor]:
+        """Return the DCT basis of each axis."""
+        return [dct_basis(bands, extent, device) for bands, extent in zip(self.bands, self.extent, strict=True)]
 
 
 class PpoForward(NamedTuple):
@@ -80,10 +85,15 @@ def check_rows(mean: torch.Tensor, log_std: torch.Tensor) -> None:
         raise ValueError("mean and log_std must be contiguous")
 
 
-def row_sizes(mean: torch.Tensor, log_std: torch.Tensor) -> tuple[int, int, int]:
-    """Count the rows, elements per row and log-stds per row of `policy_rows`' result. All are 0 for an empty batch."""
+def kernel_policy(mean: torch.Tensor, log_std: torch.Tensor) -> tuple[int, ...]:
+    """Return the arguments that every compiled kernel begins with: the Gaussian of csrc/arguments.h.
+
+    They are two addresses, the data type, and the numbers of rows, of elements per row and of log-stds per row, which
+    are all 0 for an empty batch.
+    """
     batch = mean.shape[0]
-    return (batch, mean.numel() // batch, log_std.numel() // batch) if batch else (0, 0, 0)
+    sizes = (batch, mean.numel() // batch, log_std.numel() // batch) if batch else (0, 0, 0)
+    return mean.data_ptr(), log_std.data_ptr(), STORAGE_DTYPES.index(mean.dtype), *sizes
 
 
 def check_fp32(name: str, tensor: torch.Tensor, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:

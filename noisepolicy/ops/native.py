@@ -2,7 +2,7 @@
 
 import torch
 
-from noisepolicy.ops.layout import PpoForward, Spectrum, dct_basis, row_sizes
+from noisepolicy.ops.layout import PpoForward, Spectrum, kernel_policy
 
 try:
     from noisepolicy import _C
@@ -13,8 +13,6 @@ else:
     _LOAD_ERROR = None
 
 DEVICES = ("cpu",)
-
-_STORAGE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 def unavailable_reason() -> str | None:
@@ -28,16 +26,11 @@ def _empty(*shape):
     return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
-def _policy(mean, log_std):
-    """Return the arguments that every kernel begins with."""
-    return mean.data_ptr(), log_std.data_ptr(), _STORAGE[mean.dtype], *row_sizes(mean, log_std)
-
-
 def gaussian_sample(mean, log_std, seed, offset):
     latents = torch.empty_like(mean, dtype=torch.float32)
     log_prob = _empty(mean.shape[0])
     _C.gaussian_sample(
-        *_policy(mean, log_std), seed, offset, torch.get_num_threads(), latents.data_ptr(), log_prob.data_ptr()
+        *kernel_policy(mean, log_std), seed, offset, torch.get_num_threads(), latents.data_ptr(), log_prob.data_ptr()
     )
     return latents, log_prob
 
@@ -46,9 +39,9 @@ def spectral_sample(mean, log_std, spectrum: Spectrum, seed, offset):
     latents = _empty(mean.shape[0], spectrum.channels, *spectrum.extent)
     coefficients = _empty(*mean.shape)
     log_prob = _empty(mean.shape[0])
-    basis = [dct_basis(b, n, mean.device) for b, n in zip(spectrum.bands, spectrum.extent, strict=True)]
+    basis = spectrum.bases(mean.device)
     _C.spectral_sample(
-        *_policy(mean, log_std),
+        *kernel_policy(mean, log_std),
         spectrum.channels,
         spectrum.extent,
         spectrum.bands,
@@ -65,7 +58,9 @@ def spectral_sample(mean, log_std, spectrum: Spectrum, seed, offset):
 
 def gaussian_log_prob(latents, mean, log_std):
     log_prob = _empty(mean.shape[0])
-    _C.gaussian_log_prob(*_policy(mean, log_std), torch.get_num_threads(), latents.data_ptr(), log_prob.data_ptr())
+    _C.gaussian_log_prob(
+        *kernel_policy(mean, log_std), torch.get_num_threads(), latents.data_ptr(), log_prob.data_ptr()
+    )
     return log_prob
 
 
@@ -82,7 +77,7 @@ def ppo_clip_loss(
     batch = mean.shape[0]
     out = PpoForward(_empty(3), _empty(batch), _empty(batch), _empty(batch), _empty(batch))
     _C.ppo_clip_loss(
-        *_policy(mean, log_std),
+        *kernel_policy(mean, log_std),
         torch.get_num_threads(),
         latents.data_ptr(),
         old_log_prob.data_ptr(),
@@ -104,7 +99,7 @@ def gaussian_backward(latents, mean, log_std, grad_log_prob, grad_kl, needs_late
     grad_mean, grad_log_std = torch.empty_like(mean), torch.empty_like(log_std)
     grad_latents = torch.empty_like(latents) if needs_latents else None
     _C.gaussian_backward(
-        *_policy(mean, log_std),
+        *kernel_policy(mean, log_std),
         torch.get_num_threads(),
         latents.data_ptr(),
         grad_log_prob.data_ptr(),

@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from noisepolicy.ops.layout import PpoForward, Spectrum, dct_basis
+from noisepolicy.ops.layout import PpoForward, Spectrum
 
 DEVICES = None  # any
 
@@ -61,7 +61,7 @@ def gaussian_sample(mean, log_std, seed, offset):
 def spectral_sample(mean, log_std, spectrum: Spectrum, seed, offset):
     shape = (mean.shape[0], spectrum.channels, *spectrum.extent)
     white = standard_normal(shape[0], math.prod(shape[1:]), seed, offset, mean.device).reshape(shape)
-    basis = [dct_basis(b, n, mean.device) for b, n in zip(spectrum.bands, spectrum.extent, strict=True)]
+    basis = spectrum.bases(mean.device)
     low_band = torch.einsum("bcfyx,tf,vy,ux->bctvu", white, *basis).reshape(mean.shape)
     coefficients, log_prob = _shift_and_scale(low_band, mean, log_std)
     shift = (coefficients - low_band).reshape(shape[0], spectrum.channels, *spectrum.bands)

@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import torch
 
-from noisepolicy.ops.layout import PpoForward, Spectrum, dct_basis
+from noisepolicy.ops.layout import PpoForward, Spectrum
 
 _IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -254,8 +254,6 @@ def _empty(like: torch.Tensor, *shape: int, dtype: torch.dtype = torch.float32) 
 @lru_cache(maxsize=64)
 def _bases(spectrum: Spectrum, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the bases of lines `(frame_bands * bands, frames * height)` and of columns `(bands, width)`."""
-    frames, height, width = (
-        dct_basis(bands, extent, device) for bands, extent in zip(spectrum.bands, spectrum.extent, strict=True)
-    )
+    frames, height, width = spectrum.bases(device)
     with torch.inference_mode(False):  # as `dct_basis`
         return torch.kron(frames, height).contiguous(), width
