@@ -26,23 +26,30 @@ class Launcher:
 
     def start(
         self,
-        module: str,
+        program: str | Path,
         arguments: Iterable[object],
         folder: Path,
         output: Path,
         *,
         environment: Mapping[str, str] = os.environ,
         max_file_bytes: int = 0,
+        num_processes: int = 0,
+        max_restarts: int = 0,
     ) -> "Forked":
-        """Start `noisepolicy-MODULE` in `folder`. Its output is added to the files `output`/stdout and stderr."""
+        """Start `noisepolicy-PROGRAM`, or a script, in `folder`. Its output is added to `output`/stdout and stderr.
+
+        With `num_processes`, start torchrun's agent, which starts that many.
+        """
         pid = self._ask(
             do="start",
-            module=module,
+            program=str(program),
             arguments=[str(argument) for argument in arguments],
             folder=str(folder),
             output=str(output),
             environment={**environment, "OMP_NUM_THREADS": "1"},
             max_file_bytes=max_file_bytes,
+            num_processes=num_processes,
+            max_restarts=max_restarts,
         )
         return Forked(self, pid)
 
@@ -50,10 +57,12 @@ class Launcher:
         """Return the exit code, -N for signal N, or None while the process runs."""
         return self._ask(do="wait", pid=pid, timeout_s=timeout_s)
 
-    def run(self, module: str, *arguments: object, folder: Path, output: Path) -> subprocess.CompletedProcess:
-        code = self.start(module, arguments, folder, output).wait()
+    def run(
+        self, program: str | Path, *arguments: object, folder: Path, output: Path, num_processes: int = 0
+    ) -> subprocess.CompletedProcess:
+        code = self.start(program, arguments, folder, output, num_processes=num_processes).wait()
         texts = [(output / name).read_text() for name in ("stdout", "stderr")]
-        assert code is not None, f"noisepolicy-{module} did not end: {texts}"
+        assert code is not None, f"{program} did not end: {texts}"
         return subprocess.CompletedProcess(arguments, code, *texts)
 
     def _ask(self, **request):

@@ -94,8 +94,8 @@ def commands():
 @pytest.fixture
 def run_command(commands: Launcher, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory):
     """`run_command("train", ...)` runs noisepolicy-train in the test's folder."""
-    return lambda module, *arguments: commands.run(
-        module, *arguments, folder=tmp_path, output=tmp_path_factory.mktemp("output")
+    return lambda program, *arguments, **options: commands.run(
+        program, *arguments, folder=tmp_path, output=tmp_path_factory.mktemp("output"), **options
     )
 
 

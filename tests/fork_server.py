@@ -1,7 +1,7 @@
 """Runs the commands in forks of one process that has imported everything; `Launcher` of commands.py talks to it.
 
 Reads requests from stdin, one JSON a line, and answers in kind. A run is a process like any other, with its own exit
-code, signals and limits, but for its imports.
+code, signals and limits, but for its imports. Several processes of a run have torchrun's own agent as their parent.
 """
 
 import importlib
@@ -9,12 +9,18 @@ import json
 import os
 import pkgutil
 import resource
+import runpy
 import signal
 import sys
 import time
 import traceback
+import uuid
+from pathlib import Path
 
 import torch
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import noisepolicy.cli.eval
 import noisepolicy.cli.export
@@ -28,7 +34,7 @@ from noisepolicy.frozen import FrozenDiffusersPipeline
 from noisepolicy.worlds.shapes import model_folder
 
 
-def start(module, arguments, folder, output, environment, max_file_bytes):
+def start(program, arguments, folder, output, environment, max_file_bytes, num_processes, max_restarts):
     """Forks; the child's output is added to `output`/stdout and stderr."""
     sys.stdout.flush()
     if pid := os.fork():
@@ -44,17 +50,57 @@ def start(module, arguments, folder, output, environment, max_file_bytes):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if max_file_bytes:
             resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
-        sys.argv = [f"noisepolicy-{module}", *arguments]
-        code = importlib.import_module(f"noisepolicy.cli.{module}").main(arguments)
+        code = launch(program, arguments, num_processes, max_restarts) if num_processes else run(program, arguments)
+    finally:
+        leave(code)
+
+
+def run(program, arguments):
+    """Do as `noisepolicy-PROGRAM` does, or a script if `program` is the path of one; return the exit code."""
+    try:
+        if program.endswith(".py"):
+            sys.argv = [program, *arguments]
+            sys.path.insert(0, str(Path(program).parent))
+            runpy.run_path(program, run_name="__main__")
+            return 0
+        sys.argv = [f"noisepolicy-{program}", *arguments]
+        return importlib.import_module(f"noisepolicy.cli.{program}").main(arguments)
     except SystemExit as request:
-        code = request.code or 0
+        return request.code or 0
     except BaseException:
         traceback.print_exc()
-        code = 1
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        return 1
+
+
+def launch(program, arguments, num_processes, max_restarts):
+    """Do as `torchrun --standalone` does, but fork the processes; return its exit code."""
+    config = LaunchConfig(
+        1,
+        1,
+        num_processes,
+        run_id=str(uuid.uuid4()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=max_restarts,
+        start_method="fork",
+    )
+    try:
+        elastic_launch(config, run_rank)(program, arguments)
+    except (ChildFailedError, SignalException):
+        return 1
+    return 0
+
+
+def run_rank(program, arguments):
+    """Return to the agent only after a success: it waits for that, and takes an exit for a failure."""
+    if code := run(program, arguments):
+        leave(code)
+
+
+def leave(code):
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def wait(pid, timeout_s):

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,8 +12,11 @@ import torch
 
 from noisepolicy.storage import read_tensors
 
+from ..commands import Launcher
+
 sys.path.insert(0, str(Path(__file__).parent))  # for stub_world
 
+PROGRAM = Path(__file__).with_name("stub_train.py")
 REWARD = ["--reward", "stub_world:left_or_right"]
 SETTINGS = [
     "--model",
@@ -56,29 +58,6 @@ SETTINGS = [
 PROMPTS = "a\nbb\nccc\ndddd\n"
 
 
-class Launcher:
-    """`launcher.py` as a process."""
-
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("launcher.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        assert json.loads(self._process.stdout.readline()) == "ready"
-
-    def ask(self, **request):
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
-
-    def close(self) -> None:
-        self._process.kill()  # its runs are waited for, so none is left
-        self._process.wait()
-
-
 class Run:
     """One run of the command; `path` is its run folder."""
 
@@ -91,8 +70,8 @@ class Run:
 
     def start(self, *arguments: str, max_file_bytes: int = 0) -> None:
         (self.folder / "stderr").unlink(missing_ok=True)
-        self.pid = self._launcher.ask(
-            do="start", arguments=list(arguments), folder=str(self.folder), max_file_bytes=max_file_bytes
+        self._process = self._launcher.start(
+            PROGRAM, arguments, self.folder, self.folder, max_file_bytes=max_file_bytes
         )
 
     def start_new(self, *arguments: str) -> None:
@@ -109,7 +88,7 @@ class Run:
             self.start_new()
 
     def wait(self, timeout_s: float = 300.0) -> int | None:
-        return self._launcher.ask(do="wait", pid=self.pid, timeout_s=timeout_s)
+        return self._process.wait(timeout_s)
 
     def finish(self) -> "Run":
         assert self.wait() == 0, self.stderr
@@ -117,6 +96,10 @@ class Run:
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         os.kill(self.pid, number)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     @property
     def stderr(self) -> str:
@@ -161,30 +144,23 @@ class Run:
         assert not list(self.path.rglob("*.tmp"))
 
 
-@pytest.fixture(scope="session")
-def launcher():
-    launcher = Launcher()
-    yield launcher
-    launcher.close()
-
-
 @pytest.fixture
-def make_run(launcher, tmp_path):
+def make_run(commands, tmp_path):
     """`make_run(name)`: a run that is not started yet, in a folder of its own."""
-    return lambda name="one": Run(launcher, tmp_path / name)
+    return lambda name="one": Run(commands, tmp_path / name)
 
 
 @pytest.fixture(scope="session")
-def whole_run(launcher, tmp_path_factory):
+def whole_run(commands, tmp_path_factory):
     """A run that nothing happened to."""
-    run = Run(launcher, tmp_path_factory.mktemp("whole"))
+    run = Run(commands, tmp_path_factory.mktemp("whole"))
     run.start_new()
     return run.finish()
 
 
 @pytest.fixture(scope="session")
-def _stopped_run(launcher, tmp_path_factory):
-    run = Run(launcher, tmp_path_factory.mktemp("stopped"))
+def _stopped_run(commands, tmp_path_factory):
+    run = Run(commands, tmp_path_factory.mktemp("stopped"))
     run.start_new()
     run.wait_for_iteration(4)
     run.kill(signal.SIGTERM)
@@ -193,10 +169,10 @@ def _stopped_run(launcher, tmp_path_factory):
 
 
 @pytest.fixture
-def stopped_run(_stopped_run, launcher, tmp_path):
+def stopped_run(_stopped_run, commands, tmp_path):
     """A copy of a run that was stopped half-way and has two checkpoints."""
     shutil.copytree(_stopped_run.folder, tmp_path / "copy")
-    run = Run(launcher, tmp_path / "copy")
+    run = Run(commands, tmp_path / "copy")
     settings = run.path / "config.yaml"
     settings.write_text(settings.read_text().replace(str(_stopped_run.folder), str(run.folder)))
     return run

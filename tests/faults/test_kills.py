@@ -18,9 +18,9 @@ MOMENTS = {
 
 
 @pytest.fixture(scope="module")
-def evaluated_run(launcher, whole_run, tmp_path_factory):
+def evaluated_run(commands, whole_run, tmp_path_factory):
     """A run that nothing happened to, with a sweep, and how long it took."""
-    run = type(whole_run)(launcher, tmp_path_factory.mktemp("evaluated"))
+    run = type(whole_run)(commands, tmp_path_factory.mktemp("evaluated"))
     start = time.monotonic()
     run.start_new(*EVALUATED)
     return run.finish(), time.monotonic() - start

@@ -55,9 +55,10 @@ SMALL = {
     "num_iterations": 20,
     "checkpoint_every": 5,
     "critic_warmup": 64,
-    "critic_batch_size": 64,
+    "critic_batch_size": 32,
     "bands": 4,
-    "critic_updates": 10,
+    "critic_updates": 4,
+    "num_updates": 3,
     "eval_num_prompts": 0,
     "device": "cpu",
 }

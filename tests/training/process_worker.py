@@ -11,6 +11,7 @@ from noisepolicy.training.launch import leave, may_report_error, rank
 
 SETTINGS = {
     "critic": {
+        "num_iterations": 8,
         "num_inference_steps": (1, 2),
         "critic_updates": 1,
         "critic_warmup": 22,
@@ -20,7 +21,7 @@ SETTINGS = {
         "group_size": 2,
         "rollout_batch_size": 6,
     },
-    "ppo": {"algorithm": "ppo", "batch_size": 15, "group_size": 5, "rollout_batch_size": 4},
+    "ppo": {"algorithm": "ppo", "num_iterations": 8, "batch_size": 15, "group_size": 5, "rollout_batch_size": 4},
     "find": {"algorithm": "find", "batch_size": None, "group_size": 5, "rollout_batch_size": 3, "num_iterations": 5},
 }
 

@@ -1,8 +1,5 @@
-"""Runs of several processes under the real torchrun: N of them compute what one computes, and faults are named."""
+"""Runs of several processes under torchrun's agent: N of them compute what one computes, and faults are named."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,31 +14,17 @@ from ..sampling import everyday
 WORKER = Path(__file__).parent / "process_worker.py"
 
 
-def torchrun(*arguments, num_processes, cwd, timeout=280):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(num_processes),
-        *map(str, arguments),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=timeout, env=environment)
-
-
 def errors_of(result):
     return [line for line in result.stderr.splitlines() if "error: " in line and ("worker" in line or "train" in line)]
 
 
 @pytest.mark.slow
-def test_any_number_of_processes_learns_the_same_to_the_bit(mutants, tmp_path):
-    """20 iterations with a critic and two step counts, of plain PPO, and of FIND; shares are uneven in all of them."""
+def test_any_number_of_processes_learns_the_same_to_the_bit(mutants, run_command, tmp_path):
+    """8 iterations with a critic and two step counts, of plain PPO, and of FIND; shares are uneven in all of them."""
     runs = []
     for num_processes in (1, 2, 3, 4) if mutants else (1, 3):
         folder = tmp_path / str(num_processes)
-        result = torchrun(WORKER, folder, num_processes=num_processes, cwd=tmp_path)
+        result = run_command(WORKER, folder, num_processes=num_processes)
         assert result.returncode == 0, result.stderr
         runs.append(
             {
@@ -70,8 +53,8 @@ def test_any_number_of_processes_learns_the_same_to_the_bit(mutants, tmp_path):
         1,
     ),
 )
-def test_a_process_that_goes_wrong_is_named_once(tmp_path, fault, message):
-    result = torchrun(WORKER, tmp_path, fault, num_processes=3, cwd=tmp_path)
+def test_a_process_that_goes_wrong_is_named_once(run_command, tmp_path, fault, message):
+    result = run_command(WORKER, tmp_path, fault, num_processes=3)
     assert result.returncode != 0
     assert len(errors_of(result)) == 1 and message in errors_of(result)[0], result.stderr
 
