@@ -93,6 +93,9 @@ def launch(program, arguments, num_processes, max_restarts):
 
 def run_rank(program, arguments):
     """Return to the agent only after a success: it waits for that, and takes an exit for a failure."""
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):  # those that the agent handles
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if code := run(program, arguments):
         leave(code)
 
