@@ -83,7 +83,7 @@ def describe_base(world: World) -> list[dict[str, Any]]:
     """Measure the model without any method, by denoising steps, with best-of-n."""
     rows = []
     for steps, results in world.base.items():
-        rewards = results.values("reward")
+        rewards = results.metrics["reward"]
         best_of = {n: expected_best_of(rewards, n) for n in _BEST_OF if n <= rewards.shape[1]}
         rows.append(
             {
@@ -136,7 +136,7 @@ def run_job(method: Method, seed: int, world: World, folder: Path, config: Train
     curve = json.loads(curve_path.read_text("utf-8")) if curve_path.exists() else []
     measured = curve[-1]["images"] if curve else 0
     prompts, last = world.prompts(method), None
-    base_reward = world.base[NUM_INFERENCE_STEPS].values("reward")[: len(prompts)].mean().item()
+    base_reward = world.base[NUM_INFERENCE_STEPS].metrics["reward"][: len(prompts)].mean().item()
     for point in runners[method.kind](method, seed, world, run_folder, config, measured):
         last = point
         if point.images <= measured:
@@ -298,8 +298,8 @@ def _sweep(policy: NoisePolicy | None, frozen: FrozenModel, world: World, prompt
     rows = []
     for steps in world.scale.step_counts:
         ours = world.measure(policy, frozen, prompts, steps)
-        base = world.base[steps].values("reward")[: len(prompts)]
-        gain = ours.values("reward") - base
+        base = world.base[steps].metrics["reward"][: len(prompts)]
+        gain = ours.metrics["reward"] - base
         rows.append(
             {
                 "num_inference_steps": steps,
@@ -309,7 +309,7 @@ def _sweep(policy: NoisePolicy | None, frozen: FrozenModel, world: World, prompt
                 "gain_ci95": list(bootstrap_mean_ci95(gain)),
                 "diversity_kept": sum(ours.diversity) / sum(world.base[steps].diversity[: len(prompts)]),
                 "best_of": {n: expected_best_of(base, n) for n in _BEST_OF if n <= base.shape[1]},
-                "reward_by_prompt": ours.values("reward").mean(1).tolist(),
+                "reward_by_prompt": ours.metrics["reward"].mean(1).tolist(),
             }
         )
     return rows

@@ -255,17 +255,13 @@ class Results:
             [image for part in parts for image in part.first_images],
         )
 
-    def values(self, name: str) -> torch.Tensor | None:
-        """Return a metric's values, `(prompts, images)`, or None if there are none."""
-        return self.metrics.get(name)
-
     def first_of(self, prompt: int) -> tuple[torch.Tensor, dict[str, float]]:
         return self.first_images[prompt], {name: values[prompt, 0].item() for name, values in self.metrics.items()}
 
     def summary(self) -> dict[str, float | None]:
-        strict = self.values("strict")
+        strict = self.metrics.get("strict")
         return {
-            "reward": self.values("reward").mean().item(),
+            "reward": self.metrics["reward"].mean().item(),
             "strict": None if strict is None else strict.mean().item(),
             "diversity": sum(self.diversity) / len(self.diversity),
         }
@@ -289,7 +285,7 @@ def summarise(
         others: Names of the rewards that were not trained for.
         parts: Names of the parts of the reward, if it is a weighted sum of several.
     """
-    base_rewards = base.values("reward")
+    base_rewards = base.metrics["reward"]
     return {
         "num_inference_steps": num_inference_steps,
         "num_pairs": base_rewards.numel(),
@@ -315,14 +311,14 @@ def _eval_key(number: int) -> str:
 def _compare(base: Results, policy: Results, name: str) -> dict[str, Any]:
     return {
         "name": name,
-        "base": base.values(name).mean().item(),
-        "policy": policy.values(name).mean().item(),
+        "base": base.metrics[name].mean().item(),
+        "policy": policy.metrics[name].mean().item(),
         **_gain(base, policy, name),
     }
 
 
 def _gain(base: Results, policy: Results, name: str) -> dict[str, Any]:
-    difference = policy.values(name) - base.values(name)
+    difference = policy.metrics[name] - base.metrics[name]
     return {"gain": difference.mean().item(), "gain_ci95": list(bootstrap_mean_ci95(difference))}
 
 
