@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
+from torch import nn
 
 from noisepolicy.ops import gaussian_kl
 from noisepolicy.policies.critic import RewardCritic
@@ -85,6 +86,19 @@ class NoisePolicy(Float32Module):
                 return
             self.scale.fill_((low + high) / 2)
         self.scale.fill_(low)
+
+    @torch.no_grad()
+    def contract_to(self, kl_budget: float, prompt_embeds: torch.Tensor) -> None:
+        """Do what `shrink_to` does by the weights of the output layers, so that training can go on from there."""
+        self.shrink_to(kl_budget, prompt_embeds)
+        for layer in self.output_layers():
+            layer.weight.mul_(self.scale)
+            layer.bias.mul_(self.scale)
+        self.scale.fill_(1.0)
+
+    def output_layers(self) -> list[nn.Module]:
+        """Return the layers whose outputs are what `scale` multiplies."""
+        raise NotImplementedError
 
     def forward(self, prompt_embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Map `(batch, tokens, width)` to the action's `mean (batch, *action_shape)` and a broadcastable `log_std`."""

@@ -54,7 +54,7 @@ class RewardCritic(Float32Module):
         hidden_width: Width of all layers that are not convolutional.
     """
 
-    def __init__(self, shape: CriticShape, *, size: int, channels: int = 32, hidden_width: int = 192) -> None:
+    def __init__(self, shape: CriticShape, *, size: int, channels: int = 64, hidden_width: int = 96) -> None:
         super().__init__()
         self.shape = shape
         self.config: dict[str, Any] = {
@@ -207,8 +207,6 @@ class _Reader(nn.Module):
     takes the whole picture and the whole prompt side by side explains 0.6.
     """
 
-    _NUM_HEADS = 4
-
     def __init__(self, shape: CriticShape, hidden_width: int, width: int = 32) -> None:
         super().__init__()
         channels, height, picture_width = shape.sketch_shape
@@ -218,11 +216,7 @@ class _Reader(nn.Module):
         self.mix = nn.Conv2d(width, width, 1)
         self.places = nn.Parameter(0.1 * torch.randn(width, height // 2, picture_width // 2))
         self.norm = nn.LayerNorm(width)
-        self.query, self.key, self.value = (
-            nn.Linear(token_width, width),
-            nn.Linear(width, width),
-            nn.Linear(width, width),
-        )
+        self.query, self.key_value = nn.Linear(token_width, width), nn.Linear(width, 2 * width)
         self.body = nn.Sequential(
             nn.Linear(num_tokens * width + hidden_width, hidden_width),
             nn.SiLU(),
@@ -235,15 +229,10 @@ class _Reader(nn.Module):
     def forward(self, prompt_embeds: torch.Tensor, picture: torch.Tensor) -> torch.Tensor:
         prompt, query = self.prompt(prompt_embeds), self.query(prompt_embeds.float())
         field = F.silu(self.mix(F.silu(self.patches(picture)))) + self.places
-        field = self.norm(field.flatten(2).transpose(1, 2))
-        seen = F.scaled_dot_product_attention(
-            *(self._heads(part) for part in (query, self.key(field), self.value(field)))
-        )
-        return self.body(torch.cat([seen.transpose(1, 2).flatten(1), prompt], 1))[:, 0]
-
-    def _heads(self, rows: torch.Tensor) -> torch.Tensor:
-        """Reshape `(batch, length, width)` to `(batch, heads, length, width / heads)`."""
-        return rows.unflatten(2, (self._NUM_HEADS, -1)).transpose(1, 2)
+        # One head: several narrow ones foresee no better and take twice as long on a CPU.
+        key, value = self.key_value(self.norm(field.flatten(2).transpose(1, 2))).chunk(2, 2)
+        seen = F.scaled_dot_product_attention(*(part.unsqueeze(1) for part in (query, key, value)))
+        return self.body(torch.cat([seen.flatten(1), prompt], 1))[:, 0]
 
 
 def _modulate(field: torch.Tensor, film: torch.Tensor) -> torch.Tensor:

@@ -78,6 +78,9 @@ class DensePolicy(NoisePolicy):
         mean, log_std = out.chunk(2, dim=1)
         return mean, log_std
 
+    def output_layers(self) -> list[nn.Module]:
+        return [self.out]
+
     @torch.no_grad()
     @without_autocast
     def sample(

@@ -64,6 +64,9 @@ class SpectralPolicy(NoisePolicy):
             -1, self.action_shape[0], *[1] * (len(self.action_shape) - 1)
         )
 
+    def output_layers(self) -> list[nn.Module]:
+        return [self.mean] if self.log_std is None else [self.mean, self.log_std]
+
     @torch.no_grad()
     @without_autocast
     def sample(

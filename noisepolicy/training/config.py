@@ -45,12 +45,11 @@ RECIPES: dict[str, dict[str, Any]] = {
         "num_iterations": 125,
         "batch_size": 96,
         "group_size": 2,
-        "learning_rate": 1e-3,
+        "learning_rate": 2e-3,
         "average_decay": 0.95,
         "num_updates": 8,
-        "clip_range": 0.2,
         "target_kl": 1.0,
-        "kl_budget": 14.0,
+        "kl_budget": 18.0,
         "kl_training_budget": 30.0,
         "kl_coef": 4e-3,
     },
@@ -93,12 +92,11 @@ RECIPES: dict[str, dict[str, Any]] = {
 class CriticConfig:
     """The reward critic of `algorithm="critic"`."""
 
-    updates: Annotated[int, COUNT] = 22
+    updates: Annotated[int, COUNT] = 26
     """Gradient steps on the reward critic in an iteration."""
-    batch_size: Annotated[int, Bounds(at_least=2)] = 64
-    """Samples of the history in each step of the critic, and samples of the policy in the critic's term of the
-    policy's loss."""
-    size: Annotated[int, Bounds(at_least=2)] = 2
+    batch_size: Annotated[int, Bounds(at_least=2)] = 32
+    """Samples of the history in each gradient step on the critic."""
+    size: Annotated[int, Bounds(at_least=2)] = 3
     """Networks in the critic's ensemble. The policy ascends their mean minus their spread."""
     learning_rate: Annotated[float, POSITIVE] = 3e-3
     """Learning rate of the critic (AdamW)."""
@@ -153,7 +151,7 @@ class TrainConfig:
     std: Literal["power", "one", "learned"] | None = None
     """Standard deviation of the policy: 'power' makes room for the mean, so the noise is as loud as the prior's; 'one'
     is constant; 'learned' is learned."""
-    num_candidates: Annotated[int, COUNT] = 8
+    num_candidates: Annotated[int, COUNT] = 64
     """Starts that the finished policy draws for an image if it has a critic, which chooses one of them. Only that one
     is denoised."""
     kl_budget: Annotated[float | None, POSITIVE_OR_INFINITE] = None
@@ -163,9 +161,9 @@ class TrainConfig:
     """Run or policy folder that FIND starts from. FIND then uses that policy's action, standard deviation and
     critic."""
     algorithm: Annotated[Literal["critic", "ppo", "find"], Group("Training")] = "critic"
-    """Training algorithm. 'critic': clipped PPO on what a reward critic left unexplained, beside the critic's own
-    gradient. 'ppo': plain Noise PPO with leave-one-out advantages. 'find': FIND, a free mean and std for each prompt,
-    which generalises to no others. Settings that are not given take the algorithm's own values."""
+    """Training algorithm. 'critic': a critic learns to foresee the reward from the noise, and the policy follows its
+    gradient. 'ppo': Noise PPO with leave-one-out advantages, no critic. 'find': FIND, a free mean and std for each
+    prompt, which generalises to no others. Settings that are not given take the algorithm's own values."""
     num_inference_steps: Annotated[tuple[int, ...], COUNT] = (2,)
     """Denoising steps in training. Several, as in 1,2,4,8, train one policy for all of them."""
     guidance_scale: float = 1.5
@@ -181,13 +179,14 @@ class TrainConfig:
     num_updates: Annotated[int | None, COUNT] = None
     """Largest number of gradient steps on the policy in an iteration (see `target_kl`)."""
     clip_range: Annotated[float | None, POSITIVE] = None
-    """PPO's clip range of the ratio. Log-probs are summed over the action."""
+    """Clip range of the ratio, for PPO and FIND. Log-probs are summed over the action."""
     target_kl: Annotated[float | None, POSITIVE_OR_INFINITE] = None
     """KL(old policy, new policy) in nats at which an iteration's gradient steps stop."""
     kl_training_budget: Annotated[float | None, POSITIVE_OR_INFINITE] = None
-    """KL of the policy in training from N(0, I), in nats, above which the KL penalty grows."""
+    """Largest KL of the policy in training from N(0, I), in nats, on average over a batch's prompts. The policy's
+    output is scaled back to it."""
     kl_coef: Annotated[float | None, NOT_NEGATIVE] = None
-    """KL penalty per nat at the start, in spreads of the reward between images of a prompt."""
+    """KL penalty per nat, in spreads of the reward between images of a prompt."""
     diversity_target: Annotated[float, Bounds(at_least=0, at_most=1)] = 0.82
     """Share of the base model's variety between images of one prompt that the policy in training is held to, as the
     critic's sketches show it."""
@@ -292,8 +291,15 @@ class TrainConfig:
             )
         if self.init_policy is not None and self.algorithm != "find":
             raise ValueError(f"--init-policy is for --algorithm find, not {self.algorithm}")
-        if self.gradient_accumulation_steps > 1 and self.algorithm == "find":
-            raise ValueError("--gradient-accumulation-steps is not for FIND, whose policy is a table, not a network")
+        if self.gradient_accumulation_steps > 1 and self.algorithm != "ppo":
+            raise ValueError(
+                "--gradient-accumulation-steps is for --algorithm ppo, whose gradient is summed over a batch, not for "
+                + self.algorithm
+            )
+        if self.clip_range is not None and self.algorithm == "critic":
+            raise ValueError(
+                "--clip-range is for --algorithm ppo and find; the policy of a critic has no ratio to clip"
+            )
         if self.evaluation.prompts and self.algorithm == "find":
             raise ValueError("FIND is measured on the prompts it was made for; it takes no --eval-prompts")
         if self.prompt_column is not None and not self.prompts and not self.evaluation.prompts:

@@ -1,8 +1,9 @@
-"""Noise PPO: one policy for every prompt, with or without a reward critic.
+"""One policy for every prompt: Noise PPO, or a policy that climbs a reward critic.
 
-`NoisePpo.learn` is what one iteration learns from its images, top to bottom: the reward's scale, the critic, the
-policy. `run.py` calls it, `rollout.py` makes the images. Nothing is back-propagated through the frozen model or the
-reward. Every process of a run holds the whole batch and makes the same update, a thousandth of the images' cost.
+`NoisePpo.learn` is what one iteration learns from its images, top to bottom: the reward's scale, the critic if there
+is one, the policy. `run.py` calls it, `rollout.py` makes the images. Nothing is back-propagated through the frozen
+model or the reward. Every process of a run holds the whole batch and makes the same update, a thousandth of the
+images' cost.
 """
 
 import copy
@@ -27,8 +28,11 @@ from noisepolicy.training.rollout import Rollout, draw_noise, stream_generator, 
 from noisepolicy.training.rows import History, PromptStore
 from noisepolicy.training.task import Task
 
-_KL_COEF_RATE = 0.1
+_NUM_FRESH = 64  # samples of the policy in each of its gradient steps along the critic
+_CRITIC_AVERAGE_DECAY = 0.995
+_DECAY_SHARE = 0.3  # of the run, at its end, over which the critic's learning rate falls to 0
 _DIVERSITY_COEF_RATE = 0.5
+_MAX_MISSING_VARIETY = 0.2
 _NUM_BUDGET_PROMPTS = 256
 _MAX_ADVANTAGE = 5.0  # one outlier must not outweigh the rest of the batch
 _MAX_LOG_PROB_DRIFT = 1e-2
@@ -66,7 +70,7 @@ class NoisePpo:
         self._scale = RewardScale(task.reward.weights, config.group_size, config.normalize_rewards)
         self._critic: RewardCritic | None = None
         self.critic_shape: CriticShape | None = None
-        self._kl_coef, self._diversity_coef = config.kl_coef, config.diversity_coef
+        self._diversity_coef = config.diversity_coef
         if config.algorithm != "critic":
             return
         self.critic_shape = CriticShape(
@@ -78,6 +82,8 @@ class NoisePpo:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed(config.seed, "critic weights"))
             self._critic = RewardCritic(self.critic_shape, size=config.critic.size).to(device)
+        # The critic that is asked; the other one is taught. An average foresees more than any of its members.
+        self._critic_average = copy.deepcopy(self._critic).eval().requires_grad_(False)
         self._critic_optimizer = torch.optim.AdamW(
             self._critic.parameters(),
             lr=config.critic.learning_rate,
@@ -102,25 +108,24 @@ class NoisePpo:
         config = self._config
         self._scale.update(rollout.parts)
         self._scale.warn_if_nothing_to_learn()
-        metrics: dict[str, Any] = {"kl_coef": self._kl_coef, "diversity_coef": self._diversity_coef}
-        if self._critic is not None:
-            metrics |= self._learn_reward(rollout, number)
-        if self._critic is not None and (number + 1) * config.batch_size < config.critic.warmup:
-            return metrics | {"kl_to_prior": 0.0, "step_kl": 0.0}
-        metrics |= self._update_policy(rollout, stream_generator(config.seed, "policy update", number))
-        self._adapt_kl_coef(metrics["kl_to_prior"])
-        if self._critic is not None:
-            self._adapt_diversity_coef(metrics["diversity_kept"])
+        if self._critic is None:
+            metrics = self._take_ppo_steps(rollout)
+        else:
+            metrics = self._learn_reward(rollout, number)
+            if (number + 1) * config.batch_size < config.critic.warmup:
+                return metrics | {"kl_to_prior": 0.0, "step_kl": 0.0}
+            metrics |= self._climb_critic(rollout, stream_generator(config.seed, "policy update", number))
         averaged(self.average, self.policy, config.average_decay, number)
         return metrics
 
     def _learn_reward(self, rollout: Rollout, number: int) -> dict[str, float]:
         """Measure how well the critic predicts the batch, add the batch to the history, and train the critic."""
-        self._critic.set_scale(self._scale.spread.center, self._scale.spread.total)
+        for critic in (self._critic, self._critic_average):
+            critic.set_scale(self._scale.spread.center, self._scale.spread.total)
         reward = self._scale.standardise(rollout.parts)
         with torch.no_grad():
             embeds = self._prompts[rollout.prompt_row].prompt_embeds.float()
-            foreseen = self._critic(embeds, rollout.action, rollout.step_index).mean(0)
+            foreseen = self._critic_average(embeds, rollout.action, rollout.step_index).mean(0)
         self._history.append(
             prompt_row=rollout.prompt_row,
             step_index=rollout.step_index,
@@ -128,21 +133,25 @@ class NoisePpo:
             action=rollout.action,
             picture=rollout.picture,
         )
-        self._critic.requires_grad_(True)
-        loss = self._update_critic(stream_generator(self._config.seed, "critic", number))
-        self._critic.requires_grad_(False)
+        loss = self._teach_critic(number)
         variance = reward.var().item()
         unexplained = ((foreseen - reward) ** 2).mean().item() / variance if variance else 1.0
         return {"critic_loss": loss, "critic_unexplained": unexplained}
 
-    def _update_critic(self, generator: torch.Generator) -> float:
+    def _teach_critic(self, number: int) -> float:
         """Train the critic on pictures and standardised rewards of the history.
+
+        The learning rate falls to 0 over the last iterations of the run, also of one that is resumed and made longer.
 
         Returns:
             The rewards' mean squared error over the updates, in the reward's own units.
         """
         settings, total = self._config.critic, 0.0
-        for _ in range(settings.updates):
+        generator = stream_generator(self._config.seed, "critic", number)
+        share_left = 1 - number / self._config.num_iterations
+        for group in self._critic_optimizer.param_groups:
+            group["lr"] = settings.learning_rate * min(share_left / _DECAY_SHARE, 1.0)
+        for update in range(number * settings.updates, (number + 1) * settings.updates):
             rows = self._history.draw(settings.batch_size, generator)
             loss, error = self._critic.loss(
                 self._prompts[rows["prompt_row"]].prompt_embeds.float(),
@@ -156,41 +165,27 @@ class NoisePpo:
             # Without it, one bad batch late in a run can undo the critic and the policy that follows it.
             torch.nn.utils.clip_grad_norm_(self._critic.parameters(), self._config.max_grad_norm)
             self._critic_optimizer.step()
+            averaged(self._critic_average, self._critic, _CRITIC_AVERAGE_DECAY, update)
             total = total + error
         return float(total) / settings.updates * self._scale.spread.total**2
 
-    def _update_policy(self, rollout: Rollout, generator: torch.Generator) -> dict[str, float]:
-        """Take clipped PPO steps on the batch and, with a critic, along its gradient on fresh samples of the policy.
+    def _take_ppo_steps(self, rollout: Rollout) -> dict[str, float]:
+        """Take clipped PPO steps on the batch: `loss = ppo_clip_loss(advantages) + kl_coef * KL(policy, prior)`.
 
-            loss = ppo_clip_loss(advantages) - mean(critic.lower_bound)
-                   - diversity_coef * difference of two sketches + kl_coef * KL(policy, prior)
-
-        Rewards are in units of their spread between images of one prompt. The advantages are the rewards less the
-        critic's prediction (a control variate, as in Q-Prop, arXiv 1611.02247), or the leave-one-out advantages of
-        plain Noise PPO. Stops early when KL(old, new) passes its target, and is drawn back to it from more than twice
-        as much, which a single step of a policy without a critic can come to.
-
-        Args:
-            generator: Generator of fresh prompts and noise.
+        The advantages are the leave-one-out advantages of plain Noise PPO, in units of the rewards' spread between
+        images of one prompt. Stops early when KL(old, new) passes its target, and is drawn back to it from more than
+        twice as much, which a single step can come to.
         """
-        config, policy, critic = self._config, self.policy, self._critic
-        batch_embeds = self._prompts[rollout.prompt_row].prompt_embeds.float()
+        config, policy = self._config, self.policy
+        embeds = self._prompts[rollout.prompt_row].prompt_embeds.float()
         with torch.no_grad():
-            old_mean, old_log_std = policy(batch_embeds)
+            old_mean, old_log_std = policy(embeds)
             # Taken anew by the op that the loss uses, so the first ratio is 1 (to the bit where the batch is one part);
             # float32 log-probs of hundreds of dimensions are exact to 1e-4 only.
             old_log_prob = gaussian_log_prob(rollout.action, old_mean, old_log_std)
-            if (drift := (old_log_prob - rollout.log_prob).abs().max().item()) > _MAX_LOG_PROB_DRIFT:
-                raise RuntimeError(
-                    f"log-probs of the rollout and of its update differ by {drift:.3g}; the ratio would lie"
-                )
-            reward = self._scale.standardise(rollout.parts)
-            if critic is None:
-                advantages = leave_one_out(reward, config.group_size, self._scale.within_share)
-            else:
-                predicted = critic(batch_embeds, rollout.action, rollout.step_index).mean(0)
-                advantages = residual(reward, predicted, self._scale.within_share)
-        ppo_kl_coef = self._kl_coef if critic is None else 0.0
+        if (drift := (old_log_prob - rollout.log_prob).abs().max().item()) > _MAX_LOG_PROB_DRIFT:
+            raise RuntimeError(f"log-probs of the rollout and of its update differ by {drift:.3g}; the ratio would lie")
+        advantages = leave_one_out(self._scale.standardise(rollout.parts), config.group_size, self._scale.within_share)
         # For memory: the graph of a part of the batch at a time. Slices are views, where indices would copy embeddings.
         batch, num_parts = len(rollout.reward), config.gradient_accumulation_steps
         parts = list(starmap(slice, pairwise(batch * number // num_parts for number in range(num_parts + 1))))
@@ -199,53 +194,87 @@ class NoisePpo:
             self._policy_optimizer.zero_grad()
             step_kl, clip_fraction = [], 0.0
             for rows in parts:
-                mean, log_std = policy(batch_embeds[rows])
+                mean, log_std = policy(embeds[rows])
                 with torch.no_grad():
                     before = old_mean[rows], old_log_std[rows] if old_log_std.ndim else old_log_std
                     step_kl.append(gaussian_kl(*before, mean, log_std))
-                ppo_loss, stats = ppo_clip_loss(
+                loss, stats = ppo_clip_loss(
                     rollout.action[rows],
                     mean,
                     log_std,
                     old_log_prob[rows],
                     advantages[rows],
                     clip_range=config.clip_range,
-                    kl_coef=ppo_kl_coef,
+                    kl_coef=config.kl_coef,
                 )
                 share = (rows.stop - rows.start) / batch
                 clip_fraction = clip_fraction + share * stats.clip_fraction
-                (share * ppo_loss).backward()
+                (share * loss).backward()
             if torch.cat(step_kl).mean().item() > config.target_kl:
                 break
-            if critic is not None:
-                self._critic_loss(generator).backward()
             torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
             self._policy_optimizer.step()
+        return {**self._end_step(start, embeds, old_mean, old_log_std), "clip_fraction": float(clip_fraction)}
+
+    def _climb_critic(self, rollout: Rollout, generator: torch.Generator) -> dict[str, float]:
+        """Take steps along the critic's gradient on fresh samples of the policy; no image is made for them.
+
+            loss = -mean(critic.lower_bound) - diversity_coef * difference of two sketches + kl_coef * KL(policy, prior)
+
+        Stops when KL(old, new) on the batch's prompts passes its target.
+
+        Args:
+            generator: Generator of prompts and noise.
+        """
+        config, policy = self._config, self.policy
+        embeds = self._prompts[rollout.prompt_row].prompt_embeds.float()
         with torch.no_grad():
-            mean, log_std = _draw_back(policy, start, batch_embeds, old_mean, old_log_std, config.target_kl)
-            metrics = {
-                "kl_to_prior": gaussian_kl(mean, log_std).mean().item(),
-                "step_kl": gaussian_kl(old_mean, old_log_std, mean, log_std).mean().item(),
-                "clip_fraction": float(clip_fraction),
-            }
-            if critic is not None:
-                metrics["diversity_kept"] = _diversity_kept(mean, log_std, critic, batch_embeds, rollout, generator)
-            return metrics
+            old_mean, old_log_std = policy(embeds)
+        start = [parameter.detach().clone() for parameter in policy.parameters()]
+        for _ in range(config.num_updates):
+            self._policy_optimizer.zero_grad()
+            self._critic_loss(generator).backward()
+            torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+            self._policy_optimizer.step()
+            with torch.no_grad():
+                if gaussian_kl(old_mean, old_log_std, *policy(embeds)).mean().item() > config.target_kl:
+                    break
+        kls = self._end_step(start, embeds, old_mean, old_log_std)
+        kept = self._diversity_kept(embeds, rollout.step_index, generator)
+        metrics = {**kls, "diversity_kept": kept, "diversity_coef": self._diversity_coef}
+        # Raised while the policy keeps less variety than its target, lowered above it.
+        missing = min(max(config.diversity_target - kept, -_MAX_MISSING_VARIETY), _MAX_MISSING_VARIETY)
+        self._diversity_coef *= 1 + _DIVERSITY_COEF_RATE * missing
+        return metrics
+
+    @torch.no_grad()
+    def _end_step(
+        self, start: list[torch.Tensor], embeds: torch.Tensor, old_mean: torch.Tensor, old_log_std: torch.Tensor
+    ) -> dict[str, float]:
+        """Draw the policy back to its trust region and into its KL budget, and return both KLs."""
+        config = self._config
+        _draw_back(self.policy, start, embeds, old_mean, old_log_std, config.target_kl)
+        self.policy.contract_to(config.kl_training_budget, embeds)
+        mean, log_std = self.policy(embeds)
+        return {
+            "kl_to_prior": gaussian_kl(mean, log_std).mean().item(),
+            "step_kl": gaussian_kl(old_mean, old_log_std, mean, log_std).mean().item(),
+        }
 
     def _critic_loss(self, generator: torch.Generator) -> torch.Tensor:
         """Compute the critic's term of the policy's loss, including KL and variety, on fresh samples of the policy."""
         config, policy = self._config, self.policy
         # Two samples of each prompt, to see how far apart their pictures are.
-        count = config.critic.batch_size // 2
+        count = _NUM_FRESH // 2
         rows = torch.randint(len(self._prompts), (count,), generator=generator).repeat(2)
         step_index = torch.randint(len(config.num_inference_steps), (count,), generator=generator).repeat(2)
         fresh = self._prompts[rows].prompt_embeds.float()
         mean, log_std = policy(fresh)
         action = mean + log_std.exp() * draw_noise(mean, generator)
-        value, sketch = self._critic.lower_bound(fresh, action, step_index.to(mean.device))
+        value, sketch = self._critic_average.lower_bound(fresh, action, step_index.to(mean.device))
         distance = _distance(*sketch.chunk(2))
         gain = value.mean() / self._scale.within_share if self._scale.within_share else 0.0
-        return self._kl_coef * gaussian_kl(mean, log_std).mean() - gain - self._diversity_coef * distance.mean()
+        return config.kl_coef * gaussian_kl(mean, log_std).mean() - gain - self._diversity_coef * distance.mean()
 
     @plain_arithmetic()
     def kept_policy(self) -> NoisePolicy:
@@ -254,26 +283,29 @@ class NoisePpo:
         rows = torch.arange(min(_NUM_BUDGET_PROMPTS, len(self._prompts)))
         kept.shrink_to(self._config.kl_budget, self._prompts[rows].prompt_embeds)
         if self._critic is not None and self._config.num_candidates > 1:
-            kept.attach_critic(copy.deepcopy(self._critic), self._config.num_candidates)
+            kept.attach_critic(copy.deepcopy(self._critic_average), self._config.num_candidates)
         return kept
 
-    def _adapt_kl_coef(self, kl_to_prior: float) -> None:
-        """Raise the KL penalty while the policy is over its budget; below, let it fall back to its start."""
-        excess = min(max(kl_to_prior / self._config.kl_training_budget - 1, -1.0), 1.0)
-        self._kl_coef = max(self._kl_coef * (1 + _KL_COEF_RATE * excess), self._config.kl_coef)
-
-    def _adapt_diversity_coef(self, diversity_kept: float) -> None:
-        """Raise the worth of variety while the policy keeps less than its target; lower it above the target."""
-        missing = min(max(self._config.diversity_target - diversity_kept, -0.2), 0.2)
-        self._diversity_coef *= 1 + _DIVERSITY_COEF_RATE * missing
+    @torch.no_grad()
+    def _diversity_kept(self, embeds: torch.Tensor, step_index: torch.Tensor, generator: torch.Generator) -> float:
+        """Compute the distance of two pictures of a prompt, by their sketches, as a share of the prior's."""
+        mean, log_std = self.policy(embeds)
+        noise = [draw_noise(mean, generator) for _ in range(2)]
+        ours, prior = (
+            _distance(*(self._critic_average.sketch(embeds, action, step_index) for action in pair)).mean()
+            for pair in ([mean + log_std.exp() * draw for draw in noise], noise)
+        )
+        return (ours / prior).item()
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Return tensors and JSON values for a checkpoint, beside the weights of `policy` and `average`."""
         tensors = optimizer_tensors(self._policy_optimizer, "policy_optimizer")
         tensors |= with_prefix("reward_scale", self._scale.state())
-        progress: dict[str, Any] = {"kl_coef": self._kl_coef, "diversity_coef": self._diversity_coef}
+        progress: dict[str, Any] = {}
         if self._critic is not None:
+            progress["diversity_coef"] = self._diversity_coef
             tensors |= with_prefix("critic", self._critic.state_dict())
+            tensors |= with_prefix("critic_average", self._critic_average.state_dict())
             tensors |= optimizer_tensors(self._critic_optimizer, "critic_optimizer")
             progress["history"] = self._history.state()
         return tensors, progress
@@ -285,10 +317,11 @@ class NoisePpo:
         load_optimizer_tensors(self._policy_optimizer, tensors, "policy_optimizer")
         self._scale.load_state(without_prefix("reward_scale", tensors))
         if self._critic is not None:
+            self._diversity_coef = progress["diversity_coef"]
             self._critic.load_state_dict(without_prefix("critic", tensors))
+            self._critic_average.load_state_dict(without_prefix("critic_average", tensors))
             load_optimizer_tensors(self._critic_optimizer, tensors, "critic_optimizer")
             self._history.load_state(progress["history"], history_folder)
-        self._kl_coef, self._diversity_coef = progress["kl_coef"], progress["diversity_coef"]
 
 
 def make_config_policy(
@@ -313,22 +346,9 @@ def leave_one_out(rewards: torch.Tensor, group_size: int, spread: float) -> torc
     """
     groups = rewards.reshape(-1, group_size)
     others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
-    return _in_spreads((groups - others).reshape(-1), spread)
-
-
-def residual(rewards: torch.Tensor, predicted: torch.Tensor, spread: float) -> torch.Tensor:
-    """Compute the advantages beside a critic, `(batch,)`: reward minus the prediction, centred over the batch.
-
-    Args: as in `leave_one_out`.
-    """
-    difference = rewards - predicted
-    return _in_spreads(difference - difference.mean(), spread)
-
-
-def _in_spreads(advantages: torch.Tensor, spread: float) -> torch.Tensor:
     if not spread:
-        return torch.zeros_like(advantages)
-    return (advantages / spread).clamp(-_MAX_ADVANTAGE, _MAX_ADVANTAGE)
+        return torch.zeros_like(rewards)
+    return ((groups - others).reshape(-1) / spread).clamp(-_MAX_ADVANTAGE, _MAX_ADVANTAGE)
 
 
 def _draw_back(
@@ -338,39 +358,17 @@ def _draw_back(
     old_mean: torch.Tensor,
     old_log_std: torch.Tensor,
     target_kl: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> None:
     """Move the weights back towards `start` until KL(old, new) is at most twice its target.
 
     KL is nearly quadratic in the distance, so one or two attempts suffice.
-
-    Returns:
-        mean and log_std of the resulting policy.
     """
     for _ in range(_MAX_ATTEMPTS):
-        mean, log_std = policy(embeds)
-        step_kl = gaussian_kl(old_mean, old_log_std, mean, log_std).mean().item()
+        step_kl = gaussian_kl(old_mean, old_log_std, *policy(embeds)).mean().item()
         if not step_kl > 2 * target_kl:
-            return mean, log_std
+            return
         for parameter, old in zip(policy.parameters(), start, strict=True):
             parameter.copy_(old.lerp(parameter, math.sqrt(target_kl / step_kl)))
-    return policy(embeds)
-
-
-def _diversity_kept(
-    mean: torch.Tensor,
-    log_std: torch.Tensor,
-    critic: RewardCritic,
-    embeds: torch.Tensor,
-    rollout: Rollout,
-    generator: torch.Generator,
-) -> float:
-    """Compute the distance of two pictures of a prompt, by their sketches, as a share of the prior's."""
-    noise = [draw_noise(mean, generator) for _ in range(2)]
-    pairs = ([mean + log_std.exp() * draw for draw in noise], noise)
-    ours, prior = (
-        _distance(*(critic.sketch(embeds, action, rollout.step_index) for action in pair)).mean() for pair in pairs
-    )
-    return (ours / prior).item()
 
 
 def _distance(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

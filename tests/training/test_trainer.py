@@ -57,9 +57,7 @@ def test_resumed_run_is_bit_identical(make_trainer, resume_trainer, blob, tmp_pa
     assert resumed._folder.read_metrics() == all_metrics
 
 
-@pytest.mark.parametrize(
-    "settings", [{"algorithm": "critic"}, {"algorithm": "ppo", "std": "one"}, {"algorithm": "ppo", "policy": "dense"}]
-)
+@pytest.mark.parametrize("settings", [{}, {"std": "one"}, {"policy": "dense"}])
 def test_gradient_accumulation_takes_the_same_steps(make_trainer, tmp_path, settings, monkeypatch):
     """In parts of 10, 11 and 11 of the 32 rows."""
     sizes = set()
@@ -68,10 +66,12 @@ def test_gradient_accumulation_takes_the_same_steps(make_trainer, tmp_path, sett
         sizes.add(len(latents))
         return ppo_clip_loss(latents, *arguments, **options)
 
-    whole = make_trainer(tmp_path / "whole", num_iterations=4, **settings)
+    whole = make_trainer(tmp_path / "whole", algorithm="ppo", num_iterations=4, **settings)
     list(whole)
     monkeypatch.setattr("noisepolicy.training.noise_ppo.ppo_clip_loss", watched)
-    parts = make_trainer(tmp_path / "parts", num_iterations=4, gradient_accumulation_steps=3, **settings)
+    parts = make_trainer(
+        tmp_path / "parts", algorithm="ppo", num_iterations=4, gradient_accumulation_steps=3, **settings
+    )
     list(parts)
     assert sizes == {11, 10}
     for expected, ours in zip(whole._folder.read_metrics(), parts._folder.read_metrics(), strict=True):
@@ -90,11 +90,25 @@ def test_seeds_differ_and_repeat(make_trainer, tmp_path):
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-def test_budget_holds_the_kl(make_trainer, tmp_path):
-    settings = {"num_iterations": 36, "kl_coef": 0.1}
-    loose = list(make_trainer(tmp_path / "loose", kl_training_budget=50.0, **settings))[-1]["kl_to_prior"]
-    tight = list(make_trainer(tmp_path / "tight", kl_training_budget=1.0, **settings))[-1]["kl_to_prior"]
-    assert tight < 2.0 < loose
+@pytest.mark.parametrize("settings", [{}, {"policy": "dense"}, {"std": "learned"}, {"algorithm": "ppo"}])
+def test_training_stays_within_its_kl_budget(make_trainer, tmp_path, settings):
+    settings |= {"num_iterations": 12, "learning_rate": 1e-2, "target_kl": 10.0}
+    free = list(make_trainer(tmp_path / "free", kl_training_budget=50.0, **settings))
+    held = list(make_trainer(tmp_path / "held", kl_training_budget=0.2, **settings))
+    assert free[-1]["kl_to_prior"] > 0.4
+    assert 0.18 < held[-1]["kl_to_prior"] <= 0.2 + 1e-4, "at the budget's edge, not below it"
+
+
+def test_the_critics_learning_rate_ends_low_also_in_a_run_made_longer(make_trainer, resume_trainer, tmp_path):
+    def rate(run):
+        return run._learner._critic_optimizer.param_groups[0]["lr"]
+
+    run = make_trainer(tmp_path, num_iterations=4)
+    rates = [rate(run) for _ in run]
+    assert rates[0] == rates[1] == rates[2] > 4 * rates[3] / 3.5 > 0
+    longer = resume_trainer(tmp_path, num_iterations=40)
+    assert max(rate(longer) for _ in longer) == rates[0]
+    assert rate(longer) < rates[0] / 10
 
 
 def test_diversity_is_held_to_its_target(make_trainer, tmp_path):
@@ -135,7 +149,7 @@ def test_first_ratio_is_one(make_trainer, tmp_path, monkeypatch):
         return loss, stats
 
     monkeypatch.setattr("noisepolicy.training.noise_ppo.ppo_clip_loss", watched)
-    trainer = make_trainer(tmp_path, num_iterations=4, num_updates=3, target_kl=1e9)
+    trainer = make_trainer(tmp_path, algorithm="ppo", num_iterations=4, num_updates=3, target_kl=1e9)
     for _ in trainer:
         if ratios:
             assert (ratios[0] - 1).abs().max() <= 1e-6
@@ -145,7 +159,7 @@ def test_first_ratio_is_one(make_trainer, tmp_path, monkeypatch):
 
 def test_an_action_of_another_policy_is_noticed(make_trainer, tmp_path):
     """Plants the bug: the rollout was made by other weights than the update starts from."""
-    trainer = make_trainer(tmp_path)
+    trainer = make_trainer(tmp_path, algorithm="ppo")
     rollout = trainer.roll_out(0)
     mean, log_std = trainer._learner.policy(trainer._prompts[rollout.prompt_row].prompt_embeds)
     assert torch.allclose(rollout.log_prob, gaussian_log_prob(rollout.action, mean, log_std), atol=1e-3)
