@@ -132,6 +132,7 @@ class NoisePolicy(Float32Module):
         seed: int,
         offset: int = 0,
         num_inference_steps: int = 1,
+        num_candidates: int | None = None,
         latent_shape: tuple[int, ...] | None = None,
     ) -> torch.Tensor:
         """Return latents to start from, float32 `(batch, *latent_shape)`: a sample, or the critic's choice of several.
@@ -141,6 +142,7 @@ class NoisePolicy(Float32Module):
         Args:
             num_inference_steps: Number of denoising steps that the model will take. The critic uses the nearest number
                 that it was trained at.
+            num_candidates: Number of starts to choose among. Default: the policy's own.
         """
         if self.critic is None:
             return self.sample(prompt_embeds, seed=seed, offset=offset, latent_shape=latent_shape).latents
@@ -151,7 +153,8 @@ class NoisePolicy(Float32Module):
         )
         latents = best = None
         # The critic reads several candidates at once, where a batch is too small to be worth a call.
-        for numbers in torch.arange(self.num_candidates).split(max(1, _CRITIC_ROWS // max(1, len(prompt_embeds)))):
+        at_once = max(1, _CRITIC_ROWS // max(1, len(prompt_embeds)))
+        for numbers in torch.arange(num_candidates or self.num_candidates).split(at_once):
             samples = [
                 self.sample(
                     prompt_embeds,
@@ -183,6 +186,7 @@ class NoisePolicy(Float32Module):
         seed: int,
         index: int | Sequence[int] | None = None,
         num_inference_steps: int = 1,
+        num_candidates: int | None = None,
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
@@ -201,6 +205,8 @@ class NoisePolicy(Float32Module):
             seed: Seed of the noise, in [0, 2**64).
             index: Index of each prompt's noise: an int for one prompt, else one for each. Default: 0, 1, 2, ...
             num_inference_steps: Number of denoising steps that the model will take; see `choose`.
+            num_candidates: Number of starts that the critic chooses among: more follow the prompt better and differ
+                less. 1 takes every draw as it comes. Default: as in training.
             height, width, num_frames, max_sequence_length: As given to the pipeline. Default: the pipeline's own.
 
         Returns:
@@ -212,6 +218,10 @@ class NoisePolicy(Float32Module):
         """
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be 1 or more, got {num_inference_steps}")
+        if num_candidates is not None and not 1 <= num_candidates <= MAX_CANDIDATES:
+            raise ValueError(f"num_candidates must be from 1 to {MAX_CANDIDATES}, got {num_candidates}")
+        if num_candidates is not None and num_candidates > 1 and self.critic is None:
+            raise ValueError(f"this policy has no critic to choose among {num_candidates} candidates")
         rows, shape, pack = self._encode(
             pipeline_or_embeds,
             prompts,
@@ -233,6 +243,7 @@ class NoisePolicy(Float32Module):
                 seed=seed,
                 offset=first_counter(number, shape, _CANDIDATE_STRIDE),
                 num_inference_steps=num_inference_steps,
+                num_candidates=num_candidates,
                 latent_shape=shape,
             )
             for row, number in zip(rows, indices, strict=True)
@@ -297,7 +308,7 @@ class NoisePolicy(Float32Module):
             pipeline, prompt: A model and one prompt or several, as in `latents`.
             generator: Generator of the seed. Default: torch's own.
             num_images_per_prompt: Number of rows for each prompt, next to each other.
-            options: `num_inference_steps` and sizes, as in `latents`.
+            options: `num_inference_steps`, `num_candidates` and sizes, as in `latents`.
 
         Raises:
             ValueError: as `latents`.

@@ -6,7 +6,7 @@ from diffusers import StableDiffusionPipeline
 
 from noisepolicy.frozen import FrozenDiffusersPipeline, PromptEmbeds
 from noisepolicy.frozen.families import encode_prompts
-from noisepolicy.ops import num_counters
+from noisepolicy.ops import dct_basis, num_counters
 from noisepolicy.policies import NoisePolicy, SpectralPolicy
 from noisepolicy.policies.critic import CriticShape, RewardCritic
 from noisepolicy.prior import noise
@@ -40,6 +40,23 @@ def test_each_picture_of_a_batch_can_be_made_alone(pipeline, policy):
     assert torch.equal(policy.latents(pipeline, PROMPTS[3:1:-1], seed=7, index=[3, 2]), batch[[3, 2]])
     assert torch.equal(policy.latents(pipeline, [Prompt(PROMPTS[0], {"id": 1})], seed=7), batch[:1])
     assert not torch.equal(policy.latents(pipeline, PROMPTS, seed=8), batch)
+
+
+def test_how_many_candidates_is_chosen_when_they_are_drawn(pipeline, policy):
+    batch = policy.latents(pipeline, PROMPTS, seed=7)
+    assert torch.equal(policy.latents(pipeline, PROMPTS, seed=7, num_candidates=8), batch)
+    more = policy.latents(pipeline, PROMPTS, seed=7, num_candidates=64)
+    embeds, basis = encode_prompts(pipeline, PROMPTS).prompt_embeds, dct_basis(8, 8, batch.device)
+    step_index = torch.zeros(5, dtype=torch.int64)
+    eight, many = (policy.critic.lower_bound(embeds, basis @ x @ basis.T, step_index)[0] for x in (batch, more))
+    assert (many >= eight - 1e-6).all() and (many > eight + 1e-6).any()
+    plain = policy.latents(pipeline, PROMPTS, seed=7, num_candidates=1)
+    policy.critic = None
+    assert torch.equal(policy.latents(pipeline, PROMPTS, seed=7), plain)
+    with pytest.raises(ValueError, match="no critic to choose among 8 candidates"):
+        policy.latents(pipeline, PROMPTS, seed=7, num_candidates=8)
+    with pytest.raises(ValueError, match="num_candidates must be from 1 to 65536, got 0"):
+        policy.latents(pipeline, PROMPTS, seed=7, num_candidates=0)
 
 
 def test_a_prompt_that_comes_again_gets_noise_of_its_own(pipeline, policy):
