@@ -73,7 +73,6 @@ def test_a_checkpoint_of_any_content_is_read_or_skipped(tmp_path):
     outcomes = set()
     for name in (
         "iteration",
-        "kl_coef",
         "diversity_coef",
         "train_seconds",
         "seconds",

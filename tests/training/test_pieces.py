@@ -13,7 +13,7 @@ from noisepolicy.cli.arguments import parse_arguments
 from noisepolicy.storage import read_tensors, write_bytes, write_tensors
 from noisepolicy.training.checkpoint import save_checkpoint, whole_checkpoints
 from noisepolicy.training.config import DEFAULT_EVAL_STEPS, TrainConfig, load_config
-from noisepolicy.training.noise_ppo import leave_one_out, residual
+from noisepolicy.training.noise_ppo import leave_one_out
 from noisepolicy.training.rollout import stream_generator, stream_seed
 from noisepolicy.training.run_folder import RunFolder
 from noisepolicy.training.task import Given
@@ -24,12 +24,6 @@ def test_leave_one_out_compares_within_a_prompt():
     assert advantages.tolist() == [-1, 1, 0, 0]
     assert leave_one_out(torch.tensor([0.0, 1e6]), group_size=2, spread=1.0).tolist() == [-5, 5]
     assert leave_one_out(torch.tensor([1.0, 3.0]), group_size=2, spread=0.0).tolist() == [0, 0]
-
-
-def test_residual_removes_what_was_foreseen():
-    rewards = torch.tensor([0.1, 0.5, 0.9])
-    assert residual(rewards, rewards - 0.3, spread=0.2).abs().max() < 1e-6
-    torch.testing.assert_close(residual(rewards, torch.zeros(3), spread=0.2), torch.tensor([-2.0, 0.0, 2.0]))
 
 
 def test_config_round_trip(tmp_path):
@@ -85,7 +79,9 @@ def test_bad_config_files(tmp_path, text, message):
         ({"seed": -1}, "--seed must not be negative"),
         ({"timeout": 1e8}, r"--timeout must be in \(0, 10,000,000\], got 100000000.0"),
         ({"gradient_accumulation_steps": 97}, "97 is more than the 96 images"),
-        ({"algorithm": "find", "gradient_accumulation_steps": 2}, "is not for FIND"),
+        ({"algorithm": "find", "gradient_accumulation_steps": 2}, "is for --algorithm ppo, .* not for find"),
+        ({"gradient_accumulation_steps": 2}, "is for --algorithm ppo, .* not for critic"),
+        ({"clip_range": 0.2}, "has no ratio"),
     ],
 )
 def test_settings_that_cannot_work(change, message):
