@@ -5,7 +5,7 @@ from pathlib import Path
 
 import noisepolicy
 
-MAX_FILES = 14
+MAX_FILES = 15
 PACKAGE = Path(noisepolicy.__file__).parent
 
 
@@ -20,4 +20,4 @@ def test_one_iteration_enters_few_files(make_trainer, tmp_path):
         sys.setprofile(None)
     iterations.close()
     files = sorted(str(path.relative_to(PACKAGE)) for path in map(Path, entered) if path.is_relative_to(PACKAGE))
-    assert 10 < len(files) <= MAX_FILES, files
+    assert 10 < len(files) <= MAX_FILES, " ".join(files)
