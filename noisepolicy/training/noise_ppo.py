@@ -81,7 +81,9 @@ class NoisePpo:
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed(config.seed, "critic weights"))
-            self._critic = RewardCritic(self.critic_shape, size=config.critic.size).to(device)
+            # A clip's convolutions go over three axes; with fewer channels they take no longer than a picture's.
+            channels = 48 if len(self.policy.action_shape) == 4 else 64
+            self._critic = RewardCritic(self.critic_shape, size=config.critic.size, channels=channels).to(device)
         # The critic that is asked; the other one is taught. An average foresees more than any of its members.
         self._critic_average = copy.deepcopy(self._critic).eval().requires_grad_(False)
         self._critic_optimizer = torch.optim.AdamW(
