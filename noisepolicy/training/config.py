@@ -49,7 +49,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "average_decay": 0.95,
         "num_updates": 8,
         "target_kl": 1.0,
-        "kl_budget": 18.0,
+        "kl_budget": 12.0,
         "kl_training_budget": 30.0,
         "kl_coef": 4e-3,
     },
@@ -156,7 +156,8 @@ class TrainConfig:
     is denoised."""
     kl_budget: Annotated[float | None, POSITIVE_OR_INFINITE] = None
     """Largest KL of the finished policy from N(0, I), in nats, on average over prompts and before the critic chooses.
-    More nats buy more reward for less variety and less use at other step counts."""
+    More nats buy more reward for less variety and less use at other step counts. A finished run can be resumed with
+    another budget: nothing is trained anew."""
     init_policy: Path | None = None
     """Run or policy folder that FIND starts from. FIND then uses that policy's action, standard deviation and
     critic."""

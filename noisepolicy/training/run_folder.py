@@ -36,10 +36,12 @@ MAY_CHANGE_ON_RESUME = {
     *("device", "engine", "cuda_graph", "cpu_offload", "vae_slicing", "overlap"),
     *("rollout_batch_size", "gradient_accumulation_steps"),
     *("eval_steps", "eval_num_prompts", "eval_group_size", "eval_rewards", "eval_prompts"),
+    *("kl_budget", "num_candidates"),
     *("model", "prompts"),
 }
-"""Settings that may differ when a run is resumed; the run keeps the new values. They affect rounding, the run's length
-and its evaluation, or are places of the model and the prompts, whose hashes are checked."""
+"""Settings that may differ when a run is resumed; the run keeps the new values. They affect rounding, the run's length,
+its evaluation and what is made of its weights at the end, or are places of the model and the prompts, whose hashes are
+checked."""
 
 
 class RunFolder:

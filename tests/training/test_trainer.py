@@ -5,7 +5,8 @@ import shutil
 import pytest
 import torch
 
-from noisepolicy.ops import gaussian_log_prob, ppo_clip_loss
+import noisepolicy
+from noisepolicy.ops import gaussian_kl, gaussian_log_prob, ppo_clip_loss
 
 from ..sampling import everyday
 
@@ -109,6 +110,20 @@ def test_the_critics_learning_rate_ends_low_also_in_a_run_made_longer(make_train
     longer = resume_trainer(tmp_path, num_iterations=40)
     assert max(rate(longer) for _ in longer) == rates[0]
     assert rate(longer) < rates[0] / 10
+
+
+def test_a_finished_run_can_be_given_another_budget(make_trainer, resume_trainer, tmp_path):
+    """The weights stay; the policy that is kept is scaled anew, and written to the folder."""
+    run = make_trainer(tmp_path, num_iterations=12, learning_rate=1e-2, kl_budget=0.4)
+    list(run)
+    run.finish()
+    resumed = resume_trainer(tmp_path, kl_budget=0.1, num_candidates=3)
+    resumed.finish()
+    kept = noisepolicy.load(tmp_path / "policy")
+    embeds = resumed._task.frozen.encode(resumed._task.train_prompts).prompt_embeds
+    assert 0.09 < gaussian_kl(*kept(embeds)).mean() < 0.11 < gaussian_kl(*run.policy(embeds)).mean()
+    assert (kept.num_candidates, run.policy.num_candidates) == (3, 64)
+    assert torch.equal(kept.mean.weight, run.policy.mean.weight)
 
 
 def test_diversity_is_held_to_its_target(make_trainer, tmp_path):
