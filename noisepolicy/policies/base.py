@@ -38,7 +38,9 @@ class PolicySample(NamedTuple):
 
 
 class NoisePolicy(Float32Module):
-    """Base class of the policies. A subclass sets `kind`, `action_shape`, `forward` and `sample`.
+    """Base class of the policies.
+
+    A subclass sets `kind`, `action_shape`, `forward` and `draw`, and `output_layers` if it is a network.
 
     A policy computes in float32, also under `torch.autocast`: its latents depend on the seed and the prompt alone.
 
@@ -104,6 +106,8 @@ class NoisePolicy(Float32Module):
         """Map `(batch, tokens, width)` to the action's `mean (batch, *action_shape)` and a broadcastable `log_std`."""
         raise NotImplementedError
 
+    @torch.no_grad()
+    @without_autocast
     def sample(
         self, prompt_embeds: torch.Tensor, *, seed: int, offset: int = 0, latent_shape: tuple[int, ...] | None = None
     ) -> PolicySample:
@@ -117,6 +121,12 @@ class NoisePolicy(Float32Module):
         Raises:
             ValueError: if this kind of policy cannot make latents of that shape.
         """
+        return self.draw(*self(prompt_embeds), seed=seed, offset=offset, latent_shape=latent_shape or self.latent_shape)
+
+    def draw(
+        self, mean: torch.Tensor, log_std: torch.Tensor, *, seed: int, offset: int, latent_shape: tuple[int, ...]
+    ) -> PolicySample:
+        """Draw as `sample` does, from the mean and log-std that `forward` has returned."""
         raise NotImplementedError
 
     def attach_critic(self, critic: RewardCritic, num_candidates: int) -> None:
@@ -151,16 +161,18 @@ class NoisePolicy(Float32Module):
             self.critic.shape.nearest_step_index(num_inference_steps),
             device=prompt_embeds.device,
         )
+        mean, log_std = self(prompt_embeds)
         latents = best = None
         # The critic reads several candidates at once, where a batch is too small to be worth a call.
         at_once = max(1, _CRITIC_ROWS // max(1, len(prompt_embeds)))
         for numbers in torch.arange(num_candidates or self.num_candidates).split(at_once):
             samples = [
-                self.sample(
-                    prompt_embeds,
+                self.draw(
+                    mean,
+                    log_std,
                     seed=seed,
                     offset=(offset + number * _CANDIDATE_STRIDE) % 2**64,
-                    latent_shape=latent_shape,
+                    latent_shape=latent_shape or self.latent_shape,
                 )
                 for number in numbers.tolist()
             ]
@@ -236,7 +248,7 @@ class NoisePolicy(Float32Module):
         with torch.inference_mode(False):  # or the weights could not be trained any more once they have moved
             self.to(rows[0].device)
         # One row at a time: in a batch the networks round differently, and a choice between two starts of nearly equal
-        # value could go the other way. It costs some milliseconds a picture, which takes a model hundreds.
+        # value could go the other way. It costs some tens of milliseconds a picture.
         starts = [
             self.choose(
                 row,

@@ -81,16 +81,13 @@ class DensePolicy(NoisePolicy):
     def output_layers(self) -> list[nn.Module]:
         return [self.out]
 
-    @torch.no_grad()
-    @without_autocast
-    def sample(
-        self, prompt_embeds: torch.Tensor, *, seed: int, offset: int = 0, latent_shape: tuple[int, ...] | None = None
+    def draw(
+        self, mean: torch.Tensor, log_std: torch.Tensor, *, seed: int, offset: int, latent_shape: tuple[int, ...]
     ) -> PolicySample:
-        if latent_shape is not None and tuple(latent_shape) != self.latent_shape:
+        if tuple(latent_shape) != self.latent_shape:
             raise ValueError(
                 f"this dense policy makes latents of shape {self.latent_shape}, not {tuple(latent_shape)}; "
                 "only a spectral one can be used at another size"
             )
-        mean, log_std = self(prompt_embeds)
         latents, log_prob = gaussian_sample(mean.contiguous(), log_std, seed=seed, offset=offset)
         return PolicySample(latents, latents, log_prob)

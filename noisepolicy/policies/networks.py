@@ -113,9 +113,9 @@ def power_preserving(shift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.no_grad()
-def averaged(average: nn.Module, policy: nn.Module, decay: float, number: int) -> None:
-    """Move the average towards the policy's weights after iteration `number`."""
-    # Faster at the start, where the weights of ten iterations ago are of no use yet.
+def averaged(average: nn.Module, network: nn.Module, decay: float, number: int) -> None:
+    """Move the average towards the network's weights after step `number`, from 0."""
+    # Faster at the start, where the weights of ten steps ago are of no use yet.
     decay = min(decay, (1 + number) / (10 + number))
-    for mean, current in zip(average.parameters(), policy.parameters(), strict=True):
+    for mean, current in zip(average.parameters(), network.parameters(), strict=True):
         mean.lerp_(current, 1 - decay)

@@ -67,15 +67,11 @@ class SpectralPolicy(NoisePolicy):
     def output_layers(self) -> list[nn.Module]:
         return [self.mean] if self.log_std is None else [self.mean, self.log_std]
 
-    @torch.no_grad()
-    @without_autocast
-    def sample(
-        self, prompt_embeds: torch.Tensor, *, seed: int, offset: int = 0, latent_shape: tuple[int, ...] | None = None
+    def draw(
+        self, mean: torch.Tensor, log_std: torch.Tensor, *, seed: int, offset: int, latent_shape: tuple[int, ...]
     ) -> PolicySample:
         """Draw one action for each row; see the base class. Latents of any size get the same coefficients."""
-        mean, log_std = self(prompt_embeds)
-        shape = latent_shape or self.latent_shape
-        return PolicySample(*spectral_sample(mean, log_std, latent_shape=shape, seed=seed, offset=offset))
+        return PolicySample(*spectral_sample(mean, log_std, latent_shape=latent_shape, seed=seed, offset=offset))
 
 
 def _zero_linear(in_features: int, out_features: int) -> nn.Linear:

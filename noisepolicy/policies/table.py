@@ -107,13 +107,10 @@ class TablePolicy(NoisePolicy):
     def forward(self, prompt_embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.distribution(self.row_of(prompt_embeds))
 
-    @torch.no_grad()
-    @without_autocast
-    def sample(
-        self, prompt_embeds: torch.Tensor, *, seed: int, offset: int = 0, latent_shape: tuple[int, ...] | None = None
+    def draw(
+        self, mean: torch.Tensor, log_std: torch.Tensor, *, seed: int, offset: int, latent_shape: tuple[int, ...]
     ) -> PolicySample:
-        mean, log_std = self(prompt_embeds)
-        shape = tuple(latent_shape or self.latent_shape)
+        shape = tuple(latent_shape)
         if self.config["bands"] is not None:
             return PolicySample(*spectral_sample(mean, log_std, latent_shape=shape, seed=seed, offset=offset))
         if shape != self.latent_shape:

@@ -11,6 +11,7 @@ import yaml
 
 from noisepolicy.frozen.config import ModelConfig
 from noisepolicy.named_objects import with_absolute_folder
+from noisepolicy.policies.loading import MAX_CANDIDATES
 from noisepolicy.rewards.registry import with_absolute_paths
 from noisepolicy.settings import (
     COUNT,
@@ -61,7 +62,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "batch_size": 96,
         "group_size": 8,
         "learning_rate": 2e-3,
-        "average_decay": 0.97,
+        "average_decay": 0.95,
         "num_updates": 8,
         "clip_range": 1.0,
         "target_kl": 0.3,
@@ -151,9 +152,9 @@ class TrainConfig:
     std: Literal["power", "one", "learned"] | None = None
     """Standard deviation of the policy: 'power' makes room for the mean, so the noise is as loud as the prior's; 'one'
     is constant; 'learned' is learned."""
-    num_candidates: Annotated[int, COUNT] = 64
+    num_candidates: Annotated[int, Bounds(at_least=1, at_most=MAX_CANDIDATES)] = 64
     """Starts that the finished policy draws for an image if it has a critic, which chooses one of them. Only that one
-    is denoised."""
+    is denoised. 1 leaves the critic out of the policy."""
     kl_budget: Annotated[float | None, POSITIVE_OR_INFINITE] = None
     """Largest KL of the finished policy from N(0, I), in nats, on average over prompts and before the critic chooses.
     More nats buy more reward for less variety and less use at other step counts. A finished run can be resumed with
@@ -244,6 +245,8 @@ class TrainConfig:
             num_prompts: training prompts; FIND's batch is a group of each.
         """
         values = {name: value for name, value in RECIPES[self.algorithm].items() if getattr(self, name) is None}
+        if "kl_budget" in values and self.kl_training_budget is not None and self.algorithm != "find":
+            values["kl_budget"] = min(values["kl_budget"], self.kl_training_budget)
         values["reward"] = self.reward or self.model.name
         values["dtype"] = self.model.dtype or "float32"
         resolved = self.replace(**values)
@@ -297,9 +300,11 @@ class TrainConfig:
                 "--gradient-accumulation-steps is for --algorithm ppo, whose gradient is summed over a batch, not for "
                 + self.algorithm
             )
-        if self.clip_range is not None and self.algorithm == "critic":
+        ceiling = self.kl_training_budget or recipe["kl_training_budget"]
+        if self.kl_budget is not None and self.kl_budget > ceiling and self.algorithm != "find":
             raise ValueError(
-                "--clip-range is for --algorithm ppo and find; the policy of a critic has no ratio to clip"
+                f"--kl-budget {self.kl_budget:g} is more than the policy comes to in training: give "
+                f"--kl-training-budget, which is {ceiling:g}, a value at least as large"
             )
         if self.evaluation.prompts and self.algorithm == "find":
             raise ValueError("FIND is measured on the prompts it was made for; it takes no --eval-prompts")

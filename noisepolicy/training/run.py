@@ -42,7 +42,15 @@ from noisepolicy.training.checkpoint import (
     with_prefix,
     without_prefix,
 )
-from noisepolicy.training.config import FROM_PYTHON, EvalConfig, ModelConfig, TrainConfig, load_preset, preset_names
+from noisepolicy.training.config import (
+    FROM_PYTHON,
+    EvalConfig,
+    ModelConfig,
+    TrainConfig,
+    load_config,
+    load_preset,
+    preset_names,
+)
 from noisepolicy.training.devices import for_device, make_accelerator, make_run_accelerator, with_mixed_precision
 from noisepolicy.training.find import Find
 from noisepolicy.training.launch import num_ranks
@@ -53,7 +61,7 @@ from noisepolicy.training.prompt_list import PromptList
 from noisepolicy.training.prompt_records import identity
 from noisepolicy.training.rollout import PHASES, PhaseClock, Rollout, RolloutMaker, stream_seed
 from noisepolicy.training.rows import PromptStore
-from noisepolicy.training.run_folder import MAY_CHANGE_ON_RESUME, RunFolder, check_free
+from noisepolicy.training.run_folder import MAY_CHANGE_ON_RESUME, OF_THE_RESULT, RunFolder, check_free
 from noisepolicy.training.signals import Signals
 from noisepolicy.training.task import Given, Task, as_reward, dtype_of, find_object, load_model, load_task, reward_name
 from noisepolicy.training.trust import refuse_outside_code
@@ -253,8 +261,11 @@ class Run:
             self.go_back()
             if processes.is_main:
                 resumed.keep_prompts(from_caller)
-            if processes.is_main and self.iteration < config.num_iterations:
-                self._folder.summary.unlink(missing_ok=True)  # the policy will be another than the one it is about
+                before = load_config(resumed.config)
+                is_other = any(getattr(before, name) != getattr(config, name) for name in OF_THE_RESULT)
+                if is_other or self.iteration < config.num_iterations:
+                    resumed.summary.unlink(missing_ok=True)  # the policy is another than the one it is about
+                config.save(resumed.config)
         if config.model.drop_text_encoders:
             self.encode_prompts(config.num_iterations)
             task.frozen.drop_text_encoders()
@@ -911,7 +922,7 @@ def resume(
     eval_rewards: Sequence[str | Reward | Callable[..., Any]] | None = None,
     **settings: Any,
 ) -> Run:
-    """Resume a run from its newest checkpoint. It goes on exactly as if it had not stopped.
+    """Resume a run from its newest checkpoint. With the same settings it goes on exactly as if it had not stopped.
 
     Args:
         folder: The run folder.

@@ -31,17 +31,19 @@ _PLOTTED = ("iteration", "images", "reward", "kl_to_prior")
 _PROMPTS = ("prompts", "eval_prompts")
 """Settings whose prompts may be given from Python; the folder keeps them in files of these names."""
 _PROMPT_FIELD = "noisepolicy:prompt"  # no other field of a record has this name
+OF_THE_RESULT = ("kl_budget", "num_candidates")
+"""Settings of what is made of a run's weights at its end."""
 MAY_CHANGE_ON_RESUME = {
     *("num_iterations", "checkpoint_every", "sample_every", "tensorboard", "timeout", "license"),
     *("device", "engine", "cuda_graph", "cpu_offload", "vae_slicing", "overlap"),
     *("rollout_batch_size", "gradient_accumulation_steps"),
     *("eval_steps", "eval_num_prompts", "eval_group_size", "eval_rewards", "eval_prompts"),
-    *("kl_budget", "num_candidates"),
+    *OF_THE_RESULT,
     *("model", "prompts"),
 }
-"""Settings that may differ when a run is resumed; the run keeps the new values. They affect rounding, the run's length,
-its evaluation and what is made of its weights at the end, or are places of the model and the prompts, whose hashes are
-checked."""
+"""Settings that may differ when a run is resumed; the run keeps the new values. They affect rounding, the run's length
+(and with it when the critic's learning rate falls), its evaluation and its result, or are places of the model and the
+prompts, whose hashes are checked."""
 
 
 class RunFolder:

@@ -81,7 +81,8 @@ def test_bad_config_files(tmp_path, text, message):
         ({"gradient_accumulation_steps": 97}, "97 is more than the 96 images"),
         ({"algorithm": "find", "gradient_accumulation_steps": 2}, "is for --algorithm ppo, .* not for find"),
         ({"gradient_accumulation_steps": 2}, "is for --algorithm ppo, .* not for critic"),
-        ({"clip_range": 0.2}, "has no ratio"),
+        ({"kl_budget": 45.0}, "--kl-budget 45 is more than .* --kl-training-budget, which is 30"),
+        ({"num_candidates": 65_537}, r"must be in \[1, 65,536\]"),
     ],
 )
 def test_settings_that_cannot_work(change, message):

@@ -118,7 +118,10 @@ def test_a_finished_run_can_be_given_another_budget(make_trainer, resume_trainer
     list(run)
     run.finish()
     resumed = resume_trainer(tmp_path, kl_budget=0.1, num_candidates=3)
+    assert not (tmp_path / "summary.json").exists(), "it was about another policy"
     resumed.finish()
+    again = resume_trainer(tmp_path)
+    assert again.config.kl_budget == 0.1, "a run keeps what it is given"
     kept = noisepolicy.load(tmp_path / "policy")
     embeds = resumed._task.frozen.encode(resumed._task.train_prompts).prompt_embeds
     assert 0.09 < gaussian_kl(*kept(embeds)).mean() < 0.11 < gaussian_kl(*run.policy(embeds)).mean()
