@@ -301,7 +301,7 @@ class TrainConfig:
                 + self.algorithm
             )
         ceiling = self.kl_training_budget or recipe["kl_training_budget"]
-        if self.kl_budget is not None and self.kl_budget > ceiling and self.algorithm != "find":
+        if self.kl_budget is not None and ceiling < self.kl_budget < math.inf and self.algorithm != "find":
             raise ValueError(
                 f"--kl-budget {self.kl_budget:g} is more than the policy comes to in training: give "
                 f"--kl-training-budget, which is {ceiling:g}, a value at least as large"

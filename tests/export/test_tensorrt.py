@@ -322,6 +322,7 @@ def test_what_is_not_installed_says_how(monkeypatch):
 
 _KILLED = """
 import os, signal, sys
+from noisepolicy.export import to_tensorrt
 setattr(to_tensorrt, sys.argv[3], lambda *_: os.kill(os.getpid(), signal.SIGKILL))
 to_tensorrt.build_engine(sys.argv[1], sys.argv[2], flavor="tensorrt-rtx", shapes={"sample": ((1, 4), (2, 4), (4, 4))})
 """

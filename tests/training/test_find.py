@@ -76,7 +76,7 @@ def test_a_batch_of_some_prompts_goes_round(make_trainer, tmp_path):
 
 def test_it_starts_from_a_policy_and_follows_its_critic(make_trainer, resume_trainer, tmp_path):
     """The run keeps what it started from; and with no sample in use, the critic alone improves the policy."""
-    list(make_trainer(tmp_path / "amortised", num_iterations=40, num_updates=8))
+    list(make_trainer(tmp_path / "amortised", num_iterations=40, critic_updates=20, kl_budget=0.2))
     start = NoisePolicy.from_pretrained(tmp_path / "amortised" / "policy")
     settings = FIND | {"init_policy": tmp_path / "amortised", "max_log_ratio": 1e-12, "num_updates": 3}
     trainer = make_trainer(tmp_path / "find", **settings)

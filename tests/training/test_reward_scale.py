@@ -51,8 +51,8 @@ def test_a_float32_reward_far_from_zero_is_learned_from_as_well(make_trainer, bl
 
 
 def test_a_resumed_run_has_the_scale_it_had(make_trainer, resume_trainer, tmp_path):
-    whole = list(make_trainer(tmp_path / "whole", num_iterations=10))
-    first = make_trainer(tmp_path / "halves", num_iterations=5)
+    whole = list(make_trainer(tmp_path / "whole", algorithm="ppo", num_iterations=10))
+    first = make_trainer(tmp_path / "halves", algorithm="ppo", num_iterations=5)
     list(first)
     second = resume_trainer(tmp_path / "halves", num_iterations=10)
     assert second._learner._scale.spread == first._learner._scale.spread
