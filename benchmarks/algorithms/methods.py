@@ -1,5 +1,6 @@
 """The methods that `noisepolicy-bench algorithms` compares, and the size of its measurements."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -52,7 +53,7 @@ ABLATIONS = (
     Method("recipe", "the default recipe", "policy", 12_000),
     Method("no_choice", "every draw as it comes", "policy", 12_000, {"num_candidates": 1}),
     Method("no_price", "no price on variety", "policy", 12_000, {"diversity_coef": 0.0}),
-    Method("no_budget", "not scaled back to a KL budget", "policy", 12_000, {"kl_budget": 1000.0}),
+    Method("no_budget", "not scaled back to a KL budget", "policy", 12_000, {"kl_budget": math.inf}),
     Method("no_average", "the last weights, not their average", "policy", 12_000, {"average_decay": 0.0}),
     Method("std_one", "std 1: noise louder than noise", "policy", 12_000, {"std": "one"}),
     Method("std_learned", "std learned", "policy", 12_000, {"std": "learned"}),

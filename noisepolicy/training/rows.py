@@ -117,12 +117,13 @@ class RowFile:
         if self.folder is not None:
             self._open()
 
-    def copy_from(self, other: "RowFile") -> None:
-        """Replace the rows by those of another file."""
+    def take_over(self, other: "RowFile") -> None:
+        """Replace the rows by those of another file, and close that one."""
         self.size = 0
         self._open()
         other._file.seek(0)
         self._take(other._file, other._path, other.size, is_copied=True)
+        other._file.close()
 
     def _take(self, file: Any, path: Path | str, count: int, *, is_copied: bool) -> None:
         """Check the first `count` rows of a file, and replace the rows by them."""
@@ -254,7 +255,7 @@ class PromptStore:
         """Keep the rows in `folder`, RUN/prompts, from now on; in the main process only."""
         if self._rows.folder is None:
             kept = self._file(folder)
-            kept.copy_from(self._rows)
+            kept.take_over(self._rows)
             self._rows = kept
 
     def state(self) -> dict[str, int]:
