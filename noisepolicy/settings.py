@@ -2,17 +2,21 @@
 
 A dataclass of settings may hold others, e.g. `TrainConfig.critic` holds a `CriticConfig`. Files, flags and keyword
 arguments know every setting by one flat name: the nested `critic.updates` is `critic_updates`, and `--critic-updates`.
+A setting that is a mapping, e.g. `call`, has an open set of options, each with a dotted name: `call.strength`, and
+`--call.strength`.
 """
 
 import ast
 import dataclasses
 import functools
 import inspect
+import json
 import math
 import re
 import reprlib
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from numbers import Integral, Real
@@ -74,6 +78,13 @@ class Flat:
 
 
 @dataclass(frozen=True)
+class Options:
+    """Gives the prefix of the dotted names of a mapping's options, e.g. "call" for `call.strength`."""
+
+    prefix: str
+
+
+@dataclass(frozen=True)
 class Setting:
     """One setting of a dataclass of settings."""
 
@@ -82,7 +93,7 @@ class Setting:
     path: tuple[str, ...]
     """Attribute names that lead to it."""
     kind: type
-    """Type of the value, or of each value of a list: int, float, bool, str or Path."""
+    """Type of the value, or of each value of a list: int, float, bool, str or Path; dict for a mapping of options."""
     is_list: bool
     is_optional: bool
     choices: tuple[str, ...]
@@ -90,10 +101,12 @@ class Setting:
     default: Any
     help: str
     group: str
+    options: str | None = None
+    """Prefix of a mapping's options."""
 
     @property
     def flag(self) -> str:
-        return "--" + self.name.replace("_", "-")
+        return "--" + (self.name.replace("_", "-") if self.options is None else f"{self.options}.NAME")
 
     def checked(self, value: Any) -> Any:
         """Convert the value to the setting's own type: a list becomes a tuple, a whole number may stand for a float.
@@ -103,12 +116,22 @@ class Setting:
         """
         if value is None and self.is_optional:
             return None
+        if self.options is not None:
+            return self._checked_options(value)
         if not self.is_list:
             return self._checked_one(value)
         values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
         if self.kind is int and not values:
             raise ValueError(f"{self.flag} must be one or more numbers, got none")
         return tuple(self._checked_one(item) for item in values)
+
+    def _checked_options(self, values: Any) -> dict[str, Any]:
+        if not isinstance(values, Mapping):
+            raise ValueError(f"{self.name} must map names to values, got {reprlib.repr(values)}")
+        for name in values:
+            if not isinstance(name, str) or not name.isidentifier():
+                raise ValueError(f"{self.name} must map names to values, got the name {reprlib.repr(name)}")
+        return {name: _plain(value, f"--{self.options}.{name}") for name, value in values.items()}
 
     def _checked_one(self, value: Any) -> Any:
         if self.choices and value not in self.choices:
@@ -128,6 +151,21 @@ class Setting:
 
 
 _A = {int: "a whole number", float: "a number", str: "text", Path: "a path", bool: "true or false"}
+
+
+def _plain(value: Any, flag: str) -> Any:
+    """Convert an option's value to what YAML and JSON know. Arrays and tensors become lists."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [_plain(item, flag) for item in value]
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {key: _plain(item, flag) for key, item in value.items()}
+    if value is not None and not isinstance(value, bool | int | float | str):
+        raise ValueError(f"{flag} must be a number, text, true, false, null or a list, got {reprlib.repr(value)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{flag} must be a finite number, got {value}")
+    return value
 
 
 def _converted(value: Any, kind: type) -> Any:
@@ -159,6 +197,12 @@ def settings_of(kind: type) -> dict[str, Setting]:
     return {setting.name: setting for setting in _walk(kind, (), "", kind.__name__)}
 
 
+def find_setting(kind: type, name: str) -> Setting | None:
+    """Return the setting of a flat name, or the mapping that a dotted name is an option of; None if there is none."""
+    settings, (prefix, dot, _) = settings_of(kind), str(name).partition(".")
+    return next((each for each in settings.values() if each.options == prefix), None) if dot else settings.get(name)
+
+
 def _walk(kind: type, path: tuple[str, ...], prefix: str, group: str) -> list[Setting]:
     settings: list[Setting] = []
     hints, helps = get_type_hints(kind, include_extras=True), _field_docstrings(kind)
@@ -168,14 +212,17 @@ def _walk(kind: type, path: tuple[str, ...], prefix: str, group: str) -> list[Se
             hint, *notes = get_args(hint)
         group = next((note.title for note in notes if isinstance(note, Group)), group)
         flat = next((note.name for note in notes if isinstance(note, Flat)), None)
+        prefix_of_options = next((note.prefix for note in notes if isinstance(note, Options)), None)
         place = (*path, field.name)
         if dataclasses.is_dataclass(hint):
             settings += _walk(hint, place, prefix if flat is None else flat, group)
             continue
-        options = [option for option in get_args(hint) if option is not NoneType] if _is_union(hint) else [hint]
-        (option,) = options
-        is_list = get_origin(option) is tuple
-        kind_of_value = get_args(option)[0] if is_list else option
+        (kind_of_value,) = [each for each in get_args(hint) if each is not NoneType] if _is_union(hint) else [hint]
+        is_list = get_origin(kind_of_value) is tuple
+        if is_list:
+            kind_of_value = get_args(kind_of_value)[0]
+        elif prefix_of_options is not None:
+            kind_of_value = dict
         choices = get_args(kind_of_value) if get_origin(kind_of_value) is Literal else ()
         settings.append(
             Setting(
@@ -186,9 +233,10 @@ def _walk(kind: type, path: tuple[str, ...], prefix: str, group: str) -> list[Se
                 is_optional=_is_union(hint),
                 choices=choices,
                 bounds=next((note for note in notes if isinstance(note, Bounds)), None),
-                default=field.default,
+                default=field.default if prefix_of_options is None else {},
                 help=" ".join(helps.get(field.name, "").split()),
                 group=group,
+                options=prefix_of_options,
             )
         )
     return settings
@@ -224,10 +272,13 @@ def flat_values(config: Any) -> dict[str, Any]:
 def with_settings(config: Config, **values: Any) -> Config:
     """Copy a config with these settings, by flat name; each value is checked.
 
+    A dotted name sets one option of a mapping and keeps the others.
+
     Raises:
         ValueError: if there is no such setting, or a value does not fit it.
     """
     known = settings_of(type(config))
+    values = _with_whole_mappings(config, values)
     if unknown := [name for name in values if name not in known]:
         raise ValueError(f"unknown setting {reprlib.repr(unknown[0])}; see noisepolicy-train --help")
     tree: dict[str, Any] = {}
@@ -240,14 +291,37 @@ def with_settings(config: Config, **values: Any) -> Config:
     return _replaced(config, tree)
 
 
+def _with_whole_mappings(config: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """Replace dotted names by the mapping that they belong to, with these options."""
+    whole = {name: value for name, value in values.items() if "." not in name}
+    for name in [name for name in values if name not in whole]:
+        setting = find_setting(type(config), name)
+        if setting is None:
+            whole[name] = values[name]
+        else:
+            before = whole.get(setting.name, functools.reduce(getattr, setting.path, config))
+            whole[setting.name] = {**setting.checked(before), name.partition(".")[2]: values[name]}
+    return whole
+
+
 def _replaced(config: Config, tree: dict[str, Any]) -> Config:
     return dataclasses.replace(
         config,
         **{
-            name: _replaced(getattr(config, name), value) if isinstance(value, dict) else value
+            name: _replaced(getattr(config, name), value) if dataclasses.is_dataclass(getattr(config, name)) else value
             for name, value in tree.items()
         },
     )
+
+
+def option_value(text: str) -> Any:
+    """Read an option's value from a command line: JSON, numbers with commas between, or text."""
+    if text.lower() in ("true", "false", "none"):
+        return {"true": True, "false": False, "none": None}[text.lower()]
+    for attempt in (text, f"[{text}]") if text else ():
+        with suppress(ValueError, RecursionError):
+            return json.loads(attempt)
+    return text
 
 
 def plain_values(config: Any) -> dict[str, Any]:

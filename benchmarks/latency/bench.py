@@ -35,7 +35,7 @@ def run(
     guidance_scale: float = 1.5,
     reward: str | None = None,
     scheduler: str | None = None,
-    timestep_spacing: str | None = None,
+    scheduler_options: Mapping[str, Any] | None = None,
     skip: Sequence[str] = (),
     seconds: float = 1.0,
 ) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def run(
         dtype: Data type of the model.
         threads: Number of threads. Default: one on a CPU, and PyTorch's own number beside a GPU.
         reward: Reward whose time is measured. Default: the embedded model's own, and none for other models.
-        scheduler, timestep_spacing: See `frozen.loading.load_pipeline`.
+        scheduler, scheduler_options: See `frozen.loading.load_pipeline`.
         skip: Some of `PARTS`.
         seconds: Seconds for each figure; slow ones take a few calls.
 
@@ -67,7 +67,7 @@ def run(
         raise ValueError(f"unknown --skip {min(unknown)!r}; choose from {', '.join(PARTS)}")
     device = torch.device(device)
     names, reasons = choose_engines(engines, device)
-    spec = ModelSpec(model, dtype, device, scheduler, timestep_spacing)
+    spec = ModelSpec(model, dtype, device, scheduler, scheduler_options)
     threads_before = torch.get_num_threads()
     if threads or device.type == "cpu":
         torch.set_num_threads(threads or 1)

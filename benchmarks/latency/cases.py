@@ -50,7 +50,7 @@ class ModelSpec:
     dtype: str
     device: torch.device
     scheduler: str | None = None
-    timestep_spacing: str | None = None
+    scheduler_options: Mapping[str, Any] | None = None
 
     @property
     def source(self) -> str | Path:
@@ -59,7 +59,7 @@ class ModelSpec:
     def options(self) -> dict[str, Any]:
         """Options of `load_pipeline`."""
         dtype = getattr(torch, self.dtype)
-        return {"dtype": dtype, "scheduler": self.scheduler, "timestep_spacing": self.timestep_spacing}
+        return {"dtype": dtype, "scheduler": self.scheduler, "scheduler_options": self.scheduler_options}
 
     def load(self, *, rollout_batch_size: int) -> FrozenDiffusersPipeline:
         return FrozenDiffusersPipeline.from_pretrained(

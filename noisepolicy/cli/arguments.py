@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from noisepolicy.settings import Setting, flat_values, settings_of
+from noisepolicy.settings import Setting, find_setting, flat_values, option_value, settings_of
 from noisepolicy.training.config import RECIPES, RENAMED, TrainConfig, load_config, load_preset, preset_names
 from noisepolicy.training.launch import is_restart, launch_id
 from noisepolicy.training.run_folder import RunFolder, check_free
@@ -86,10 +86,12 @@ def _renamed(argument: str) -> str:
     if not argument.startswith("--"):
         return argument
     flag, equals, value = argument.partition("=")
+    if "." in flag:  # an option, whose name is diffusers'
+        return argument
     flag = flag.replace("_", "-")
     new = RENAMED.get(flag.removeprefix("--").replace("-", "_"))
     if new is not None:
-        new_flag = "--" + new.replace("_", "-")
+        new_flag = "--" + (new if "." in new else new.replace("_", "-"))
         print(f"noisepolicy-train: note: {flag} is called {new_flag} now", file=sys.stderr)
         flag = new_flag
     return flag + equals + value
@@ -107,12 +109,25 @@ def _take_option(argv: list[str], name: str) -> tuple[list[str], str | None]:
     return list(argv), None
 
 
+def _take_options(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """Take the options of mappings out of `argv`, e.g. `--call.strength 0.6`; return them by their dotted names."""
+    rest, options = list(argv), {}
+    for argument in argv:
+        flag = argument.partition("=")[0]
+        if flag.startswith("--") and "." in flag and find_setting(TrainConfig, flag[2:]) is not None:
+            rest, value = _take_option(rest, flag)
+            if value is not None:
+                options[flag[2:].replace("-", "_")] = option_value(value)
+    return rest, options
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see noisepolicy-train --help")
 
 
 def _parse_flags(argv: list[str], default: TrainConfig) -> TrainConfig:
+    argv, options = _take_options(argv)
     values = flat_values(default)
     first = _Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--algorithm", choices=tuple(RECIPES), default=default.algorithm)
@@ -133,7 +148,7 @@ def _parse_flags(argv: list[str], default: TrainConfig) -> TrainConfig:
         is_left = values[name] is None
         _add_flag(groups[setting.group], setting, RECIPES[algorithm].get(name) if is_left else values[name])
     given = vars(parser.parse_args(argv))
-    return default.replace(**given)
+    return default.replace(**given, **options)
 
 
 def _add_flag(group: Any, setting: Setting, default: Any) -> None:
@@ -145,6 +160,8 @@ def _add_flag(group: Any, setting: Setting, default: Any) -> None:
         options |= {"type": _numbers, "metavar": "N[,N...]"}
     elif setting.is_list:
         options |= {"nargs": "*", "metavar": "TEXT"}
+    elif setting.options is not None:
+        options |= {"metavar": "VALUE"}  # for --help alone: they are taken before
     else:
         names = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
         options["metavar"] = "{" + ",".join(setting.choices) + "}" if setting.choices else names[setting.kind]
@@ -156,7 +173,7 @@ def _help(setting: Setting, default: Any) -> str:
     notes = []
     if setting.bounds is not None and str(setting.bounds) != "must be positive":
         notes.append(str(setting.bounds))
-    if default not in (None, (), "") and not isinstance(default, bool) and "Default:" not in setting.help:
+    if default not in (None, (), "", {}) and not isinstance(default, bool) and "Default:" not in setting.help:
         notes.append(f"default: {_shown(default)}")
     text = setting.help + (f" ({'; '.join(notes)})" if notes else "")
     return text.replace("%", "%%")

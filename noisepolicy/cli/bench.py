@@ -107,7 +107,7 @@ def _run_latency(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
         guidance_scale=arguments.guidance_scale,
         reward=arguments.reward,
         scheduler=arguments.scheduler,
-        timestep_spacing=arguments.timestep_spacing,
+        scheduler_options={"timestep_spacing": arguments.timestep_spacing} if arguments.timestep_spacing else {},
         skip=arguments.skip,
         seconds=arguments.seconds,
     )

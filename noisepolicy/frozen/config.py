@@ -1,9 +1,9 @@
 """The settings of a frozen model: which one it is, how it is loaded, and what runs it."""
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
 
-from noisepolicy.settings import COUNT, Flat
+from noisepolicy.settings import COUNT, Flat, Options
 
 EngineName = Literal["auto", "eager", "compile", "onnx", "openvino", "tensorrt", "tensorrt-rtx"]
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -27,8 +27,12 @@ class ModelConfig:
     scheduler: str | None = None
     """Name of a diffusers scheduler that replaces the model's own, with the same settings, e.g.
     EulerDiscreteScheduler."""
-    timestep_spacing: Literal["leading", "linspace", "trailing"] | None = None
-    """Timestep spacing of the scheduler. 'trailing' suits few steps. Default: the scheduler's own."""
+    scheduler_options: Annotated[dict[str, Any], Options("scheduler")] = field(default_factory=dict)
+    """Setting of the scheduler, by its name in diffusers, e.g. `--scheduler.timestep_spacing trailing` or
+    `--scheduler.shift 3`. Default: the scheduler's own."""
+    call: Annotated[dict[str, Any], Options("call")] = field(default_factory=dict)
+    """Further argument of the pipeline's call, by its name in diffusers, e.g. `--call.guidance_rescale 0.7` or
+    `--call.sigmas 1.0,0.75,0.5,0.25`."""
     negative_prompt: str | None = None
     """Negative prompt of models with classifier-free guidance. Default: the pipeline's own."""
     max_sequence_length: Annotated[int | None, COUNT] = None

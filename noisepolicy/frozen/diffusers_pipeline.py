@@ -9,7 +9,7 @@ import functools
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from noisepolicy.frozen.families import (
     pack_latents,
     resolution,
 )
-from noisepolicy.frozen.loading import load_pipeline, place_pipeline, quiet
+from noisepolicy.frozen.loading import check_call, load_pipeline, place_pipeline, quiet
 from noisepolicy.frozen.loop import DenoisingLoop, can_loop, make_loop
 from noisepolicy.frozen.recording import combined_digest, evaluating, recorded_call, timed, weights_digest
 
@@ -70,6 +70,7 @@ class FrozenDiffusersPipeline:
         num_frames: Frames of the videos. Default: the pipeline's own.
         negative_prompt: Prompt that guidance leads away from. Default: the pipeline's own.
         max_sequence_length: Tokens of a prompt, for pipelines that let one choose. Default: the pipeline's own.
+        call: Further arguments of the pipeline's call, by name.
         cuda_graph: Capture the whole denoising loop as one CUDA graph for each batch size (Stable Diffusion, SDXL).
 
     Raises:
@@ -86,6 +87,7 @@ class FrozenDiffusersPipeline:
         num_frames: int | None = None,
         negative_prompt: str | None = None,
         max_sequence_length: int | None = None,
+        call: Mapping[str, Any] | None = None,
         cuda_graph: bool = False,
     ) -> None:
         self._family = family_of(pipeline)
@@ -121,7 +123,9 @@ class FrozenDiffusersPipeline:
         parameters = inspect.signature(type(pipeline).__call__).parameters
         # Some pipelines default to "", and refuse it beside embeddings.
         unused = {name: None for name in ("prompt", "negative_prompt") if name in parameters}
-        self._arguments = {"output_type": "pt", **unused, **self._family.call, **self._size}
+        check_call(pipeline, call or {})
+        self._has_options = bool(call)  # of which the loop knows nothing
+        self._arguments = {"output_type": "pt", **unused, **self._family.call, **self._size, **(call or {})}
         self._checked: set[int] = set()
         self._loops: dict[tuple[int, bool], DenoisingLoop | None] = {}
         self.uses_cuda_graph = cuda_graph
@@ -137,7 +141,7 @@ class FrozenDiffusersPipeline:
         dtype: torch.dtype = torch.float32,
         variant: str | None = None,
         scheduler: str | None = None,
-        timestep_spacing: str | None = None,
+        scheduler_options: Mapping[str, Any] | None = None,
         vae_slicing: bool = False,
         vae_tiling: bool = False,
         cpu_offload: bool = False,
@@ -158,7 +162,7 @@ class FrozenDiffusersPipeline:
             dtype=dtype,
             variant=variant,
             scheduler=scheduler,
-            timestep_spacing=timestep_spacing,
+            scheduler_options=scheduler_options,
             vae_slicing=vae_slicing,
             vae_tiling=vae_tiling,
         )
@@ -505,7 +509,7 @@ class FrozenDiffusersPipeline:
         return self._loops[key]
 
     def _make_loop(self, num_inference_steps: int, guidance_scale: float) -> DenoisingLoop | None:
-        if not can_loop(self._pipeline):
+        if self._has_options or not can_loop(self._pipeline):
             return None
         _, arguments = self.record_denoiser_call(guidance_scale=guidance_scale, num_inference_steps=num_inference_steps)
         loop = make_loop(self._pipeline, num_inference_steps, arguments, use_cuda_graph=self.uses_cuda_graph)

@@ -1,10 +1,11 @@
 """Loading of diffusers pipelines from a folder or the hub. Every error is one line."""
 
+import difflib
 import importlib.util
 import inspect
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,25 @@ from huggingface_hub.errors import (
 
 from noisepolicy.frozen.families import FAMILIES, unsupported
 
-_SPACINGS = ("leading", "linspace", "trailing")
 _CONVOLUTIONAL = ("UNet2DConditionModel", "AutoencoderKL", "AutoencoderTiny")
 """Components that are faster with channels last."""
 _UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 """Components that play no part in making an image from a prompt and latents."""
+_GIVEN = {
+    "prompt": "see --prompts",
+    "negative_prompt": "see --negative-prompt",
+    "height": "see --height",
+    "width": "see --width",
+    "num_frames": "see --num-frames",
+    "num_inference_steps": "see --num-inference-steps",
+    "guidance_scale": "see --guidance-scale",
+    "max_sequence_length": "see --max-sequence-length",
+    **dict.fromkeys(
+        ("latents", "generator", "output_type", "return_dict", "num_images_per_prompt", "num_videos_per_prompt"),
+        "leave it out",
+    ),
+}
+"""Arguments of a pipeline's call that it is always given, and where to set them."""
 _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|model)(?:-\d+-of-\d+)?(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors", re.ASCII
 )
@@ -41,7 +56,7 @@ def load_pipeline(
     dtype: torch.dtype = torch.float32,
     variant: str | None = None,
     scheduler: str | None = None,
-    timestep_spacing: str | None = None,
+    scheduler_options: Mapping[str, Any] | None = None,
     vae_slicing: bool = False,
     vae_tiling: bool = False,
 ) -> DiffusionPipeline:
@@ -52,7 +67,7 @@ def load_pipeline(
         dtype: dtype of the weights.
         variant: variant of the weight files, e.g. "fp16". A folder with files of a single variant needs none.
         scheduler: name of a diffusers scheduler that replaces the model's, with the same settings.
-        timestep_spacing: "leading", "linspace" or "trailing", for schedulers that know it; the last suits few steps.
+        scheduler_options: settings of the scheduler by name, over those that it has.
         vae_slicing: decode one image at a time, to save memory.
         vae_tiling: decode an image in tiles, to save memory.
 
@@ -81,15 +96,8 @@ def load_pipeline(
         )
     if replacement is not None:
         pipeline.scheduler = replacement if pipeline.scheduler is None else pipeline.scheduler
-    if timestep_spacing is not None:
-        if timestep_spacing not in _SPACINGS or "timestep_spacing" not in pipeline.scheduler.config:
-            raise ValueError(
-                f"{type(pipeline.scheduler).__name__} has no timestep_spacing {timestep_spacing!r}; "
-                f"some schedulers know {', '.join(_SPACINGS)}"
-            )
-        pipeline.scheduler = type(pipeline.scheduler).from_config(
-            pipeline.scheduler.config, timestep_spacing=timestep_spacing
-        )
+    if scheduler_options:
+        pipeline.scheduler = _with_options(pipeline.scheduler, scheduler_options)
     for is_wanted, method in ((vae_slicing, "enable_slicing"), (vae_tiling, "enable_tiling")):
         if is_wanted:
             if not hasattr(pipeline.vae, method):
@@ -219,6 +227,55 @@ def _make_scheduler(name: str, model: str | Path, own: str | None) -> SchedulerM
     if prediction != settings.get("prediction_type", "epsilon"):
         raise ValueError(f"scheduler {name} does not fit the model, whose prediction_type is {prediction!r}")
     return scheduler
+
+
+def _with_options(scheduler: SchedulerMixin, options: Mapping[str, Any]) -> SchedulerMixin:
+    """Copy a scheduler with other settings.
+
+    Raises:
+        ValueError: if the scheduler has no such setting, or cannot be made with these values.
+    """
+    kind = type(scheduler)
+    known = [name for name in inspect.signature(kind.__init__).parameters if name not in ("self", "trained_betas")]
+    for name in options:
+        if name not in known:
+            raise ValueError(_unknown(f"scheduler {kind.__name__} has no setting", name, known))
+    try:
+        with quiet():
+            return kind.from_config(scheduler.config, **options)
+    except Exception as error:  # schedulers check little, and raise almost anything
+        wanted = ", ".join(f"{name} {value!r}" for name, value in options.items())
+        raise ValueError(f"scheduler {kind.__name__} cannot be made with {wanted}: {error}") from error
+
+
+def check_call(pipeline: DiffusionPipeline, call: Mapping[str, Any]) -> None:
+    """Check names of further arguments of the pipeline's call.
+
+    Raises:
+        ValueError: if the call has no such argument, or something else gives it.
+    """
+    known: set[str] = set()
+    for kind in type(pipeline).__mro__:
+        if "__call__" in vars(kind):
+            parameters = inspect.signature(kind.__call__).parameters
+            known |= parameters.keys() - {"self", "args", "kwargs"}
+            if not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+                break  # else it hands arguments on to the method that it overrides
+    kind, encoding = type(pipeline).__name__, inspect.signature(pipeline.encode_prompt).parameters
+    for name in call:
+        if name in _GIVEN or "embeds" in name or name.endswith("attention_mask"):
+            where = _GIVEN.get(name, "leave it out")
+            raise ValueError(f"--call.{name}: noisepolicy gives this argument itself; {where}")
+        if name not in known:
+            raise ValueError(_unknown(f"the call of {kind} has no argument", name, sorted(known - _GIVEN.keys())))
+        if name in encoding:
+            raise ValueError(f"--call.{name}: {kind} reads this where it encodes prompts, before its call")
+
+
+def _unknown(what: str, name: str, known: Sequence[str]) -> str:
+    """Make the message that there is nothing of this name, with the names that are near or else all."""
+    near = difflib.get_close_matches(name, known, n=3)
+    return f"{what} {name!r}; " + (f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(known)}")
 
 
 def _process_of(name: str, config: Mapping[str, Any]) -> str:

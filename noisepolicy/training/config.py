@@ -2,7 +2,7 @@
 
 import math
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,9 +21,9 @@ from noisepolicy.settings import (
     Bounds,
     Flat,
     Group,
+    find_setting,
     flat_values,
     plain_values,
-    settings_of,
     with_names,
     with_settings,
 )
@@ -32,10 +32,16 @@ from noisepolicy.training.config_file import read_settings
 from noisepolicy.worlds import WORLDS
 
 _PRESETS = Path(__file__).parent.parent / "presets"
+_SCHEDULES = ("timesteps", "sigmas")
+"""Arguments of a pipeline's call that take the place of its number of steps."""
 DEFAULT_EVAL_STEPS = (1, 2, 4, 8, 16)
 FROM_PYTHON = "python:"
 """Begins the name of a model or reward that was given as an object from Python, and which no command can load."""
-RENAMED = {"denoiser": "engine", "denoiser_dtype": "engine_dtype"}
+RENAMED = {
+    "denoiser": "engine",
+    "denoiser_dtype": "engine_dtype",
+    "timestep_spacing": "scheduler.timestep_spacing",
+}
 """Former names of settings, and their names of today."""
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -270,6 +276,11 @@ class TrainConfig:
         )
 
     @property
+    def has_schedule(self) -> bool:
+        """Whether `call` fixes the steps."""
+        return any(self.model.call.get(name) is not None for name in _SCHEDULES)
+
+    @property
     def holds_out_prompts(self) -> bool:
         """Whether a fifth of `prompts` is kept from training, for the evaluation."""
         evaluation = self.evaluation
@@ -308,8 +319,24 @@ class TrainConfig:
             )
         if self.evaluation.prompts and self.algorithm == "find":
             raise ValueError("FIND is measured on the prompts it was made for; it takes no --eval-prompts")
+        self.check_schedule((*self.num_inference_steps, *(self.evaluation.steps or ())))
         if self.prompt_column is not None and not self.prompts and not self.evaluation.prompts:
             raise ValueError("--prompt-column names a column of --prompts or --eval-prompts; give one of them")
+
+    def check_schedule(self, step_counts: Iterable[int]) -> None:
+        """Raises ValueError if `call` holds timesteps or sigmas, which are for another number of steps."""
+        for name in _SCHEDULES:
+            schedule = self.model.call.get(name)
+            if schedule is None:
+                continue
+            if not isinstance(schedule, list):
+                raise ValueError(f"--call.{name} must be a list, as in [{schedule}], got {reprlib.repr(schedule)}")
+            # Some schedulers also take the end of the last step.
+            if other := [number for number in step_counts if number not in (len(schedule), len(schedule) - 1)]:
+                raise ValueError(
+                    f"--call.{name} has {len(schedule)} values, and so many steps are made at any step count: "
+                    f"{other[0]} steps would be others in name only"
+                )
 
     def save(self, path: Path) -> None:
         """Write the settings as YAML, atomically."""
@@ -326,12 +353,17 @@ def load_config(path: Path) -> TrainConfig:
     Raises:
         ValueError: if the file is missing, is no YAML mapping, or has a key or value that is no setting's.
     """
-    values = {RENAMED.get(name, name): value for name, value in read_settings(path).items()}
-    known = settings_of(TrainConfig)
-    if unknown := [name for name in values if name not in known]:
+    read = read_settings(path).items()
+    values = {RENAMED.get(name, name): value for name, value in read if value is not None or name not in RENAMED}
+    found = {name: find_setting(TrainConfig, name) for name in values}
+    if unknown := [name for name, setting in found.items() if setting is None]:
         raise ValueError(f"{path}: unknown setting {reprlib.repr(unknown[0])}; see noisepolicy-train --help")
-    # A setting that is left empty, and may not be, keeps its default.
-    given = {name: value for name, value in values.items() if value is not None or known[name].is_optional}
+    # A setting that is left empty, and may not be, keeps its default. An option may always be None.
+    given = {
+        name: value
+        for name, value in values.items()
+        if value is not None or found[name].is_optional or found[name].name != name
+    }
     try:
         return TrainConfig.of(**given)
     except ValueError as error:

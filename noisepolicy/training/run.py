@@ -30,7 +30,7 @@ from noisepolicy.ops import gaussian_sample
 from noisepolicy.policies import NoisePolicy
 from noisepolicy.policies.networks import plain_arithmetic
 from noisepolicy.rewards import Reward
-from noisepolicy.settings import with_names
+from noisepolicy.settings import settings_of, with_names
 from noisepolicy.storage import DamagedFileError, write_bytes, write_json
 from noisepolicy.training.checkpoint import (
     Checkpoint,
@@ -71,7 +71,7 @@ _NUM_SAMPLES = 8
 _OF_A_LOADED_MODEL = (
     "variant",
     "scheduler",
-    "timestep_spacing",
+    "scheduler_options",
     "dtype",
     "vae_slicing",
     "vae_tiling",
@@ -781,6 +781,7 @@ class Run:
         if not prompts:
             raise ValueError("prompts holds no prompt")
         steps = num_inference_steps or self.config.num_inference_steps[0]
+        self.config.check_schedule([steps])
         guidance = self.config.guidance_scale if guidance_scale is None else guidance_scale
         frozen, policy = self._frozen, self.policy
         embeds = self._encode([prompt for prompt in prompts for _ in range(num_images_per_prompt)])
@@ -962,8 +963,9 @@ def check_resumed(saved: TrainConfig, config: TrainConfig) -> None:
     before, after = saved.with_absolute_paths().plain(), config.plain()
     changed = {name for name in after if after[name] != before[name]}
     if forbidden := sorted(changed - MAY_CHANGE_ON_RESUME):
-        allowed = ", ".join("--" + name.replace("_", "-") for name in sorted(MAY_CHANGE_ON_RESUME))
-        raise ValueError(f"--{forbidden[0].replace('_', '-')} cannot change in a resumed run; only {allowed} can")
+        flags = {name: setting.flag for name, setting in settings_of(TrainConfig).items()}
+        allowed = ", ".join(flags[name] for name in sorted(MAY_CHANGE_ON_RESUME))
+        raise ValueError(f"{flags[forbidden[0]]} cannot change in a resumed run; only {allowed} can")
     config.check()
     if saved.holds_out_prompts and not config.holds_out_prompts:
         raise ValueError(

@@ -23,7 +23,7 @@ from noisepolicy.worlds import find_world
 
 _OF_USE = (
     *("rollout_batch_size", "height", "width", "num_frames"),
-    *("negative_prompt", "max_sequence_length", "cuda_graph"),
+    *("negative_prompt", "max_sequence_length", "call", "cuda_graph"),
 )
 
 
@@ -114,7 +114,7 @@ def load_model(model: ModelConfig, device: torch.device, given: Any = None, *, s
             dtype=getattr(torch, model.dtype or "float32"),
             variant=model.variant,
             scheduler=model.scheduler,
-            timestep_spacing=model.timestep_spacing,
+            scheduler_options=model.scheduler_options,
             vae_slicing=model.vae_slicing,
             vae_tiling=model.vae_tiling,
             cpu_offload=model.cpu_offload,
@@ -237,9 +237,12 @@ def _usable_eval_steps(config: TrainConfig, frozen: FrozenModel) -> tuple[int, .
         ValueError: if the model cannot work with a step count that the user gave.
     """
     if config.evaluation.steps is not None:
+        config.check_schedule(config.evaluation.steps)
         for steps in config.evaluation.steps:
             frozen.check_deterministic(steps, config.guidance_scale)
         return config.evaluation.steps
+    if config.has_schedule:
+        return config.num_inference_steps
     usable, reason = [], None
     for steps in DEFAULT_EVAL_STEPS:
         try:

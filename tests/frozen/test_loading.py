@@ -118,13 +118,6 @@ def test_scheduler_by_name(family_folder):
     assert pipeline.scheduler.config.beta_end == 0.012 and pipeline.scheduler.config.timestep_spacing == "trailing"
 
 
-def test_timestep_spacing(family_folder):
-    pipeline = load_pipeline(family_folder(NAME), timestep_spacing="leading")
-    assert pipeline.scheduler.config.timestep_spacing == "leading" and pipeline.scheduler.config.beta_end == 0.012
-    assert "has no timestep_spacing 'sideways'" in load_error(family_folder(NAME), timestep_spacing="sideways")
-    assert "has no timestep_spacing" in load_error(family_folder("FluxPipeline"), timestep_spacing="trailing")
-
-
 @pytest.mark.parametrize("scheduler", ["NoSuchScheduler", "UNet2DConditionModel", "schedulers"])
 def test_unknown_scheduler(family_folder, scheduler):
     message = load_error(family_folder(NAME), scheduler=scheduler)
