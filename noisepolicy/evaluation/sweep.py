@@ -124,9 +124,10 @@ def evaluate_sweep(
         for begin in range(0, len(prompts), _PROMPTS_AT_A_TIME)
     ]
     mine = sorted(parts, key=lambda part: part.num_inference_steps, reverse=True)[rank::num_ranks]
+    starts = _Starts(policy)
     made = {
         part: _measure_part(
-            policy if part.has_policy else None,
+            starts if part.has_policy else None,
             frozen,
             reward,
             prompts,
@@ -140,7 +141,7 @@ def evaluate_sweep(
             on_progress=on_progress,
             num_shown=num_shown,
         )
-        for part in mine
+        for part in sorted(mine, key=lambda part: (part.begin, part.has_policy))
     }
     shares = collect(made)
     if shares is None:
@@ -189,9 +190,28 @@ def measure(
     return Results.join(parts)
 
 
+class _Starts:
+    """A policy that remembers its last choice, for step counts that are one to its critic: choosing takes as long as
+    denoising by a few steps."""
+
+    def __init__(self, policy: NoisePolicy) -> None:
+        self._policy = policy
+        self._key: Any = None
+
+    def choose(self, prompt_embeds: torch.Tensor, *, seed: int, offset: int, num_inference_steps: int) -> torch.Tensor:
+        critic = self._policy.critic
+        key = (seed, offset, critic and critic.shape.nearest_step_index(num_inference_steps))
+        if key != self._key:
+            self._latents = self._policy.choose(
+                prompt_embeds, seed=seed, offset=offset, num_inference_steps=num_inference_steps
+            )
+            self._key = key
+        return self._latents
+
+
 @torch.no_grad()
 def _measure_part(
-    policy: NoisePolicy | None,
+    policy: NoisePolicy | _Starts | None,
     frozen: FrozenModel,
     reward: Reward,
     prompts: Sequence[str],

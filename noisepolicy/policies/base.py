@@ -177,9 +177,7 @@ class NoisePolicy(Float32Module):
                 for number in numbers.tolist()
             ]
             values, _ = self.critic.lower_bound(
-                prompt_embeds.float().repeat(len(samples), 1, 1),
-                torch.cat([sample.action for sample in samples]),
-                step_index.repeat(len(samples)),
+                prompt_embeds, torch.cat([sample.action for sample in samples]), step_index
             )
             for sample, value in zip(samples, values.chunk(len(samples)), strict=True):
                 if best is None:
@@ -398,8 +396,9 @@ def _read(folder: Path) -> NoisePolicy:
             shape = options["shape"]
             if (shape.prompt_shape, shape.action_shape) != (policy.prompt_shape, policy.action_shape):
                 raise ValueError("its critic looks at another shape of prompts or actions than the policy's")
-            if options["size"] > len(tensors):
-                raise ValueError(f"its critic has {options['size']} readers, its weights {len(tensors)} tensors")
+            most = max((tensor.numel() for tensor in tensors.values()), default=0)
+            if options["size"] > most:
+                raise ValueError(f"its critic has {options['size']} readers, its largest tensor {most} numbers")
             policy.attach_critic(RewardCritic(**options), num_candidates)
     fill(policy, tensors)
     return policy

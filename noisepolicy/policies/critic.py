@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from noisepolicy.ops import dct_basis
-from noisepolicy.policies.networks import Float32Module, PromptReader, without_autocast
+from noisepolicy.policies.networks import Float32Module, PromptReader, StackedLinear, without_autocast
 
 _SKETCH_SCALE = 2  # the sketch has twice the action's resolution, and as many frames
 
@@ -64,7 +64,7 @@ class RewardCritic(Float32Module):
             "hidden_width": hidden_width,
         }
         self.sketch = _Sketch(shape, channels, hidden_width)
-        self.readers = nn.ModuleList(_Reader(shape, hidden_width) for _ in range(size))
+        self.readers = _Readers(shape, size, hidden_width)
         self.register_buffer("reward_center", torch.zeros((), dtype=torch.float64))
         self.register_buffer("reward_spread", torch.zeros((), dtype=torch.float64))
 
@@ -78,10 +78,9 @@ class RewardCritic(Float32Module):
             return
         old_center, old_spread = self.reward_center.item(), self.reward_spread.item()
         if old_spread:
-            for reader in self.readers:
-                last = reader.body[-1]
-                last.weight *= old_spread / spread
-                last.bias.mul_(old_spread / spread).add_((old_center - center) / spread)
+            last = self.readers.body[-1]
+            last.weight *= old_spread / spread
+            last.bias.mul_(old_spread / spread).add_((old_center - center) / spread)
         self.reward_center.fill_(center)
         self.reward_spread.fill_(spread)
 
@@ -93,21 +92,18 @@ class RewardCritic(Float32Module):
         """Predict standardised rewards, `(size, batch)`.
 
         Args:
-            prompt_embeds: `(batch, tokens, width)`
-            action: `(batch, *action_shape)`
-            step_index: Indices into the shape's step counts, int64 `(batch,)`
+            prompt_embeds: `(prompts, tokens, width)`
+            action: `(batch, *action_shape)`; row i is of prompt `i % prompts`, so each prompt is read only once.
+            step_index: Indices into the shape's step counts, int64 `(prompts,)`
         """
-        return self._read(prompt_embeds, self.sketch(prompt_embeds, action, step_index))
-
-    def _read(self, prompt_embeds: torch.Tensor, sketch: torch.Tensor) -> torch.Tensor:
-        return torch.stack([reader(prompt_embeds, sketch) for reader in self.readers])
+        return self.readers(prompt_embeds, self.sketch(prompt_embeds, action, step_index))
 
     def lower_bound(
         self, prompt_embeds: torch.Tensor, action: torch.Tensor, step_index: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the ensemble's mean minus its standard deviation, `(batch,)`, and the sketches."""
+        """Return the ensemble's mean minus its standard deviation, `(batch,)`, and the sketches; see `forward`."""
         sketch = self.sketch(prompt_embeds, action, step_index)
-        values = self._read(prompt_embeds, sketch)
+        values = self.readers(prompt_embeds, sketch)
         return values.mean(0) - values.std(0), sketch
 
     def loss(
@@ -131,12 +127,8 @@ class RewardCritic(Float32Module):
         loss = F.mse_loss(sketch, picture) / picture.var(0).mean().clamp(min=1e-6)
         half = len(picture) // 2
         seen = torch.cat([picture[:half], sketch[half:].detach()])
-        error = loss.new_zeros(())
-        for reader in self.readers:
-            surprise = (reader(prompt_embeds, seen) - reward) ** 2
-            error = error + surprise[half:].detach().mean() / len(self.readers)
-            loss = loss + 2 * surprise.mean()
-        return loss, error
+        surprise = (self.readers(prompt_embeds, seen) - reward) ** 2
+        return loss + 2 * surprise.mean(1).sum(), surprise[:, half:].detach().mean()
 
 
 def shrink_pictures(images: torch.Tensor, shape: CriticShape) -> torch.Tensor:
@@ -167,29 +159,32 @@ class _Sketch(nn.Module):
         self._layout = (channels // 4, *self._extent)
         self.layout = nn.Linear(hidden_width, torch.Size(self._layout).numel())
         self.first = convolution(first + channels // 4, channels, 3, padding=1)
-        self.norms = nn.ModuleList(nn.GroupNorm(self._NUM_GROUPS, channels) for _ in range(self._NUM_BLOCKS + 1))
         self.convolutions = nn.ModuleList(
             convolution(channels, channels, 3, padding=1) for _ in range(self._NUM_BLOCKS)
         )
         self.contexts = nn.ModuleList(nn.Linear(channels, channels) for _ in range(self._NUM_BLOCKS))
-        self.films = nn.ModuleList(nn.Linear(hidden_width, 2 * channels) for _ in range(self._NUM_BLOCKS + 1))
+        self.films = nn.Linear(hidden_width, (self._NUM_BLOCKS + 1) * 2 * channels)
         self.last = convolution(channels, 3 * _SKETCH_SCALE**2, 3, padding=1)
 
     @without_autocast
     def forward(self, prompt_embeds: torch.Tensor, action: torch.Tensor, step_index: torch.Tensor) -> torch.Tensor:
         prompt = self.reader(prompt_embeds) + self.steps(step_index)
-        layout = self.layout(prompt).reshape(-1, *self._layout)
+        count = len(action) // len(prompt)  # rows of each prompt
+        layout = _tile(self.layout(prompt).reshape(-1, *self._layout), count)
+        *films, last_film = _tile(self.films(prompt), count).chunk(self._NUM_BLOCKS + 1, 1)
         field = self.first(torch.cat([self._to_grid(action), layout], 1))
-        for norm, film, convolution, context in zip(
-            self.norms[:-1], self.films[:-1], self.convolutions, self.contexts, strict=True
-        ):
-            change = _modulate(norm(field), film(prompt))
+        for film, convolution, context in zip(films, self.convolutions, self.contexts, strict=True):
+            change = self._modulate(field, film)
             summary = context(change.flatten(2).mean(2))
             field = field + convolution(change) + summary.reshape(*summary.shape, *[1] * len(self._extent))
-        field = self.last(_modulate(self.norms[-1](field), self.films[-1](prompt)))
+        field = self.last(self._modulate(field, last_film))
         if field.ndim == 4:
             return F.pixel_shuffle(field, _SKETCH_SCALE)
         return F.pixel_shuffle(field.transpose(1, 2), _SKETCH_SCALE).transpose(1, 2).flatten(1, 2)
+
+    def _modulate(self, field: torch.Tensor, film: torch.Tensor) -> torch.Tensor:
+        scale, shift = film.reshape(*film.shape, *[1] * len(self._extent)).chunk(2, 1)
+        return F.silu(torch.addcmul(shift, F.group_norm(field, self._NUM_GROUPS), 1 + scale))
 
     def _to_grid(self, action: torch.Tensor) -> torch.Tensor:
         """Turn coefficients into a small view of the noise, so that convolutions see places. Latents stay."""
@@ -200,41 +195,54 @@ class _Sketch(nn.Module):
         return torch.einsum("gf,bcghw->bcfhw", frames[0], grid) if frames else grid
 
 
-class _Reader(nn.Module):
-    """Predicts the reward from prompt and picture by cross-attention: each token of the prompt looks at the picture.
+class _Readers(nn.Module):
+    """An ensemble that predicts the reward from prompt and picture by cross-attention: each token of the prompt looks
+    at the picture. The weights of the readers are stacked, so that one batched network computes them all.
 
-    Within a prompt of the embedded world, this reader explains 0.9 of the reward from real pictures. A network that
+    Within a prompt of the embedded world, such a reader explains 0.9 of the reward from real pictures. A network that
     takes the whole picture and the whole prompt side by side explains 0.6.
     """
 
-    def __init__(self, shape: CriticShape, hidden_width: int, width: int = 32) -> None:
+    def __init__(self, shape: CriticShape, size: int, hidden_width: int, width: int = 32) -> None:
         super().__init__()
         channels, height, picture_width = shape.sketch_shape
         num_tokens, token_width = shape.prompt_shape
-        self.prompt = PromptReader(shape.prompt_shape, token_width=32, hidden_width=hidden_width)
-        self.patches = nn.Conv2d(channels, width, 4, stride=2, padding=1)
-        self.mix = nn.Conv2d(width, width, 1)
-        self.places = nn.Parameter(0.1 * torch.randn(width, height // 2, picture_width // 2))
-        self.norm = nn.LayerNorm(width)
-        self.query, self.key_value = nn.Linear(token_width, width), nn.Linear(width, 2 * width)
+        self._split = (size, width)
+        # Of each token, and for each reader: what its place in the prompt says, and a query of the picture.
+        self.token, self.query = (nn.Linear(token_width, size * width) for _ in range(2))
+        self.prompt = nn.Sequential(
+            StackedLinear(size, num_tokens * width, hidden_width),
+            nn.SiLU(),
+            StackedLinear(size, hidden_width, hidden_width),
+            nn.SiLU(),
+        )
+        self.patches = nn.Conv2d(channels, size * width, 4, stride=2, padding=1)
+        self.mix = StackedLinear(size, width, width)
+        self.places = nn.Parameter(0.1 * torch.randn(size, 1, (height // 2) * (picture_width // 2), width))
+        self.key_value = StackedLinear(size, width, 2 * width)
         self.body = nn.Sequential(
-            nn.Linear(num_tokens * width + hidden_width, hidden_width),
+            StackedLinear(size, num_tokens * width + hidden_width, hidden_width),
             nn.SiLU(),
-            nn.Linear(hidden_width, hidden_width),
+            StackedLinear(size, hidden_width, hidden_width),
             nn.SiLU(),
-            nn.Linear(hidden_width, 1),
+            StackedLinear(size, hidden_width, 1),
         )
 
     @without_autocast
     def forward(self, prompt_embeds: torch.Tensor, picture: torch.Tensor) -> torch.Tensor:
-        prompt, query = self.prompt(prompt_embeds), self.query(prompt_embeds.float())
-        field = F.silu(self.mix(F.silu(self.patches(picture)))) + self.places
-        # One head: several narrow ones foresee no better and take twice as long on a CPU.
-        key, value = self.key_value(self.norm(field.flatten(2).transpose(1, 2))).chunk(2, 2)
-        seen = F.scaled_dot_product_attention(*(part.unsqueeze(1) for part in (query, key, value)))
-        return self.body(torch.cat([seen.flatten(1), prompt], 1))[:, 0]
+        """Predict standardised rewards, `(size, batch)`; picture i is of prompt `i % prompts`."""
+        embeds, count = prompt_embeds.float(), len(picture) // len(prompt_embeds)
+        token, query = (
+            layer(embeds).unflatten(2, self._split).permute(2, 0, 1, 3) for layer in (self.token, self.query)
+        )
+        field = F.silu(self.patches(picture)).unflatten(1, self._split).flatten(3).permute(1, 0, 3, 2)
+        field = F.silu(self.mix(field)) + self.places
+        # One head a reader: several narrow ones foresee no better and take twice as long on a CPU.
+        key, value = self.key_value(F.layer_norm(field, field.shape[-1:])).chunk(2, 3)
+        seen = F.scaled_dot_product_attention(_tile(query, count, 1), key, value)
+        return self.body(torch.cat([seen.flatten(2), _tile(self.prompt(token.flatten(2)), count, 1)], 2))[..., 0]
 
 
-def _modulate(field: torch.Tensor, film: torch.Tensor) -> torch.Tensor:
-    scale, shift = film.reshape(*film.shape, *[1] * (field.ndim - 2)).chunk(2, 1)
-    return F.silu(field * (1 + scale) + shift)
+def _tile(tensor: torch.Tensor, count: int, dim: int = 0) -> torch.Tensor:
+    """Lay `count` copies of a tensor one after another."""
+    return torch.cat([tensor] * count, dim) if count > 1 else tensor

@@ -96,6 +96,20 @@ class PromptReader(nn.Module):
         return self.body(self.token(prompt_embeds.float()).flatten(1))
 
 
+class StackedLinear(nn.Module):
+    """`size` linear layers side by side: `(size, ..., in_features)` to `(size, ..., out_features)`."""
+
+    def __init__(self, size: int, in_features: int, out_features: int) -> None:
+        super().__init__()
+        bound = in_features**-0.5  # as in nn.Linear
+        self.weight = nn.Parameter(torch.empty(size, in_features, out_features).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(size, 1, out_features).uniform_(-bound, bound))
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        out = torch.baddbmm(self.bias, rows.flatten(1, -2), self.weight)
+        return out.unflatten(1, rows.shape[1:-1])
+
+
 def power_preserving(shift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return `mean` and `log_std` of `(shift + e) / sqrt(1 + mean(shift^2))`, e ~ N(0, 1): rows keep the prior's power.
 
@@ -117,5 +131,4 @@ def averaged(average: nn.Module, network: nn.Module, decay: float, number: int) 
     """Move the average towards the network's weights after step `number`, from 0."""
     # Faster at the start, where the weights of ten steps ago are of no use yet.
     decay = min(decay, (1 + number) / (10 + number))
-    for mean, current in zip(average.parameters(), network.parameters(), strict=True):
-        mean.lerp_(current, 1 - decay)
+    torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - decay)

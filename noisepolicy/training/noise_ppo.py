@@ -229,7 +229,8 @@ class NoisePpo:
             generator: Generator of prompts and noise.
         """
         config, policy = self._config, self.policy
-        embeds = self._prompts[rollout.prompt_row].prompt_embeds.float()
+        groups = slice(None, None, config.group_size)  # rows of a group have the same prompt and step count
+        embeds = self._prompts[rollout.prompt_row[groups]].prompt_embeds.float()
         with torch.no_grad():
             old_mean, old_log_std = policy(embeds)
         start = [parameter.detach().clone() for parameter in policy.parameters()]
@@ -242,7 +243,7 @@ class NoisePpo:
                 if gaussian_kl(old_mean, old_log_std, *policy(embeds)).mean().item() > config.target_kl:
                     break
         kls = self._end_step(start, embeds, old_mean, old_log_std)
-        kept = self._diversity_kept(embeds, rollout.step_index, generator)
+        kept = self._diversity_kept(embeds, rollout.step_index[groups], generator)
         metrics = {**kls, "diversity_kept": kept, "diversity_coef": self._diversity_coef}
         # Raised while the policy keeps less variety than its target, lowered above it.
         missing = min(max(config.diversity_target - kept, -_MAX_MISSING_VARIETY), _MAX_MISSING_VARIETY)
@@ -268,11 +269,11 @@ class NoisePpo:
         config, policy = self._config, self.policy
         # Two samples of each prompt, to see how far apart their pictures are.
         count = _NUM_FRESH // 2
-        rows = torch.randint(len(self._prompts), (count,), generator=generator).repeat(2)
-        step_index = torch.randint(len(config.num_inference_steps), (count,), generator=generator).repeat(2)
+        rows = torch.randint(len(self._prompts), (count,), generator=generator)
+        step_index = torch.randint(len(config.num_inference_steps), (count,), generator=generator)
         fresh = self._prompts[rows].prompt_embeds.float()
         mean, log_std = policy(fresh)
-        action = mean + log_std.exp() * draw_noise(mean, generator)
+        action = torch.cat([mean + log_std.exp() * draw_noise(mean, generator) for _ in range(2)])
         value, sketch = self._critic_average.lower_bound(fresh, action, step_index.to(mean.device))
         distance = _distance(*sketch.chunk(2))
         gain = value.mean() / self._scale.within_share if self._scale.within_share else 0.0
@@ -293,11 +294,9 @@ class NoisePpo:
         """Compute the distance of two pictures of a prompt, by their sketches, as a share of the prior's."""
         mean, log_std = self.policy(embeds)
         noise = [draw_noise(mean, generator) for _ in range(2)]
-        ours, prior = (
-            _distance(*(self._critic_average.sketch(embeds, action, step_index) for action in pair)).mean()
-            for pair in ([mean + log_std.exp() * draw for draw in noise], noise)
-        )
-        return (ours / prior).item()
+        actions = torch.cat([*(mean + log_std.exp() * draw for draw in noise), *noise])
+        sketches = self._critic_average.sketch(embeds, actions, step_index).chunk(4)
+        return (_distance(*sketches[:2]).mean() / _distance(*sketches[2:]).mean()).item()
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Return tensors and JSON values for a checkpoint, beside the weights of `policy` and `average`."""
