@@ -24,6 +24,11 @@ class ModelConfig:
     """Frames of a video model's clips. Default: the model's own."""
     variant: str | None = None
     """Variant of the model's weight files, e.g. 'fp16'. A folder with files of a single variant needs none."""
+    lora: tuple[str, ...] = ()
+    """LoRAs: files, folders, hub ids, or hub ids with a file (owner/name/file.safetensors), each with ':SCALE' for
+    another strength than 1, e.g. style.safetensors:0.8. Needs peft."""
+    fuse_lora: bool = False
+    """Add the LoRAs to the model's weights, which is as fast as a model without LoRA."""
     scheduler: str | None = None
     """Name of a diffusers scheduler that replaces the model's own, with the same settings, e.g.
     EulerDiscreteScheduler."""

@@ -138,12 +138,6 @@ class FrozenDiffusersPipeline:
         model: str | Path,
         *,
         device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        variant: str | None = None,
-        scheduler: str | None = None,
-        scheduler_options: Mapping[str, Any] | None = None,
-        vae_slicing: bool = False,
-        vae_tiling: bool = False,
         cpu_offload: bool = False,
         **options: Any,
     ) -> "FrozenDiffusersPipeline":
@@ -152,20 +146,13 @@ class FrozenDiffusersPipeline:
         Args:
             device: where it runs.
             cpu_offload: keep on `device` only the component that runs.
-            options: keyword arguments of the constructor. The other arguments are those of `loading.load_pipeline`.
+            options: keyword arguments of `loading.load_pipeline` and of the constructor.
 
         Raises:
             OSError, ValueError: as these do.
         """
-        pipeline = load_pipeline(
-            model,
-            dtype=dtype,
-            variant=variant,
-            scheduler=scheduler,
-            scheduler_options=scheduler_options,
-            vae_slicing=vae_slicing,
-            vae_tiling=vae_tiling,
-        )
+        of_loading = options.keys() & inspect.signature(load_pipeline).parameters.keys()
+        pipeline = load_pipeline(model, **{name: options.pop(name) for name in of_loading})
         place_pipeline(pipeline, torch.device(device), cpu_offload=cpu_offload)
         frozen = cls(pipeline, **options)
         # Nobody else has this pipeline, so its modules stay as they were placed. Its method would keep it alive, and

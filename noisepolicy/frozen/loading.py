@@ -24,11 +24,14 @@ from huggingface_hub.errors import (
 )
 
 from noisepolicy.frozen.families import FAMILIES, unsupported
+from noisepolicy.frozen.lora import apply_loras, load_lora, split_scale
 
 _CONVOLUTIONAL = ("UNet2DConditionModel", "AutoencoderKL", "AutoencoderTiny")
 """Components that are faster with channels last."""
 _UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 """Components that play no part in making an image from a prompt and latents."""
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(?:/.+)?", re.ASCII)
+"""Pattern of a hub id, perhaps with a file in it."""
 _GIVEN = {
     "prompt": "see --prompts",
     "negative_prompt": "see --negative-prompt",
@@ -57,6 +60,8 @@ def load_pipeline(
     variant: str | None = None,
     scheduler: str | None = None,
     scheduler_options: Mapping[str, Any] | None = None,
+    lora: Sequence[str] = (),
+    fuse_lora: bool = False,
     vae_slicing: bool = False,
     vae_tiling: bool = False,
 ) -> DiffusionPipeline:
@@ -68,6 +73,8 @@ def load_pipeline(
         variant: variant of the weight files, e.g. "fp16". A folder with files of a single variant needs none.
         scheduler: name of a diffusers scheduler that replaces the model's, with the same settings.
         scheduler_options: settings of the scheduler by name, over those that it has.
+        lora: LoRAs, each `PATH_OR_ID[:SCALE]`; see `lora.load_lora` for the places.
+        fuse_lora: add the LoRAs to the weights.
         vae_slicing: decode one image at a time, to save memory.
         vae_tiling: decode an image in tiles, to save memory.
 
@@ -98,6 +105,7 @@ def load_pipeline(
         pipeline.scheduler = replacement if pipeline.scheduler is None else pipeline.scheduler
     if scheduler_options:
         pipeline.scheduler = _with_options(pipeline.scheduler, scheduler_options)
+    _add_loras(pipeline, lora, fuse=fuse_lora)
     for is_wanted, method in ((vae_slicing, "enable_slicing"), (vae_tiling, "enable_tiling")):
         if is_wanted:
             if not hasattr(pipeline.vae, method):
@@ -229,6 +237,20 @@ def _make_scheduler(name: str, model: str | Path, own: str | None) -> SchedulerM
     return scheduler
 
 
+def _add_loras(pipeline: DiffusionPipeline, loras: Sequence[str], *, fuse: bool) -> None:
+    if not loras:
+        if fuse:
+            raise ValueError("fuse_lora needs a LoRA; give one with lora (--lora)")
+        return
+    strengths = {}
+    for index, text in enumerate(loras):
+        place, strengths[f"lora_{index}"] = split_scale(text)
+        with _one_line(place, "LoRA"), quiet():
+            load_lora(pipeline, place, f"lora_{index}")
+    with _one_line(", ".join(loras), "LoRA"), quiet():
+        apply_loras(pipeline, strengths, fuse=fuse)
+
+
 def _with_options(scheduler: SchedulerMixin, options: Mapping[str, Any]) -> SchedulerMixin:
     """Copy a scheduler with other settings.
 
@@ -338,23 +360,23 @@ def _whole_weights() -> Iterator[None]:
 
 
 @contextmanager
-def _one_line(model: str | Path) -> Iterator[None]:
-    """Turn errors of loading into an `OSError` of one line."""
+def _one_line(place: str | Path, what: str = "model") -> Iterator[None]:
+    """Turn errors of loading into an `OSError` of one line. `what` is loaded from `place`."""
     try:
         yield
     except Exception as error:  # a damaged model makes the libraries raise almost anything
-        raise OSError(_explain(str(model), error)) from error
+        raise OSError(_explain(str(place), what, error)) from error
 
 
-def _explain(model: str, error: Exception) -> str:
+def _explain(place: str, what: str, error: Exception) -> str:
     causes: list[BaseException] = [error]
     while cause := causes[-1].__cause__ or causes[-1].__context__:
         causes.append(cause)
     # GatedRepoError first: it is a RepositoryNotFoundError.
     if any(isinstance(cause, GatedRepoError) for cause in causes):
-        return f"model {model} is gated: accept its terms on https://huggingface.co/{model} and run 'hf auth login'"
+        return f"{what} {place} is gated: accept its terms on https://huggingface.co/{place} and run 'hf auth login'"
     if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
-        return f"there is no model {model} on the hub, or it is private: check the spelling or run 'hf auth login'"
+        return f"there is no {what} {place} on the hub, or it is private: check the spelling or run 'hf auth login'"
     reason = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, KeyError | AttributeError | TypeError | IndexError):
         reason = f"{type(error).__name__}: {reason}"  # its text alone says little
@@ -363,15 +385,15 @@ def _explain(model: str, error: Exception) -> str:
     missing = [package for module, package in needed.items() if not _is_installed(module)]
     if missing and re.search("tiktoken|sentencepiece|protobuf", reason, re.IGNORECASE):
         reason = f"its tokenizer needs packages that are not installed: pip install {' '.join(missing)}"
-    if Path(model).is_dir():
-        return f"cannot load the model folder {model}: {reason}"
-    if Path(model).is_absolute() or model.startswith(".") or model.count("/") != 1:
-        return f"there is no model folder {model}"
+    if Path(place).exists():
+        return f"cannot load the {what} {'folder ' if Path(place).is_dir() else ''}{place}: {reason}"
+    if Path(place).is_absolute() or place.startswith(".") or not _HUB_ID.fullmatch(place):
+        return f"there is no {what} {'folder ' if what == 'model' else ''}{place}"
     if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
-        return f"model {model} is neither a folder nor downloaded, and HF_HUB_OFFLINE is set"
+        return f"{what} {place} is neither a folder nor downloaded, and HF_HUB_OFFLINE is set"
     if any(isinstance(cause, LocalEntryNotFoundError) for cause in causes):
-        return f"model {model} is neither a folder nor downloaded, and the hub cannot be reached: check the network"
-    return f"model {model} is not a folder and cannot be fetched from the hub: {reason}"
+        return f"{what} {place} is neither a folder nor downloaded, and the hub cannot be reached: check the network"
+    return f"{what} {place} is not a folder and cannot be fetched from the hub: {reason}"
 
 
 def _is_installed(module: str) -> bool:

@@ -92,16 +92,29 @@ def timed(
 def weights_digest(module: torch.nn.Module) -> str:
     """Compute the SHA-256 of a module's parameters and buffers by name, including quantised and packed ones.
 
-    A module under `torch.compile` has the hash of the module itself.
+    A module under `torch.compile` has the hash of the module itself. The strengths of LoRAs count, too.
 
     Raises:
         RuntimeError: if weights are on the meta device, i.e. not in memory.
     """
     digest = hashlib.sha256()
-    for name, value in sorted(getattr(module, "_orig_mod", module).state_dict().items()):
+    module = getattr(module, "_orig_mod", module)
+    for name, value in sorted(module.state_dict().items()):
         digest.update(name.encode())
         _update(digest, name, value)
+    if adapters := _lora_state(module):
+        _update(digest, "LoRA", adapters)
     return digest.hexdigest()
+
+
+def _lora_state(module: torch.nn.Module) -> list[Any]:
+    """Return what decides the effect of a module's LoRAs beside their weights: those in use, and their strengths."""
+    state = []
+    for name, layer in module.named_modules():
+        if isinstance(getattr(layer, "scaling", None), dict) and hasattr(layer, "active_adapters"):  # one of peft's
+            active = () if layer.disable_adapters else layer.active_adapters
+            state.append([name, layer.merged_adapters, {each: layer.scaling.get(each) for each in active}])
+    return state
 
 
 def combined_digest(digests: Mapping[str, str]) -> str:

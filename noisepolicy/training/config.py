@@ -268,6 +268,7 @@ class TrainConfig:
         """
         return self.replace(
             model=_absolute_model(self.model.name),
+            lora=tuple(_absolute_lora(text) for text in self.model.lora),
             prompts=tuple(_absolute(source, Path.is_file) for source in self.prompts),
             eval_prompts=tuple(_absolute(source, Path.is_file) for source in self.evaluation.prompts),
             init_policy=None if self.init_policy is None else _absolute(str(self.init_policy), Path.is_dir),
@@ -402,6 +403,11 @@ def _absolute(text: str, is_there: Callable[[Path], bool]) -> str:
         return str(Path(text).absolute()) if text and is_there(Path(text)) else text
     except OSError:  # a long prompt is no name of a file
         return text
+
+
+def _absolute_lora(text: str) -> str:
+    place, colon, scale = (text, "", "") if Path(text).exists() else text.rpartition(":")
+    return _absolute(place or text, Path.exists) + (colon + scale if place else "")
 
 
 def _absolute_reward(spec: str) -> str:

@@ -63,23 +63,21 @@ from noisepolicy.training.rollout import PHASES, PhaseClock, Rollout, RolloutMak
 from noisepolicy.training.rows import PromptStore
 from noisepolicy.training.run_folder import MAY_CHANGE_ON_RESUME, OF_THE_RESULT, RunFolder, check_free
 from noisepolicy.training.signals import Signals
-from noisepolicy.training.task import Given, Task, as_reward, dtype_of, find_object, load_model, load_task, reward_name
+from noisepolicy.training.task import (
+    OF_LOADING,
+    Given,
+    Task,
+    as_reward,
+    dtype_of,
+    find_object,
+    load_model,
+    load_task,
+    reward_name,
+)
 from noisepolicy.training.trust import refuse_outside_code
 from noisepolicy.worlds import WORLDS
 
 _NUM_SAMPLES = 8
-_OF_A_LOADED_MODEL = (
-    "variant",
-    "scheduler",
-    "scheduler_options",
-    "dtype",
-    "vae_slicing",
-    "vae_tiling",
-    "cpu_offload",
-)
-"""Settings that cannot be given for a model from Python, which is used as it is."""
-
-
 _PYTHON_NAMES = {
     "--num-images": "num_images_per_prompt",
     "--steps": "num_inference_steps",
@@ -148,7 +146,7 @@ class Run:
             )
             config = config.replace(**named)
             config.check()
-            for name in _OF_A_LOADED_MODEL if given.model is not None else ():
+            for name in (*OF_LOADING, "dtype") if given.model is not None else ():
                 if getattr(config.model, name) != getattr(ModelConfig(), name):
                     raise ValueError(f"{name} is for models that are loaded by name; set it on the model itself")
             self._start(config.with_absolute_paths(), given)

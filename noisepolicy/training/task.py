@@ -27,6 +27,13 @@ _OF_USE = (
 )
 
 
+OF_LOADING = (
+    *("variant", "lora", "fuse_lora", "scheduler", "scheduler_options"),
+    *("vae_slicing", "vae_tiling", "cpu_offload"),
+)
+"""Settings of a pipeline's loading, beside its name and data type. One that is in memory is used as it is."""
+
+
 @dataclass(frozen=True)
 class Given:
     """Objects from Python that replace those named in the settings; None keeps the setting's."""
@@ -112,12 +119,7 @@ def load_model(model: ModelConfig, device: torch.device, given: Any = None, *, s
             model.name if world is None else world.model_folder(),
             device=device,
             dtype=getattr(torch, model.dtype or "float32"),
-            variant=model.variant,
-            scheduler=model.scheduler,
-            scheduler_options=model.scheduler_options,
-            vae_slicing=model.vae_slicing,
-            vae_tiling=model.vae_tiling,
-            cpu_offload=model.cpu_offload,
+            **{name: getattr(model, name) for name in OF_LOADING},
             **_use_of(model),
         )
     except (OSError, ValueError) as error:
