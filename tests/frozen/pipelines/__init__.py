@@ -1,0 +1,66 @@
+"""Tiny, randomly initialised pipelines of diffusers' real classes, built from their parts without a download."""
+
+import functools
+import sys
+import warnings
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import diffusers
+import torch
+
+from . import transformer_image, unet, video
+from .parts import Entry
+
+TABLE: dict[str, Entry] = unet.TABLE | transformer_image.TABLE | video.TABLE
+
+
+ATTRIBUTES: dict[str, dict[str, Any]] = {
+    "HiDreamImagePipeline": {"default_sample_size": 8},
+    "Kandinsky5T2IPipeline": {"resolutions": [(32, 48)]},
+}
+"""Sizes that a pipeline holds in itself, and to which it rounds what it is asked for."""
+
+
+def build(name: str) -> tuple[diffusers.DiffusionPipeline, dict[str, Any]]:
+    """Return a pipeline, and the arguments of a tiny call beside the prompt and the step count.
+
+    Args:
+        name: Key of `TABLE`: the pipeline's class, and after a colon a version of it, e.g. `WanPipeline:2.2`.
+    """
+    components, call = TABLE[name]
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # classes that diffusers plans to drop
+        torch.manual_seed(0)
+        parts = components()
+        for part in parts.values():
+            if isinstance(part, torch.nn.Module):
+                _enliven(part.eval())
+        pipeline = getattr(diffusers, name.split(":")[0])(**parts)
+    for attribute, value in ATTRIBUTES.get(name, {}).items():
+        setattr(pipeline, attribute, value)
+    pipeline.set_progress_bar_config(disable=True)
+    _shrink_pictures(sys.modules[type(pipeline).__module__])
+    return pipeline, dict(call)
+
+
+def build_pipeline(name: str, folder: Path) -> None:
+    """Save a pipeline to `folder`."""
+    build(name)[0].save_pretrained(folder)
+
+
+@torch.no_grad()
+def _enliven(module: torch.nn.Module) -> None:
+    """Make weights larger that are so small at initialisation that the prompt hardly tells."""
+    for parameter in module.parameters():
+        if parameter.ndim > 1 and parameter.std() < 0.2:
+            parameter.copy_(torch.randn_like(parameter) * 0.2)
+
+
+def _shrink_pictures(module: ModuleType) -> None:
+    """Let an editing pipeline scale its pictures to a few thousand pixels, where it would take a million."""
+    original = getattr(module, "calculate_dimensions", None)
+    if original is not None and not hasattr(original, "__wrapped__"):
+        smaller = functools.wraps(original)(lambda area, ratio: original(area / 256, ratio))
+        module.calculate_dimensions = smaller

@@ -1,0 +1,299 @@
+"""Stable Diffusion, SDXL and what else denoises with their UNet."""
+
+import functools
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+
+from .parts import (
+    WIDTH,
+    Components,
+    Entry,
+    clip,
+    clip_image_processor,
+    clip_text,
+    clip_tokenizer,
+    clip_vision,
+    ddim,
+    mask,
+    picture,
+    vae,
+)
+
+SIZE = {"height": 16, "width": 24}
+PICTURE = {"image": picture(24, 16)}
+IMG2IMG = PICTURE | {"strength": 0.9}
+INPAINT = PICTURE | {"mask_image": mask(24, 16)} | SIZE
+HINT = {"image": picture(24, 16, seed=1)}
+DEPTH = torch.linspace(-1, 1, 384).reshape(1, 16, 24)
+CONTROL_IMG2IMG = IMG2IMG | {"control_image": HINT["image"]}
+CONTROL_INPAINT = INPAINT | {"control_image": HINT["image"]}
+
+
+def unet(**config: Any) -> torch.nn.Module:
+    defaults = {
+        "sample_size": 8,
+        "block_out_channels": (4, 8),
+        "layers_per_block": 1,
+        "norm_num_groups": 2,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "cross_attention_dim": WIDTH,
+        "attention_head_dim": 2,
+    }
+    return diffusers.UNet2DConditionModel(**(defaults | config))
+
+
+XL_UNET = {
+    "cross_attention_dim": 2 * WIDTH,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 6 * 8 + WIDTH,
+    "use_linear_projection": True,
+}
+
+
+def stable_diffusion(**config: Any) -> Components:
+    """Components of Stable Diffusion; `config` is the UNet's."""
+    return {
+        "unet": unet(**config),
+        "vae": vae(),
+        "scheduler": ddim(),
+        **clip_text(),
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    }
+
+
+def stable_diffusion_xl(**config: Any) -> Components:
+    """Components of SDXL; `config` is the UNet's."""
+    return {
+        "unet": unet(**(XL_UNET | config)),
+        "vae": vae(),
+        "scheduler": ddim(),
+        **clip_text(),
+        "tokenizer_2": clip_tokenizer(),
+        "text_encoder_2": clip(transformers.CLIPTextModelWithProjection),
+    }
+
+
+def control_net(kind: type = diffusers.ControlNetModel, **config: Any) -> torch.nn.Module:
+    return kind(
+        block_out_channels=(4, 8),
+        layers_per_block=1,
+        norm_num_groups=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        attention_head_dim=2,
+        conditioning_embedding_out_channels=(4, 8),
+        **({"cross_attention_dim": WIDTH} | config),
+    )
+
+
+def controlled() -> Components:
+    return stable_diffusion() | {"controlnet": control_net()}
+
+
+def controlled_xl() -> Components:
+    return stable_diffusion_xl() | {"controlnet": control_net(**XL_UNET)}
+
+
+def union_xl() -> Components:
+    net = control_net(diffusers.ControlNetUnionModel, num_control_type=6, num_trans_channel=4, num_trans_head=1,
+                      num_trans_layer=1, num_proj_channel=4, **XL_UNET)  # fmt: skip
+    return stable_diffusion_xl() | {"controlnet": net}
+
+
+def adapted(base: Components) -> Components:
+    net = diffusers.T2IAdapter(in_channels=3, channels=[4, 8], num_res_blocks=1, downscale_factor=2)
+    return base | {"adapter": net}
+
+
+# An adapter adds to the blocks with cross-attention, which it takes to come first.
+ATTENTION_FIRST = {
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
+
+
+def controlnet_xs(base: Components) -> Components:
+    net = diffusers.ControlNetXSAdapter.from_unet(
+        base["unet"], size_ratio=1, conditioning_embedding_out_channels=(4, 8)
+    )
+    return base | {"controlnet": net}
+
+
+def latent_consistency() -> Components:
+    return stable_diffusion(time_cond_proj_dim=8) | {"scheduler": diffusers.LCMScheduler(), "image_encoder": None}
+
+
+def depth2img() -> Components:
+    parts = stable_diffusion(in_channels=5)
+    return {name: parts[name] for name in ("unet", "vae", "scheduler", "tokenizer", "text_encoder")} | {
+        "depth_estimator": None,
+        "feature_extractor": None,
+    }
+
+
+def upscale() -> Components:
+    parts = stable_diffusion(in_channels=7, num_class_embeds=1000)
+    del parts["requires_safety_checker"]
+    return parts | {"low_res_scheduler": diffusers.DDPMScheduler(), "max_noise_level": 350}
+
+
+def gligen() -> Components:
+    return stable_diffusion(attention_type="gated")
+
+
+def gligen_text_image() -> Components:
+    return stable_diffusion(attention_type="gated-text-image") | {
+        "processor": transformers.CLIPProcessor(clip_image_processor(), clip_tokenizer()),
+        "image_encoder": clip_vision(),
+        "image_project": None,
+    }
+
+
+def text_to_video() -> Components:
+    unet_3d = diffusers.UNet3DConditionModel(
+        sample_size=8,
+        block_out_channels=(4, 8),
+        layers_per_block=1,
+        norm_num_groups=2,
+        cross_attention_dim=WIDTH,
+        attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+    )
+    return {"unet": unet_3d, "vae": vae(), "scheduler": ddim(), **clip_text()}
+
+
+def motion_adapter() -> torch.nn.Module:
+    return diffusers.MotionAdapter(
+        block_out_channels=(4, 8), motion_layers_per_block=1, motion_norm_num_groups=2, motion_num_attention_heads=2
+    )
+
+
+def animate_diff() -> Components:
+    return {"unet": unet(), "motion_adapter": motion_adapter(), "vae": vae(), "scheduler": ddim(), **clip_text()}
+
+
+def animate_diff_xl() -> Components:
+    parts = stable_diffusion_xl()
+    return parts | {"motion_adapter": motion_adapter()}
+
+
+def animate_sparse() -> Components:
+    net = diffusers.SparseControlNetModel(
+        block_out_channels=(4, 8),
+        layers_per_block=1,
+        norm_num_groups=2,
+        down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
+        cross_attention_dim=WIDTH,
+        attention_head_dim=2,
+        conditioning_embedding_out_channels=(4, 8),
+        transformer_layers_per_block=1,
+        motion_num_attention_heads=2,
+        use_simplified_condition_embedding=False,
+        conditioning_channels=3,
+        concat_conditioning_mask=True,
+    )
+    return animate_diff() | {"controlnet": net}
+
+
+VIDEO = SIZE | {"num_frames": 3}
+FRAMES = [picture(24, 16, seed) for seed in range(3)]
+
+TABLE: dict[str, Entry] = {
+    "StableDiffusionPipeline": (stable_diffusion, SIZE),
+    "StableDiffusionImg2ImgPipeline": (stable_diffusion, IMG2IMG),
+    "StableDiffusionInpaintPipeline": (stable_diffusion, INPAINT),
+    "StableDiffusionPAGPipeline": (stable_diffusion, SIZE),
+    "StableDiffusionPAGImg2ImgPipeline": (stable_diffusion, IMG2IMG),
+    "StableDiffusionPAGInpaintPipeline": (stable_diffusion, INPAINT),
+    "StableDiffusionSAGPipeline": (stable_diffusion, SIZE),
+    "StableDiffusionPanoramaPipeline": (stable_diffusion, SIZE),
+    "StableDiffusionAttendAndExcitePipeline": (stable_diffusion, SIZE | {"token_indices": [[2]], "attn_res": (4, 6)}),
+    "StableDiffusionControlNetPipeline": (controlled, HINT | SIZE),
+    "StableDiffusionControlNetImg2ImgPipeline": (controlled, CONTROL_IMG2IMG | SIZE),
+    "StableDiffusionControlNetInpaintPipeline": (controlled, CONTROL_INPAINT),
+    "StableDiffusionControlNetPAGPipeline": (controlled, HINT | SIZE),
+    "StableDiffusionControlNetPAGInpaintPipeline": (controlled, CONTROL_INPAINT),
+    "StableDiffusionControlNetXSPipeline": (lambda: controlnet_xs(stable_diffusion(layers_per_block=2)), HINT | SIZE),
+    "StableDiffusionAdapterPipeline": (lambda: adapted(stable_diffusion(**ATTENTION_FIRST)), HINT | SIZE),
+    "StableDiffusionInstructPix2PixPipeline": (functools.partial(stable_diffusion, in_channels=8), PICTURE),
+    "StableDiffusionDepth2ImgPipeline": (
+        depth2img,
+        IMG2IMG | {"depth_map": torch.linspace(-1, 1, 384).reshape(1, 16, 24)},
+    ),
+    "StableDiffusionUpscalePipeline": (upscale, {"image": picture(12, 8)}),
+    "StableDiffusionGLIGENPipeline": (
+        gligen,
+        SIZE | {"gligen_phrases": ["a red circle"], "gligen_boxes": [[0.1, 0.1, 0.6, 0.6]]},
+    ),
+    "StableDiffusionGLIGENTextImagePipeline": (
+        gligen_text_image,
+        SIZE | {"gligen_phrases": ["a red circle"], "gligen_boxes": [[0.1, 0.1, 0.6, 0.6]]},
+    ),
+    "StableDiffusionLDM3DPipeline": (
+        lambda: stable_diffusion() | {"vae": vae(in_channels=6, out_channels=6), "image_encoder": None},
+        SIZE | {"output_type": "np"},
+    ),
+    "StableDiffusionXLPipeline": (stable_diffusion_xl, SIZE),
+    "StableDiffusionXLImg2ImgPipeline": (stable_diffusion_xl, IMG2IMG),
+    "StableDiffusionXLInpaintPipeline": (stable_diffusion_xl, INPAINT),
+    "StableDiffusionXLPAGPipeline": (stable_diffusion_xl, SIZE),
+    "StableDiffusionXLPAGImg2ImgPipeline": (stable_diffusion_xl, IMG2IMG),
+    "StableDiffusionXLPAGInpaintPipeline": (stable_diffusion_xl, INPAINT),
+    "StableDiffusionXLControlNetPipeline": (controlled_xl, HINT | SIZE),
+    "StableDiffusionXLControlNetImg2ImgPipeline": (controlled_xl, CONTROL_IMG2IMG | SIZE),
+    "StableDiffusionXLControlNetInpaintPipeline": (controlled_xl, CONTROL_INPAINT),
+    "StableDiffusionXLControlNetPAGPipeline": (controlled_xl, HINT | SIZE),
+    "StableDiffusionXLControlNetPAGImg2ImgPipeline": (controlled_xl, CONTROL_IMG2IMG | SIZE),
+    "StableDiffusionXLControlNetUnionPipeline": (
+        union_xl,
+        SIZE | {"control_image": [HINT["image"]], "control_mode": [1]},
+    ),
+    "StableDiffusionXLControlNetUnionImg2ImgPipeline": (
+        union_xl,
+        IMG2IMG | SIZE | {"control_image": [HINT["image"]], "control_mode": [1]},
+    ),
+    "StableDiffusionXLControlNetUnionInpaintPipeline": (
+        union_xl,
+        INPAINT | {"control_image": [HINT["image"]], "control_mode": [1]},
+    ),
+    "StableDiffusionXLControlNetXSPipeline": (
+        lambda: controlnet_xs(stable_diffusion_xl(layers_per_block=2)),
+        HINT | SIZE,
+    ),
+    "StableDiffusionXLAdapterPipeline": (lambda: adapted(stable_diffusion_xl(**ATTENTION_FIRST)), HINT | SIZE),
+    "StableDiffusionXLInstructPix2PixPipeline": (
+        functools.partial(stable_diffusion_xl, in_channels=8),
+        PICTURE | SIZE,
+    ),
+    "LatentConsistencyModelPipeline": (latent_consistency, SIZE),
+    "LatentConsistencyModelImg2ImgPipeline": (latent_consistency, IMG2IMG | {"original_inference_steps": 4}),
+    "TextToVideoSDPipeline": (text_to_video, VIDEO),
+    "VideoToVideoSDPipeline": (text_to_video, {"video": FRAMES, "strength": 0.9}),
+    "AnimateDiffPipeline": (animate_diff, VIDEO),
+    "AnimateDiffPAGPipeline": (animate_diff, VIDEO),
+    "AnimateDiffSDXLPipeline": (animate_diff_xl, VIDEO),
+    "AnimateDiffControlNetPipeline": (
+        lambda: animate_diff() | {"controlnet": control_net()},
+        VIDEO | {"conditioning_frames": FRAMES},
+    ),
+    "AnimateDiffSparseControlNetPipeline": (
+        animate_sparse,
+        VIDEO | {"conditioning_frames": FRAMES[:1], "controlnet_frame_indices": [0]},
+    ),
+    "AnimateDiffVideoToVideoPipeline": (animate_diff, SIZE | {"video": FRAMES, "strength": 0.9}),
+    "AnimateDiffVideoToVideoControlNetPipeline": (
+        lambda: animate_diff() | {"controlnet": control_net()},
+        SIZE | {"video": FRAMES, "conditioning_frames": FRAMES, "strength": 0.9},
+    ),
+    "PIAPipeline": (
+        lambda: animate_diff() | {"unet": unet(in_channels=9)},
+        VIDEO | PICTURE,
+    ),
+}

@@ -1,0 +1,673 @@
+"""Pipelines that make videos with a transformer, from text alone or from text and a picture or video."""
+
+import functools
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
+from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
+
+from .parts import (
+    TOKEN,
+    WIDTH,
+    WORDS,
+    Components,
+    Entry,
+    byte_text,
+    chat_tokenizer,
+    clip,
+    clip_image_processor,
+    clip_tokenizer,
+    clip_vision,
+    ddim,
+    eight_vae,
+    flow,
+    gemma_text,
+    language_model,
+    picture,
+    qwen25_vl,
+    t5_text,
+    umt5_text,
+    wan_vae,
+    word_tokenizer,
+)
+from .transformer_image import kandinsky_5
+
+SIZE = {"height": 16, "width": 32, "num_frames": 5}
+LARGER = {"height": 32, "width": 48, "num_frames": 5}
+PICTURE = {"image": picture(32, 16)}
+FRAMES = [picture(32, 16, seed) for seed in range(5)]
+
+
+_WAN = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": WIDTH,
+    "freq_dim": 16,
+    "ffn_dim": 16,
+    "num_layers": 1,
+    "cross_attn_norm": True,
+    "rope_max_seq_len": 32,
+}
+
+
+def wan(**config: Any) -> Components:
+    """Components of Wan 2.1; `config` is the transformer's."""
+    return {
+        "transformer": diffusers.WanTransformer3DModel(**(_WAN | config)),
+        "vae": wan_vae(),
+        "scheduler": flow(shift=7.0),
+        **umt5_text(),
+    }
+
+
+def wan_22() -> Components:
+    """Components of Wan 2.2: one transformer for strong noise and one for weak."""
+    second = diffusers.WanTransformer3DModel(**_WAN)
+    return wan() | {"transformer_2": second, "boundary_ratio": 0.9}
+
+
+def wan_image() -> Components:
+    parts = wan(in_channels=36, image_dim=WIDTH, added_kv_proj_dim=24)
+    vision = clip_vision(transformers.CLIPVisionModel)
+    return parts | {"image_encoder": vision, "image_processor": clip_image_processor()}
+
+
+def wan_vace() -> Components:
+    transformer = diffusers.WanVACETransformer3DModel(**_WAN, vace_layers=[0], vace_in_channels=96)
+    return wan() | {"transformer": transformer}
+
+
+def lucy() -> Components:
+    return wan(in_channels=32)
+
+
+def sky_reels() -> Components:
+    transformer = diffusers.SkyReelsV2Transformer3DModel(**_WAN)
+    scheduler = diffusers.UniPCMultistepScheduler(flow_shift=8.0, use_flow_sigmas=True)
+    return wan() | {"transformer": transformer, "scheduler": scheduler}
+
+
+def sky_reels_image() -> Components:
+    transformer = diffusers.SkyReelsV2Transformer3DModel(
+        **(_WAN | {"in_channels": 36}), image_dim=WIDTH, added_kv_proj_dim=24
+    )
+    vision = clip_vision(transformers.CLIPVisionModelWithProjection)
+    return sky_reels() | {
+        "transformer": transformer,
+        "image_encoder": vision,
+        "image_processor": clip_image_processor(),
+    }
+
+
+def any_flow() -> Components:
+    transformer = diffusers.AnyFlowTransformer3DModel(**_WAN, gate_value=0.25, deltatime_type="r")
+    scheduler = diffusers.FlowMapEulerDiscreteScheduler(num_train_timesteps=1000, shift=5.0)
+    return wan() | {"transformer": transformer, "scheduler": scheduler}
+
+
+def helios() -> Components:
+    options = {name: value for name, value in _WAN.items() if name != "rope_max_seq_len"}
+    transformer = diffusers.HeliosTransformer3DModel(
+        **options,
+        rope_dim=(4, 4, 4),
+        has_multi_term_memory_patch=True,
+        guidance_cross_attn=True,
+        zero_history_timestep=True,
+        is_amplify_history=False,
+    )
+    scheduler = diffusers.HeliosScheduler(stage_range=[0, 1], stages=1, use_dynamic_shifting=True)
+    return wan() | {"transformer": transformer, "scheduler": scheduler}
+
+
+def sana_video() -> Components:
+    transformer = diffusers.SanaVideoTransformer3DModel(
+        in_channels=16,
+        out_channels=16,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        num_layers=1,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=12,
+        cross_attention_dim=24,
+        caption_channels=WIDTH,
+        sample_size=8,
+        patch_size=(1, 2, 2),
+        rope_max_seq_len=32,
+    )
+    return {"transformer": transformer, "vae": wan_vae(), "scheduler": flow(shift=8.0), **gemma_text()}
+
+
+def motif() -> Components:
+    transformer = diffusers.MotifVideoTransformer3DModel(
+        in_channels=33,
+        out_channels=16,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        num_layers=1,
+        num_single_layers=1,
+        patch_size=1,
+        patch_size_t=1,
+        qk_norm="rms_norm",
+        text_embed_dim=WIDTH,
+        rope_axes_dim=(4, 4, 4),
+    )
+    text = transformers.T5Gemma2TextConfig(
+        vocab_size=len(WORDS),
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        dropout_rate=0.0,
+    )
+    vision = {
+        "hidden_size": WIDTH,
+        "intermediate_size": WIDTH,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 8,
+    }
+    config = transformers.T5Gemma2EncoderConfig(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    return {
+        "transformer": transformer,
+        "vae": wan_vae(),
+        "scheduler": flow(shift=7.0),
+        "tokenizer": word_tokenizer(),
+        "text_encoder": transformers.T5Gemma2Encoder(config),
+        "guider": diffusers.AdaptiveProjectedGuidance(),
+        "feature_extractor": None,
+    }
+
+
+def ltx(**scheduler: Any) -> Components:
+    vae = diffusers.AutoencoderKLLTXVideo(
+        latent_channels=8,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 1),
+        spatio_temporal_scaling=(True, True, False, False),
+        decoder_spatio_temporal_scaling=(True, True, False, False),
+        decoder_inject_noise=(False,) * 5,
+        upsample_residual=(False,) * 4,
+        upsample_factor=(1,) * 4,
+        patch_size=1,
+        patch_size_t=1,
+    )
+    transformer = diffusers.LTXVideoTransformer3DModel(
+        in_channels=8,
+        out_channels=8,
+        patch_size=1,
+        patch_size_t=1,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        num_layers=1,
+        caption_channels=WIDTH,
+    )
+    return {
+        "transformer": transformer,
+        "vae": vae,
+        "scheduler": flow(**(scheduler or {"use_dynamic_shifting": True})),
+        **t5_text(),
+    }
+
+
+def ltx_2() -> Components:
+    transformer = diffusers.LTX2VideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        audio_in_channels=4,
+        audio_out_channels=4,
+        audio_num_attention_heads=2,
+        audio_attention_head_dim=4,
+        audio_cross_attention_dim=8,
+        num_layers=1,
+        caption_channels=WIDTH,
+        rope_double_precision=False,
+        rope_type="split",
+    )
+    connectors = LTX2TextConnectors(
+        caption_channels=WIDTH,
+        text_proj_in_factor=3,
+        video_connector_num_attention_heads=2,
+        video_connector_attention_head_dim=8,
+        video_connector_num_layers=1,
+        video_connector_num_learnable_registers=None,
+        audio_connector_num_attention_heads=2,
+        audio_connector_attention_head_dim=8,
+        audio_connector_num_layers=1,
+        audio_connector_num_learnable_registers=None,
+        connector_rope_base_seq_len=32,
+        rope_theta=10000.0,
+        rope_double_precision=False,
+        causal_temporal_positioning=False,
+        rope_type="split",
+    )
+    vae = diffusers.AutoencoderKLLTX2Video(
+        latent_channels=4,
+        block_out_channels=(8,),
+        decoder_block_out_channels=(8,),
+        layers_per_block=(1,),
+        decoder_layers_per_block=(1, 1),
+        spatio_temporal_scaling=(True,),
+        decoder_spatio_temporal_scaling=(True,),
+        decoder_inject_noise=(False, False),
+        downsample_type=("spatial",),
+        upsample_residual=(False,),
+        upsample_factor=(1,),
+        patch_size=1,
+        patch_size_t=1,
+    )
+    audio_vae = diffusers.AutoencoderKLLTX2Audio(
+        base_channels=4,
+        ch_mult=(1,),
+        num_res_blocks=1,
+        resolution=32,
+        latent_channels=2,
+        sample_rate=16000,
+        mel_hop_length=160,
+        mel_bins=8,
+    )
+    vocoder = LTX2Vocoder(
+        in_channels=16,
+        hidden_channels=32,
+        out_channels=2,
+        upsample_kernel_sizes=[4, 4],
+        upsample_factors=[2, 2],
+        resnet_kernel_sizes=[3],
+        resnet_dilations=[[1, 3, 5]],
+        output_sampling_rate=16000,
+    )
+    text = {
+        "vocab_size": len(WORDS),
+        "hidden_size": WIDTH,
+        "intermediate_size": WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+    }
+    vision = {
+        "hidden_size": WIDTH,
+        "intermediate_size": WIDTH,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 8,
+    }
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=TOKEN["[IMG]"]
+    )
+    return {
+        "transformer": transformer,
+        "vae": vae,
+        "audio_vae": audio_vae,
+        "connectors": connectors,
+        "vocoder": vocoder,
+        "scheduler": flow(use_dynamic_shifting=True),
+        "tokenizer": word_tokenizer(1024, padding_side="left"),
+        "text_encoder": transformers.Gemma3ForConditionalGeneration(config),
+    }
+
+
+SANA_SIZE = {
+    "height": 32,
+    "width": 64,
+    "frames": 5,
+    "use_resolution_binning": False,
+    "complex_human_instruction": [],
+}
+LTX_SIZE = {"height": 32, "width": 64, "num_frames": 5}
+LTX_2 = LTX_SIZE | {"max_sequence_length": 16, "spatio_temporal_guidance_blocks": [0]}
+
+
+def hunyuan_vae() -> torch.nn.Module:
+    return diffusers.AutoencoderKLHunyuanVideo(
+        latent_channels=4,
+        down_block_types=("HunyuanVideoDownBlock3D",) * 4,
+        up_block_types=("HunyuanVideoUpBlock3D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+    )
+
+
+def hunyuan_video(**config: Any) -> Components:
+    defaults = {
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_attention_heads": 2,
+        "attention_head_dim": 10,
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "num_refiner_layers": 1,
+        "patch_size": 1,
+        "guidance_embeds": True,
+        "text_embed_dim": WIDTH,
+        "pooled_projection_dim": WIDTH,
+        "rope_axes_dim": (2, 4, 4),
+    }
+    return {
+        "transformer": diffusers.HunyuanVideoTransformer3DModel(**(defaults | config)),
+        "vae": hunyuan_vae(),
+        "scheduler": flow(shift=7.0),
+        "tokenizer": word_tokenizer(512),
+        "text_encoder": language_model(transformers.LlamaModel, transformers.LlamaConfig),
+        "tokenizer_2": clip_tokenizer(),
+        "text_encoder_2": clip(max_position_embeddings=77),
+    }
+
+
+HUNYUAN = SIZE | {"prompt_template": {"template": "{}", "crop_start": 0}, "max_sequence_length": 16}
+
+
+def hunyuan_video_15() -> Components:
+    transformer = diffusers.HunyuanVideo15Transformer3DModel(
+        in_channels=9,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=1,
+        num_refiner_layers=1,
+        mlp_ratio=2.0,
+        text_embed_dim=WIDTH,
+        text_embed_2_dim=WIDTH,
+        image_embed_dim=12,
+        rope_axes_dim=(2, 2, 4),
+        target_size=16,
+        task_type="t2v",
+    )
+    vae = diffusers.AutoencoderKLHunyuanVideo15(
+        latent_channels=4,
+        block_out_channels=(16, 16),
+        layers_per_block=1,
+        spatial_compression_ratio=4,
+        temporal_compression_ratio=2,
+        downsample_match_channel=False,
+        upsample_match_channel=False,
+    )
+    return {
+        "transformer": transformer,
+        "vae": vae,
+        "scheduler": flow(shift=7.0),
+        "tokenizer": chat_tokenizer(),
+        "text_encoder": qwen25_vl(transformers.Qwen2_5_VLTextModel),
+        **byte_text(),
+        "guider": diffusers.ClassifierFreeGuidance(guidance_scale=3.0),
+    }
+
+
+def kandinsky_5_video() -> Components:
+    return kandinsky_5() | {"vae": hunyuan_vae()}
+
+
+def kandinsky_5_image_to_video() -> Components:
+    return kandinsky_5(visual_cond=True) | {"vae": hunyuan_vae()}
+
+
+def cogvideo_vae() -> torch.nn.Module:
+    return diffusers.AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        temporal_compression_ratio=4,
+    )
+
+
+def cogvideo(in_channels: int = 4) -> Components:
+    transformer = diffusers.CogVideoXTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=in_channels,
+        out_channels=4,
+        time_embed_dim=4,
+        text_embed_dim=WIDTH,
+        num_layers=1,
+        sample_width=4,
+        sample_height=2,
+        sample_frames=5,
+        patch_size=2,
+        max_text_seq_length=16,
+        spatial_interpolation_scale=1.0,
+    )
+    return {
+        "transformer": transformer,
+        "vae": cogvideo_vae(),
+        "scheduler": diffusers.CogVideoXDDIMScheduler(timestep_spacing="trailing"),
+        **t5_text(max_tokens=226),
+    }
+
+
+COGVIDEO = SIZE | {"max_sequence_length": 16}
+
+
+def mochi() -> Components:
+    transformer = diffusers.MochiTransformer3DModel(
+        patch_size=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=1,
+        pooled_projection_dim=16,
+        in_channels=12,
+        out_channels=None,
+        qk_norm="rms_norm",
+        text_embed_dim=WIDTH,
+        time_embed_dim=4,
+        activation_fn="swiglu",
+        max_sequence_length=16,
+    )
+    torch.nn.init.normal_(transformer.pos_frequencies)
+    vae = diffusers.AutoencoderKLMochi(
+        latent_channels=12,
+        out_channels=3,
+        encoder_block_out_channels=(32, 32, 32, 32),
+        decoder_block_out_channels=(32, 32, 32, 32),
+        layers_per_block=(1, 1, 1, 1, 1),
+    )
+    return {"transformer": transformer, "vae": vae, "scheduler": flow(), **t5_text(max_tokens=256)}
+
+
+def allegro() -> Components:
+    transformer = diffusers.AllegroTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        cross_attention_dim=24,
+        sample_width=4,
+        sample_height=2,
+        sample_frames=8,
+        caption_channels=WIDTH,
+    )
+    vae = diffusers.AutoencoderKLAllegro(
+        down_block_types=("AllegroDownBlock3D",) * 4,
+        up_block_types=("AllegroUpBlock3D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+    )
+    vae.enable_tiling()  # it decodes in no other way
+    return {"transformer": transformer, "vae": vae, "scheduler": ddim(), **t5_text(max_tokens=512)}
+
+
+def latte() -> Components:
+    transformer = diffusers.LatteTransformer3DModel(
+        sample_size=4,
+        num_layers=1,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        caption_channels=WIDTH,
+        in_channels=4,
+        cross_attention_dim=16,
+        out_channels=8,
+        attention_bias=True,
+        activation_fn="gelu-approximate",
+        num_embeds_ada_norm=1000,
+        norm_type="ada_norm_single",
+        norm_elementwise_affine=False,
+        video_length=2,
+    )
+    return {"transformer": transformer, "vae": eight_vae(), "scheduler": ddim(), **t5_text(max_tokens=120)}
+
+
+class SafeAtAll:
+    """Cosmos' guard, which lets everything pass. The true one is a download."""
+
+    def to(self, *_: Any, **__: Any) -> "SafeAtAll":
+        return self
+
+    def check_text_safety(self, prompt: str) -> bool:
+        return True
+
+    def check_video_safety(self, frames: Any) -> Any:
+        return frames
+
+
+def _cosmos(channels: int = 16, extra: int = 0) -> torch.nn.Module:
+    return diffusers.CosmosTransformer3DModel(
+        in_channels=channels + extra,
+        out_channels=channels,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=1,
+        mlp_ratio=2,
+        text_embed_dim=WIDTH,
+        adaln_lora_dim=4,
+        max_size=(4, 32, 32),
+    )
+
+
+def cosmos(extra: int = 0) -> Components:
+    vae = diffusers.AutoencoderKLCosmos(
+        latent_channels=4,
+        encoder_block_out_channels=(8, 8, 8, 8),
+        decode_block_out_channels=(8, 8, 8, 8),
+        attention_resolutions=(8,),
+        resolution=64,
+        num_layers=1,
+        spatial_compression_ratio=4,
+        temporal_compression_ratio=4,
+    )
+    return {
+        "transformer": _cosmos(4, extra),
+        "vae": vae,
+        "scheduler": diffusers.EDMEulerScheduler(final_sigmas_type="sigma_min"),
+        **t5_text(max_tokens=512),
+        "safety_checker": SafeAtAll(),
+    }
+
+
+def cosmos_2(extra: int = 0) -> Components:
+    return {
+        "transformer": _cosmos(16, extra),
+        "vae": wan_vae(),
+        "scheduler": flow(use_karras_sigmas=True),
+        **t5_text(max_tokens=512),
+        "safety_checker": SafeAtAll(),
+    }
+
+
+def easy_animate(channels: int = 4) -> Components:
+    transformer = diffusers.EasyAnimateTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=channels,
+        out_channels=4,
+        time_embed_dim=4,
+        text_embed_dim=WIDTH,
+        num_layers=1,
+        mmdit_layers=1,
+        sample_width=4,
+        sample_height=2,
+        patch_size=2,
+    )
+    vae = diffusers.AutoencoderKLMagvit(
+        down_block_types=("SpatialDownBlock3D", *("SpatialTemporalDownBlock3D",) * 3),
+        up_block_types=("SpatialUpBlock3D", *("SpatialTemporalUpBlock3D",) * 3),
+        block_out_channels=(8, 8, 8, 8),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        spatial_group_norm=False,
+    )
+    return {
+        "transformer": transformer,
+        "vae": vae,
+        "scheduler": flow(),
+        "tokenizer": chat_tokenizer(),
+        "text_encoder": qwen25_vl(),
+    }
+
+
+TABLE: dict[str, Entry] = {
+    "WanPipeline": (wan, LARGER),
+    "WanPipeline:2.2": (wan_22, LARGER),
+    "WanImageToVideoPipeline": (wan_image, SIZE | PICTURE),
+    "WanVideoToVideoPipeline": (wan, {"video": FRAMES, "height": 16, "width": 32, "strength": 0.9}),
+    "WanVACEPipeline": (wan_vace, SIZE),
+    "LucyEditPipeline": (lucy, SIZE | {"video": FRAMES}),
+    "SkyReelsV2Pipeline": (sky_reels, SIZE),
+    "SkyReelsV2ImageToVideoPipeline": (sky_reels_image, SIZE | PICTURE),
+    "SkyReelsV2DiffusionForcingPipeline": (sky_reels, SIZE),
+    "SkyReelsV2DiffusionForcingImageToVideoPipeline": (sky_reels, SIZE | PICTURE),
+    "AnyFlowPipeline": (any_flow, SIZE),
+    "HeliosPipeline": (helios, SIZE),
+    "SanaVideoPipeline": (
+        sana_video,
+        SANA_SIZE,
+    ),
+    "SanaImageToVideoPipeline": (
+        sana_video,
+        SANA_SIZE | {"image": picture(64, 32)},
+    ),
+    "MotifVideoPipeline": (motif, SIZE),
+    "MotifVideoImage2VideoPipeline": (motif, SIZE | PICTURE),
+    "LTXPipeline": (ltx, LTX_SIZE),
+    "LTXImageToVideoPipeline": (ltx, LTX_SIZE | {"image": picture(64, 32)}),
+    "LTXConditionPipeline": (functools.partial(ltx, shift=3.0), LTX_SIZE | {"image": picture(64, 32)}),
+    "LTXI2VLongMultiPromptPipeline": (functools.partial(ltx, shift=3.0), LTX_SIZE),
+    "LTX2Pipeline": (ltx_2, LTX_2),
+    "LTX2ImageToVideoPipeline": (ltx_2, LTX_2 | {"image": picture(64, 32), "image_conditioning_crf": 0}),
+    "LTX2ConditionPipeline": (ltx_2, LTX_2),
+    "HunyuanVideoPipeline": (hunyuan_video, HUNYUAN),
+    "HunyuanSkyreelsImageToVideoPipeline": (functools.partial(hunyuan_video, in_channels=8), HUNYUAN | PICTURE),
+    "HunyuanVideo15Pipeline": (hunyuan_video_15, SIZE),
+    "Kandinsky5T2VPipeline": (kandinsky_5_video, LARGER),
+    "Kandinsky5I2VPipeline": (kandinsky_5_image_to_video, LARGER | {"image": picture(48, 32)}),
+    "CogVideoXPipeline": (cogvideo, COGVIDEO),
+    "CogVideoXImageToVideoPipeline": (functools.partial(cogvideo, 8), COGVIDEO | PICTURE),
+    "CogVideoXVideoToVideoPipeline": (
+        cogvideo,
+        {"height": 16, "width": 32, "max_sequence_length": 16, "video": FRAMES},
+    ),
+    "CogVideoXFunControlPipeline": (
+        functools.partial(cogvideo, 8),
+        {"height": 16, "width": 32, "max_sequence_length": 16, "control_video": FRAMES},
+    ),
+    "MochiPipeline": (mochi, {"height": 16, "width": 32, "num_frames": 7, "max_sequence_length": 16}),
+    "AllegroPipeline": (allegro, {"height": 16, "width": 32, "num_frames": 8, "max_sequence_length": 16}),
+    "LattePipeline": (latte, {"height": 16, "width": 32, "video_length": 2, "clean_caption": False}),
+    "CosmosTextToWorldPipeline": (cosmos, LARGER),
+    "CosmosVideoToWorldPipeline": (functools.partial(cosmos, 1), LARGER | {"image": picture(48, 32)}),
+    "Cosmos2TextToImagePipeline": (cosmos_2, {"height": 32, "width": 48}),
+    "Cosmos2VideoToWorldPipeline": (functools.partial(cosmos_2, 1), LARGER | {"image": picture(48, 32)}),
+    "EasyAnimatePipeline": (easy_animate, SIZE | {"negative_prompt": "blurry"}),
+}
