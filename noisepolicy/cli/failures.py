@@ -1,6 +1,7 @@
 """Failures of the commands: one clear line on stderr, an exit code, and a traceback only with --debug."""
 
 import errno
+import logging
 import os
 import sys
 import traceback
@@ -17,6 +18,10 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def prepare(command: str) -> None:
     """Silence the libraries and make warnings one line each. Call this before heavy imports."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    # diffusers imports torchao if it is installed, which says what it cannot do on this machine.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
     def show(message: Warning | str, category: type[Warning], *_: object) -> None:
         if category is UserWarning:

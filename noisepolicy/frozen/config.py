@@ -29,6 +29,12 @@ class ModelConfig:
     another strength than 1, e.g. style.safetensors:0.8. Needs peft."""
     fuse_lora: bool = False
     """Add the LoRAs to the model's weights, which is as fast as a model without LoRA."""
+    quantize: str | None = None
+    """Quantise the denoiser while it is loaded: 'torchao', or 'torchao:TYPE' with a type of torchao, e.g.
+    torchao:int8_weight_only; 'quanto:int8' (int4, int2, float8); 'bitsandbytes_8bit', 'bitsandbytes_4bit' (nf4) or
+    'bitsandbytes_4bit:fp4'. A copy that is quantised already needs none."""
+    quantize_parts: tuple[str, ...] = ()
+    """Components that `quantize` quantises, e.g. transformer text_encoder_2. Default: the denoiser."""
     scheduler: str | None = None
     """Name of a diffusers scheduler that replaces the model's own, with the same settings, e.g.
     EulerDiscreteScheduler."""

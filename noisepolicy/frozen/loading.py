@@ -25,6 +25,7 @@ from huggingface_hub.errors import (
 
 from noisepolicy.frozen.families import FAMILIES, unsupported
 from noisepolicy.frozen.lora import apply_loras, load_lora, split_scale
+from noisepolicy.frozen.quantization import quantization_config
 
 _CONVOLUTIONAL = ("UNet2DConditionModel", "AutoencoderKL", "AutoencoderTiny")
 """Components that are faster with channels last."""
@@ -62,6 +63,8 @@ def load_pipeline(
     scheduler_options: Mapping[str, Any] | None = None,
     lora: Sequence[str] = (),
     fuse_lora: bool = False,
+    quantize: str | None = None,
+    quantize_parts: Sequence[str] = (),
     vae_slicing: bool = False,
     vae_tiling: bool = False,
 ) -> DiffusionPipeline:
@@ -75,6 +78,8 @@ def load_pipeline(
         scheduler_options: settings of the scheduler by name, over those that it has.
         lora: LoRAs, each `PATH_OR_ID[:SCALE]`; see `lora.load_lora` for the places.
         fuse_lora: add the LoRAs to the weights.
+        quantize: quantise components while they are loaded, `BACKEND[:TYPE]`, e.g. "torchao:int8_weight_only".
+        quantize_parts: the components. Default: the denoiser, or both of two.
         vae_slicing: decode one image at a time, to save memory.
         vae_tiling: decode an image in tiles, to save memory.
 
@@ -95,6 +100,10 @@ def load_pipeline(
         options["scheduler"] = replacement if hasattr(diffusers, str(index["scheduler"][1])) else None
     if variant is None and Path(model).is_dir():
         variant = _only_variant(Path(model), index)
+    if quantize is not None:
+        options["quantization_config"] = quantization_config(quantize, quantize_parts, index, dtype)
+    elif quantize_parts:
+        raise ValueError("quantize_parts needs quantize (--quantize)")
     with _one_line(model), quiet(), _whole_weights(), warnings.catch_warnings():
         # Newer releases call it `dtype`, older ones know only this name.
         warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)

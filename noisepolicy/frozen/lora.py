@@ -12,6 +12,8 @@ from pathlib import Path
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 
+from noisepolicy.frozen.recording import weights_digest
+
 
 def split_scale(text: str) -> tuple[str, float]:
     """Split `PATH_OR_ID[:SCALE]` into the place and the strength, which is 1 by default.
@@ -59,12 +61,28 @@ def load_lora(pipeline: DiffusionPipeline, place: str, name: str) -> None:
 
 
 def apply_loras(pipeline: DiffusionPipeline, strengths: dict[str, float], *, fuse: bool) -> None:
-    """Give adapters their strengths, and with `fuse` add them to the weights and forget them."""
+    """Give adapters their strengths, and with `fuse` add them to the weights and forget them.
+
+    Raises:
+        ValueError: if quantised weights did not take them.
+    """
     pipeline.set_adapters(list(strengths), list(strengths.values()))
-    if fuse:
-        adapted = [part for part, names in pipeline.get_list_adapters().items() if names]
-        pipeline.fuse_lora(components=adapted, adapter_names=list(strengths))
-        pipeline.unload_lora_weights()
+    if not fuse:
+        return
+    adapted = [part for part, names in pipeline.get_list_adapters().items() if names]
+    quantised = [part for part in adapted if getattr(getattr(pipeline, part), "hf_quantizer", None) is not None]
+    before = _base_digests(pipeline, quantised)
+    pipeline.fuse_lora(components=adapted, adapter_names=list(strengths))
+    # peft adds to a copy of weights whose quantisation it does not know, and drops it.
+    if quantised and _base_digests(pipeline, quantised) == before:
+        raise ValueError(f"the quantised {' and '.join(quantised)} cannot take it; leave out fuse_lora (--fuse-lora)")
+    pipeline.unload_lora_weights()
+
+
+def _base_digests(pipeline: DiffusionPipeline, parts: list[str]) -> list[str]:
+    """Hash the weights that LoRAs are beside."""
+    layers = [layer for part in parts for layer in getattr(pipeline, part).modules() if hasattr(layer, "base_layer")]
+    return [weights_digest(layer.base_layer) for layer in layers]
 
 
 @contextmanager

@@ -1,13 +1,23 @@
 """Quantised and packed weights: their hash covers all of them, and modules that may not be moved stay."""
 
+import json
+import shutil
+import sys
+import types
+
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
 
+import noisepolicy
+from noisepolicy.cli.eval import main as eval_main
 from noisepolicy.frozen import FrozenDiffusersPipeline
 from noisepolicy.frozen.loading import place_pipeline
+from noisepolicy.frozen.quantization import quantization_config
 from noisepolicy.frozen.recording import weights_digest
 
+from .test_lora import save_lora
 from .tiny_pipelines import SIZE
 
 NAME = "StableDiffusionPipeline"
@@ -151,3 +161,152 @@ def test_torchao(pipeline, tmp_path, is_saved):
     layer = next(module for module in frozen.denoiser.modules() if type(module) is torch.nn.Linear)
     layer.weight.qdata[0, 0] += 1
     assert frozen.weights_sha256() != before
+
+
+KINDS = ["torchao", "torchao:int8_weight_only", "quanto", "quanto:int8"]
+PACKAGES = {"torchao": "torchao", "quanto": "optimum.quanto"}
+
+
+def plain_and_quantised(folder, kind, name, **options):
+    pytest.importorskip(PACKAGES[kind.partition(":")[0]], reason=f"{kind} is not installed")
+    return [
+        FrozenDiffusersPipeline.from_pretrained(folder, quantize=each, **options, **SIZE[name]) for each in (None, kind)
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", [NAME, "FluxPipeline"])
+def test_a_pipeline_is_quantised_while_it_is_loaded(family_folder, kind, name):
+    plain, quantised = plain_and_quantised(family_folder(name), kind, name)
+    difference = (generate(plain) - generate(quantised)).abs().max()
+    assert 0 < difference < 0.2
+    assert quantised.denoiser.dtype == torch.float32
+    sha256 = quantised.weights_sha256()
+    assert sha256 not in (plain.weights_sha256(),)
+    assert (
+        FrozenDiffusersPipeline.from_pretrained(family_folder(name), quantize=kind, **SIZE[name]).weights_sha256()
+        == sha256
+    )
+    assert quantised.component_sha256("vae") == plain.component_sha256("vae")
+    assert quantised.component_sha256("text_encoder") == plain.component_sha256("text_encoder")
+
+
+@pytest.mark.parametrize("kind", ["torchao", "quanto"])
+def test_other_parts(family_folder, kind):
+    parts = ["text_encoder_2", "transformer"]
+    name = "FluxPipeline"
+    plain, quantised = plain_and_quantised(family_folder(name), kind, name)
+    both = FrozenDiffusersPipeline.from_pretrained(
+        family_folder(name), quantize=kind, quantize_parts=parts, **SIZE[name]
+    )
+    assert both.component_sha256("denoiser") == quantised.component_sha256("denoiser")
+    assert both.component_sha256("text_encoder_2") != plain.component_sha256("text_encoder_2")
+    assert generate(both).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"quantize": "int8"}, "unknown --quantize 'int8'; choose from torchao, quanto, bitsandbytes_4bit, bits"),
+        ({"quantize": "torchao:int8_weight"}, "torchao has no 'int8_weight'; choose from int8_weight_only"),
+        ({"quantize": "quanto:int7"}, "quanto has no 'int7'; choose from int8, int4, int2, float8"),
+        ({"quantize": "gguf"}, "give one with --denoiser-file FILE.gguf"),
+        ({"quantize": "quanto", "quantize_parts": ["transformer"]}, "the pipeline has no transformer; it has "),
+        ({"quantize_parts": ["unet"]}, "quantize_parts needs quantize"),
+    ],
+)
+def test_quantisation_that_is_refused(family_folder, options, message):
+    if (backend := options.get("quantize", "").partition(":")[0]) in PACKAGES:
+        pytest.importorskip(PACKAGES[backend])
+    with pytest.raises(ValueError) as caught:
+        FrozenDiffusersPipeline.from_pretrained(family_folder(NAME), **options, **SIZE[NAME])
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_backend_that_is_not_installed(family_folder, monkeypatch):
+    for module, kind in (("torchao", "torchao"), ("bitsandbytes", "bitsandbytes_4bit"), ("optimum.quanto", "quanto")):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(ValueError, match=f"--quantize {kind} needs .*, which does not import: pip install "):
+            FrozenDiffusersPipeline.from_pretrained(family_folder(NAME), quantize=kind, **SIZE[NAME])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("bitsandbytes_4bit", {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
+        ("bitsandbytes_4bit:fp4", {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}),
+        ("bitsandbytes_8bit", {"load_in_8bit": True}),
+    ],
+)
+def test_settings_of_bitsandbytes(monkeypatch, text, expected):
+    """It needs a GPU, so only what it is asked for is seen here."""
+    monkeypatch.setitem(sys.modules, "bitsandbytes", types.ModuleType("bitsandbytes"))
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "1.0.0")
+    index = {"transformer": ["diffusers", "FluxTransformer2DModel"], "text_encoder": ["transformers", "T5EncoderModel"]}
+    made = quantization_config(text, ["transformer", "text_encoder"], index, torch.bfloat16).quant_mapping
+    assert [type(each).__module__.split(".")[0] for each in made.values()] == ["diffusers", "transformers"]
+    for config in made.values():
+        assert {name: getattr(config, name) for name in expected} == expected
+        if "load_in_4bit" in expected:
+            assert config.bnb_4bit_compute_dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["torchao", "quanto"])
+def test_a_lora_on_a_quantised_copy(family_folder, tmp_path, kind):
+    """It works beside quantised weights; added to them it works too, or it is refused, but never lost."""
+    path = save_lora(DiffusionPipeline.from_pretrained(str(family_folder(NAME))), tmp_path / "lora.safetensors", 0)
+    plain, _ = plain_and_quantised(family_folder(NAME), kind, NAME, lora=[str(path)])
+    options = {"quantize": kind, "lora": [str(path)], **SIZE[NAME]}
+    beside = FrozenDiffusersPipeline.from_pretrained(family_folder(NAME), **options)
+    assert (generate(beside) - generate(plain)).abs().max() < 0.02
+    try:
+        fused = FrozenDiffusersPipeline.from_pretrained(family_folder(NAME), fuse_lora=True, **options)
+    except OSError as error:
+        assert "the quantised unet cannot take it; leave out fuse_lora" in str(error)
+    else:
+        assert (generate(fused) - generate(plain)).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("kind", ["torchao:int8_weight_only", "quanto:int8"])
+def test_a_quantised_copy_trains_resumes_and_is_evaluated(family_folder, tmp_path, kind, monkeypatch):
+    pytest.importorskip(PACKAGES[kind.partition(":")[0]])
+    folder = shutil.copytree(family_folder(NAME), tmp_path / "model")
+    settings = {
+        "reward": "brightness",
+        "prompts": ["a red circle", "a blue square", "a red square"],
+        "eval_prompts": ["a blue circle"],
+        "eval_steps": (1, 2),
+        "num_iterations": 2,
+        "batch_size": 4,
+        "bands": 2,
+        "critic_warmup": 4,
+        "critic_updates": 1,
+        "checkpoint_every": 1,
+        "device": "cpu",
+        "quantize": kind,
+        **SIZE[NAME],
+    }
+    whole = noisepolicy.train(folder, output_dir=tmp_path / "whole", **settings)
+    summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    quantised = FrozenDiffusersPipeline.from_pretrained(folder, quantize=kind, **SIZE[NAME])
+    sha256 = quantised.weights_sha256()
+    assert summary["frozen_sha256_before"] == summary["frozen_sha256_after"] == sha256
+    assert [row["num_inference_steps"] for row in summary["sweep"]] == [1, 2]
+    noisepolicy.train(folder, output_dir=tmp_path / "run", **(settings | {"num_iterations": 1}))
+    resumed = noisepolicy.resume(tmp_path / "run", num_iterations=2)
+    assert resumed.train().iteration == 2
+    images = [run.generate_tensors(["a"], seed=0)["policy"] for run in (whole, resumed)]
+    assert images[0].isfinite().all()
+    monkeypatch.setattr(sys, "argv", ["noisepolicy-eval"])
+    assert eval_main([str(tmp_path / "run"), "--steps", "1"]) == 0
+    change_weights(folder)
+    with pytest.raises(ValueError, match="the model is not the one that the run was started with"):
+        noisepolicy.resume(tmp_path / "run", num_iterations=3)
+
+
+def change_weights(folder):
+    (path,) = (folder / "unet").glob("*.safetensors")
+    tensors = load_file(path)
+    name = next(name for name in sorted(tensors) if "to_q" in name)
+    tensors[name] = tensors[name] * 2
+    save_file(tensors, path, {"format": "pt"})
