@@ -1,6 +1,5 @@
 """The cases of `noisepolicy-bench latency`: diffusers' own pipeline, engines to compare with it, and their inputs."""
 
-import inspect
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,15 +11,8 @@ import torch
 from noisepolicy.engines import available_engines, use_engine
 from noisepolicy.frozen import FrozenDiffusersPipeline
 from noisepolicy.frozen.base import PromptEmbeds
-from noisepolicy.frozen.families import (
-    encode_negative,
-    encode_prompts,
-    family_of,
-    latent_shape,
-    pack_latents,
-    resolution,
-)
-from noisepolicy.frozen.loading import load_pipeline, quiet
+from noisepolicy.frozen.calling import PipelineCall, private_copy
+from noisepolicy.frozen.loading import load_pipeline
 from noisepolicy.frozen.recording import recorded_call
 from noisepolicy.worlds.shapes import held_out_scenes, model_folder
 
@@ -81,42 +73,24 @@ class DiffusersBaseline:
 
     def __init__(self, spec: ModelSpec) -> None:
         try:
-            self._pipeline = load_pipeline(spec.source, **spec.options()).to(spec.device)
+            pipeline = load_pipeline(spec.source, **spec.options()).to(spec.device)
         except OSError as error:
             raise ValueError(f"cannot load --model {spec.model}: {error}") from error
-        self._pipeline.set_progress_bar_config(disable=True)
-        if getattr(self._pipeline, "safety_checker", None) is not None:
-            self._pipeline.safety_checker = None
-        family = family_of(self._pipeline)
-        self.denoiser = getattr(self._pipeline, family.denoiser)
-        self.latent_shape = latent_shape(self._pipeline)
-        self._is_video = family.frames_per_latent is not None
-        self._arguments = {"output_type": "pt", **family.call, **resolution(self._pipeline)}
-        # Some pipelines default to "", and refuse it beside embeddings.
-        taken = inspect.signature(type(self._pipeline).__call__).parameters
-        self._arguments |= {name: None for name in ("prompt", "negative_prompt") if name in taken}
-        self._negative = encode_negative(self._pipeline)
+        self._call = PipelineCall(private_copy(pipeline))
+        self.denoiser = getattr(pipeline, self._call.denoiser_name)
+        self.latent_shape = self._call.latent_shape
 
     def encode(self, prompts: Sequence[str]) -> PromptEmbeds:
-        return encode_prompts(self._pipeline, prompts)
+        with torch.no_grad():
+            return self._call.encoder.encode(prompts)
 
     def generate(
         self, latents: torch.Tensor, embeds: PromptEmbeds, *, num_inference_steps: int, guidance_scale: float
     ) -> torch.Tensor:
         """Make images by one call, as `FrozenModel.generate` returns them."""
-        conditions = embeds.tensors()
-        if guidance_scale > 1:
-            for name, row in self._negative.items():
-                conditions[name] = row.repeat(len(latents), *[1] * (row.ndim - 1))
-        with quiet():
-            output = self._pipeline(
-                **self._arguments,
-                **conditions,
-                latents=pack_latents(self._pipeline, latents),
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-            )
-        return (output.frames if self._is_video else output.images).float().clamp(0, 1)
+        generator = torch.Generator(self.denoiser.device).manual_seed(0)
+        settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        return self._call(latents, embeds, generator=generator, **settings)
 
     def denoiser_call(self, latents: torch.Tensor, embeds: PromptEmbeds) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the inputs that the pipeline hands to its denoiser for as many rows, without guidance."""

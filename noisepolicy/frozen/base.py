@@ -2,8 +2,9 @@
 
 import math
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -26,9 +27,8 @@ class PromptEmbeds:
     """Embedding of every token, `(batch, tokens, width)`."""
     pooled_prompt_embeds: torch.Tensor | None = None
     """Embedding of each prompt as a whole, `(batch, width)`, if the model has it."""
-
-    prompt_attention_mask: torch.Tensor | None = None
-    """Mask of the tokens, `(batch, tokens)`, if the model has it."""
+    others: Mapping[str, torch.Tensor] = field(default_factory=lambda: MappingProxyType({}))
+    """Whatever else the model needs of each prompt, such as an attention mask, by a name of its own; `(batch, ...)`."""
 
     def __len__(self) -> int:
         return len(self.prompt_embeds)
@@ -42,15 +42,22 @@ class PromptEmbeds:
     @staticmethod
     def cat(parts: Sequence["PromptEmbeds"]) -> "PromptEmbeds":
         """Concatenate several batches of the same model."""
-        columns = zip(*(part.tensors().items() for part in parts), strict=True)
-        return PromptEmbeds(**{column[0][0]: torch.cat([tensor for _, tensor in column]) for column in columns})
+        columns = [part.tensors() for part in parts]
+        return PromptEmbeds.of({name: torch.cat([column[name] for column in columns]) for name in columns[0]})
+
+    @staticmethod
+    def of(tensors: Mapping[str, torch.Tensor]) -> "PromptEmbeds":
+        """Return the inverse of `tensors()`."""
+        others = dict(tensors)
+        return PromptEmbeds(others.pop("prompt_embeds"), others.pop("pooled_prompt_embeds", None), others)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return the tensors that are not None, by name."""
-        return {field.name: tensor for field in fields(self) if (tensor := getattr(self, field.name)) is not None}
+        """Return all tensors by name."""
+        named = {"prompt_embeds": self.prompt_embeds, "pooled_prompt_embeds": self.pooled_prompt_embeds}
+        return {name: tensor for name, tensor in (named | dict(self.others)).items() if tensor is not None}
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "PromptEmbeds":
-        return PromptEmbeds(**{name: function(tensor) for name, tensor in self.tensors().items()})
+        return PromptEmbeds.of({name: function(tensor) for name, tensor in self.tensors().items()})
 
 
 class FrozenModel(Protocol):

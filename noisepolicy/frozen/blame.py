@@ -92,7 +92,7 @@ def failure(pipeline: Any, num_inference_steps: int, error: Exception) -> ValueE
     steps = f"{num_inference_steps} step{'s' if num_inference_steps > 1 else ''}"
     message = f"{type(pipeline).__name__} with {type(scheduler).__name__} fails at {steps}"
     frames = traceback.extract_tb(error.__traceback__)
-    if "schedul" in text or any("schedul" in frame.filename + frame.name for frame in frames):
+    if "schedul" in text.lower() or any("schedul" in frame.filename + frame.name for frame in frames):
         return ValueError(f"{message} ({type(error).__name__}: {text}); choose another scheduler or step count")
     kind = RuntimeError if isinstance(error, RuntimeError) else ValueError
     return kind(f"{message} ({type(error).__name__}: {text})")

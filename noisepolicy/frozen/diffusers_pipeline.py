@@ -1,16 +1,15 @@
 """A diffusers pipeline as a frozen model: prompts encoded once, images by the pipeline's own `__call__`.
 
-Differences between families are in `families.py`. For Stable Diffusion and SDXL `loop.py` makes the same images with
-less around the UNet; it is used once it has made one image as `__call__` does. Loading is in `loading.py`.
+How any pipeline is called is in `calling.py`. For Stable Diffusion and SDXL `loop.py` makes the same images with less
+around the UNet; it is used once it has made one image as `__call__` does. Loading is in `loading.py`.
 """
 
-import copy
 import functools
 import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,16 +17,9 @@ import torch
 from torch import nn
 
 from noisepolicy.frozen.base import PromptEmbeds
-from noisepolicy.frozen.blame import failure, first_not_finite, not_finite, overflow_marked
-from noisepolicy.frozen.families import (
-    encode_negative,
-    encode_prompts,
-    family_of,
-    latent_shape,
-    pack_latents,
-    resolution,
-)
-from noisepolicy.frozen.loading import check_call, load_pipeline, place_pipeline, quiet
+from noisepolicy.frozen.blame import failure, first_not_finite, not_finite
+from noisepolicy.frozen.calling import PipelineCall, private_copy
+from noisepolicy.frozen.loading import load_pipeline, place_pipeline, quiet
 from noisepolicy.frozen.loop import DenoisingLoop, can_loop, make_loop
 from noisepolicy.frozen.recording import combined_digest, evaluating, recorded_call, timed, weights_digest
 
@@ -64,17 +56,18 @@ class FrozenDiffusersPipeline:
     has, and places it for speed.
 
     Args:
-        pipeline: A pipeline of a class named in `families.FAMILIES`.
+        pipeline: Any pipeline that starts from a prompt and draws its initial noise as diffusers' pipelines do.
         rollout_batch_size: Largest number of images generated at a time; halved where memory runs out.
         height, width: Size of the images in pixels. Default: the pipeline's own.
         num_frames: Frames of the videos. Default: the pipeline's own.
         negative_prompt: Prompt that guidance leads away from. Default: the pipeline's own.
         max_sequence_length: Tokens of a prompt, for pipelines that let one choose. Default: the pipeline's own.
-        call: Further arguments of the pipeline's call, by name.
+        call: Further arguments of the pipeline's `__call__`, e.g. `{"guidance_rescale": 0.7}`.
         cuda_graph: Capture the whole denoising loop as one CUDA graph for each batch size (Stable Diffusion, SDXL).
 
     Raises:
-        ValueError: if the pipeline is unsupported, or cannot do what is asked of it.
+        ValueError: if the pipeline lacks a part, cannot be called from latents and embeddings, or cannot do what is
+            asked of it.
     """
 
     def __init__(
@@ -90,42 +83,36 @@ class FrozenDiffusersPipeline:
         call: Mapping[str, Any] | None = None,
         cuda_graph: bool = False,
     ) -> None:
-        self._family = family_of(pipeline)
-        for name in (self._family.denoiser, "vae", "scheduler", "text_encoder", "tokenizer"):
-            if getattr(pipeline, name, None) is None:
-                raise ValueError(f"the pipeline has no {name}")
         self.engine = "eager"
         """Name of the engine that runs denoiser and decoder; `noisepolicy.engines.use_engine` changes it."""
         self.rollout_batch_size = rollout_batch_size
-        self._pipeline = copy.copy(pipeline)
-        self._pipeline.scheduler = copy.deepcopy(pipeline.scheduler)  # it keeps state
-        self._pipeline.set_progress_bar_config(disable=True)
-        if getattr(pipeline, "safety_checker", None) is not None:
-            self._pipeline.safety_checker = None  # it would black out images which the reward then scores
+        self._pipeline = private_copy(pipeline)
+        self._call = PipelineCall(
+            self._pipeline,
+            height=height,
+            width=width,
+            num_frames=num_frames,
+            negative_prompt=negative_prompt,
+            max_sequence_length=max_sequence_length,
+            call=call,
+        )
+        optional = (*type(pipeline)._optional_components, "safety_checker", "feature_extractor", "image_encoder")
+        if missing := [name for name, part in pipeline.components.items() if part is None and name not in optional]:
+            raise ValueError(f"the pipeline has no {' and no '.join(missing)}")
         self.device = torch.device(self._pipeline._execution_device)
         """Device that the pipeline runs on. Latents and embeddings may be on any device."""
+        self._family = self._call.family
+        self._has_options = bool(call)  # of which the loop knows nothing
         self._is_offloaded = hasattr(self.denoiser, "_hf_hook")
-        # Offloading's hooks belong to the caller's pipeline, which puts new ones in their place after every call.
-        self._pipeline.maybe_free_model_hooks = pipeline.maybe_free_model_hooks
         self._is_shared = True
         self._is_in_use = False
-        self._vae_dtype = pipeline.vae.dtype
+        self._has_encoders = True
+        self._vae_dtype = getattr(self.vae, "dtype", None)
         self._digests: dict[str, str] = {}
-        self._size = resolution(pipeline, height, width, num_frames)
-        self.latent_shape = latent_shape(pipeline, height, width, num_frames)
-        self._max_sequence_length = max_sequence_length
         self._empty = self.encode([""])
-        with self.in_use():
-            self.negative_embeds = encode_negative(
-                self._pipeline, negative_prompt, max_sequence_length=max_sequence_length
-            )
-            """Embeddings that guidance leads away from, one row, by argument of the pipeline's `__call__`."""
-        parameters = inspect.signature(type(pipeline).__call__).parameters
-        # Some pipelines default to "", and refuse it beside embeddings.
-        unused = {name: None for name in ("prompt", "negative_prompt") if name in parameters}
-        check_call(pipeline, call or {})
-        self._has_options = bool(call)  # of which the loop knows nothing
-        self._arguments = {"output_type": "pt", **unused, **self._family.call, **self._size, **(call or {})}
+        self.latent_shape = self._call.latent_shape
+        if negative_prompt is not None and not self._call.is_led_away:
+            raise ValueError(f"{type(pipeline).__name__} takes no negative prompt")
         self._checked: set[int] = set()
         self._loops: dict[tuple[int, bool], DenoisingLoop | None] = {}
         self.uses_cuda_graph = cuda_graph
@@ -164,17 +151,23 @@ class FrozenDiffusersPipeline:
     @property
     def denoiser(self) -> nn.Module:
         """The UNet or transformer, or its stand-in."""
-        return getattr(self._pipeline, self._family.denoiser)
+        return getattr(self._pipeline, self._call.denoiser_name)
 
     @property
-    def vae(self) -> nn.Module:
-        """The autoencoder, or its stand-in."""
-        return self._pipeline.vae
+    def vae(self) -> nn.Module | None:
+        """The autoencoder, or its stand-in; None if the pipeline has none."""
+        return getattr(self._pipeline, self._call.vae_name) if self._call.vae_name is not None else None
 
     @property
     def upcasts_vae(self) -> bool:
         """Whether the pipeline decodes in float32 although the VAE's weights may be float16, which would overflow."""
         return self._family.upcasts_vae and bool(getattr(self.vae.config, "force_upcast", False))
+
+    @property
+    def negative_embeds(self) -> dict[str, torch.Tensor]:
+        """Embeddings that guidance leads away from, one row, by their names in the loop of Stable Diffusion or SDXL."""
+        named = self._call.encoder.named(self._empty, is_guided=True)
+        return {name: tensor for name, tensor in named.items() if name.startswith("negative_")}
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -209,7 +202,7 @@ class FrozenDiffusersPipeline:
         """
         if self._is_offloaded:
             raise ValueError("cpu_offload moves the model's own modules; another engine cannot stand in for them")
-        for name, module in ((self._family.denoiser, denoiser), ("vae", vae)):
+        for name, module in ((self._call.denoiser_name, denoiser), (self._call.vae_name, vae)):
             if module is not None:
                 digest = self.component_sha256(name)
                 setattr(self._pipeline, name, module)
@@ -217,12 +210,12 @@ class FrozenDiffusersPipeline:
                     self._digests[name] = digest
                 else:
                     self._digests.pop(name, None)
-        self._vae_dtype = self.vae.dtype
+        self._vae_dtype = getattr(self.vae, "dtype", None)
         self._loops.clear()
 
     def component_sha256(self, name: str) -> str:
         """Compute the SHA-256 of a component's weights, or of "denoiser"; for a stand-in, the original's."""
-        name = self._family.denoiser if name == "denoiser" else name
+        name = self._call.denoiser_name if name == "denoiser" else name
         return self._digests[name] if name in self._digests else weights_digest(getattr(self._pipeline, name))
 
     def weights_sha256(self) -> str:
@@ -241,6 +234,7 @@ class FrozenDiffusersPipeline:
                 if isinstance(part, nn.Module):
                     self._digests[name] = weights_digest(part)
                 setattr(self._pipeline, name, None)
+        self._has_encoders = False
         self._pipeline.maybe_free_model_hooks()  # offloading's hooks hold them too
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -249,10 +243,10 @@ class FrozenDiffusersPipeline:
     def record_phases(self) -> Iterator[dict[str, float]]:
         """Fill a dict with the seconds spent in `denoiser` and `vae` within this context. It waits for the device."""
         seconds = {"denoiser": 0.0, "vae": 0.0}
-        with (
-            timed(self.denoiser, "forward", seconds, "denoiser", self.device),
-            timed(self.vae, "decode", seconds, "vae", self.device),
-        ):
+        with ExitStack() as stack:
+            for module, method, name in ((self.denoiser, "forward", "denoiser"), (self.vae, "decode", "vae")):
+                if hasattr(module, method):
+                    stack.enter_context(timed(module, method, seconds, name, self.device))
             yield seconds
 
     def _modules(self) -> dict[str, nn.Module]:
@@ -267,13 +261,9 @@ class FrozenDiffusersPipeline:
             RuntimeError: if the text encoders were dropped.
             ValueError: if the embeddings hold NaN or infinity.
         """
-        encoder = self._pipeline.text_encoder
-        if encoder is None:
+        if not self._has_encoders:
             raise RuntimeError("the text encoders were dropped; encode every prompt before drop_text_encoders()")
-        embeds = encode_prompts(self._pipeline, prompts, max_sequence_length=self._max_sequence_length)
-        if not all(tensor.isfinite().all() for tensor in embeds.tensors().values()):
-            raise ValueError(not_finite(f"the text encoder {type(encoder).__name__}", encoder.dtype))
-        return embeds
+        return self._call.encoder.encode(prompts)
 
     @_in_use
     def generate(
@@ -327,6 +317,7 @@ class FrozenDiffusersPipeline:
             image, has_drawn = self._draw(latents, *settings, seed=0)
             if not image.isfinite().all():
                 raise self._not_finite(latents, self._empty, *settings)
+            self._call.check_size(image)
             if has_drawn and (image - self._draw(latents, *settings, seed=1)[0]).abs().max() > _SAME_IMAGE:
                 raise ValueError(self._why_stochastic(latents, *settings))
         self._checked.add(num_inference_steps)
@@ -343,9 +334,9 @@ class FrozenDiffusersPipeline:
                     torch.cuda.manual_seed(seed)
             generator = torch.Generator(self.device).manual_seed(seed)
             before = self._random_state(generator)
-            conditions = self._conditions(self._empty, settings[1])
             image = self._try(
-                settings[0], lambda: self._call(latents, conditions, *settings, generator, output_type=output_type)
+                settings[0],
+                lambda: self._make(latents, self._empty, *settings, generator, output_type=output_type),
             )
             return image, not torch.equal(before, self._random_state(generator))
 
@@ -363,9 +354,9 @@ class FrozenDiffusersPipeline:
         """Make the error for images with NaN or infinity; it names the part of the model that made them."""
         if not latents.isfinite().all():
             return ValueError("the latents given to the model hold NaN or infinity")
-        conditions, generator = self._conditions(embeds, settings[1]), torch.Generator(self.device).manual_seed(0)
+        generator = torch.Generator(self.device).manual_seed(0)
         part = first_not_finite(
-            self.denoiser, lambda: self._call(latents, conditions, *settings, generator, output_type="latent")
+            self.denoiser, lambda: self._make(latents, embeds, *settings, generator, output_type="latent")
         )
         if part == "scheduler":
             name = type(self._pipeline.scheduler).__name__
@@ -383,9 +374,8 @@ class FrozenDiffusersPipeline:
         self, latents: torch.Tensor, prompt_embeds: PromptEmbeds, *, num_inference_steps: int, guidance_scale: float
     ) -> torch.Tensor:
         """Generate one batch by the pipeline's own `__call__`, whatever the family."""
-        conditions = self._conditions(prompt_embeds, guidance_scale)
         generator = torch.Generator(self.device).manual_seed(0)
-        return self._call(latents, conditions, num_inference_steps, guidance_scale, generator)
+        return self._make(latents, prompt_embeds, num_inference_steps, guidance_scale, generator)
 
     @_in_use
     def record_denoiser_call(
@@ -445,40 +435,33 @@ class FrozenDiffusersPipeline:
         guidance_scale: float,
         generator: torch.Generator,
     ) -> torch.Tensor:
-        conditions = self._conditions(embeds, guidance_scale)
         loop = self.loop(num_inference_steps, guidance_scale)
         if loop is not None:
+            conditions = self._conditions(embeds, guidance_scale)
             return loop(latents.to(self.device), conditions, guidance_scale).float()
-        return self._call(latents, conditions, num_inference_steps, guidance_scale, generator)
+        return self._make(latents, embeds, num_inference_steps, guidance_scale, generator)
 
     def _conditions(self, embeds: PromptEmbeds, guidance_scale: float) -> dict[str, torch.Tensor]:
-        conditions = embeds.to(self.device).tensors()
-        if guidance_scale > 1:
-            for name, row in self.negative_embeds.items():
-                conditions[name] = row.repeat(len(embeds), *[1] * (row.ndim - 1))
-        return conditions
+        return self._call.encoder.named(embeds.to(self.device), is_guided=guidance_scale > 1)
 
-    def _call(
+    def _make(
         self,
         latents: torch.Tensor,
-        conditions: dict[str, torch.Tensor],
+        embeds: PromptEmbeds,
         num_inference_steps: int,
         guidance_scale: float,
         generator: torch.Generator,
         *,
         output_type: str = "pt",
     ) -> torch.Tensor:
-        arguments = self._arguments | conditions | {"output_type": output_type}
-        with quiet(), overflow_marked(self.vae):  # quiet: SDXL's cast of its VAE to float32 logs two warnings a call
-            output = self._pipeline(
-                **arguments,
-                latents=pack_latents(self._pipeline, latents),
-                generator=generator,
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-            )
-        images = (output.images if self._family.frames_per_latent is None else output.frames).float()
-        return images if output_type == "latent" else images.clamp(0, 1)
+        return self._call(
+            latents,
+            embeds.to(self.device),
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            generator=generator,
+            output_type=output_type,
+        )
 
     @_in_use
     def loop(self, num_inference_steps: int, guidance_scale: float) -> DenoisingLoop | None:

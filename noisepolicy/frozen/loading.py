@@ -23,7 +23,6 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from noisepolicy.frozen.families import FAMILIES, unsupported
 from noisepolicy.frozen.lora import apply_loras, load_lora, split_scale
 from noisepolicy.frozen.quantization import quantization_config
 
@@ -90,7 +89,9 @@ def load_pipeline(
     # The index comes first, so that an unsupported model is refused before its weights are fetched.
     name, index = _read_index(model)
     parameters = inspect.signature(getattr(diffusers, name).__init__).parameters
-    options: dict[str, Any] = {component: None for component in _UNUSED if component in parameters}
+    options: dict[str, Any] = {
+        component: None for component in _unused(getattr(diffusers, name)) if component in parameters
+    }
     if "requires_safety_checker" in parameters:
         options["requires_safety_checker"] = False
     replacement = None
@@ -177,10 +178,10 @@ def _read_index(model: str | Path) -> tuple[str, dict[str, Any]]:
         raise OSError(f"{wrong} names the class {name}, which is a pipeline with code of its own; that is never run")
     if not isinstance(name, str):
         raise OSError(f"{wrong} must name the pipeline's class under _class_name, got {name!r}")
-    if name not in FAMILIES:
-        raise unsupported(name)
     if not hasattr(diffusers, name):
         raise ValueError(f"diffusers {diffusers.__version__} has no {name}; install a newer release of diffusers")
+    if "prompt" not in inspect.signature(getattr(diffusers, name).__call__).parameters:
+        raise ValueError(f"unsupported pipeline {name}: it takes no prompt, and a policy is learned for prompts")
     optional = (*_UNUSED, *getattr(diffusers, name)._optional_components)
     for component, parameter in inspect.signature(getattr(diffusers, name).__init__).parameters.items():
         entry = index.get(component)
@@ -190,6 +191,11 @@ def _read_index(model: str | Path) -> tuple[str, dict[str, Any]]:
         if not is_pair or not all(part is None or isinstance(part, str) for part in entry):
             raise OSError(f"{wrong} must give {component} as [library, class], got {entry!r}")
     return name, index
+
+
+def _unused(kind: type) -> tuple[str, ...]:
+    """Return the components that are not loaded. Pipelines that start from an image may look at it with the others."""
+    return _UNUSED[:1] if "image" in inspect.signature(kind.__call__).parameters else _UNUSED
 
 
 def _only_variant(folder: Path, index: dict[str, Any]) -> str | None:
@@ -292,15 +298,13 @@ def check_call(pipeline: DiffusionPipeline, call: Mapping[str, Any]) -> None:
             known |= parameters.keys() - {"self", "args", "kwargs"}
             if not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
                 break  # else it hands arguments on to the method that it overrides
-    kind, encoding = type(pipeline).__name__, inspect.signature(pipeline.encode_prompt).parameters
+    kind = type(pipeline).__name__
     for name in call:
         if name in _GIVEN or "embeds" in name or name.endswith("attention_mask"):
             where = _GIVEN.get(name, "leave it out")
             raise ValueError(f"--call.{name}: noisepolicy gives this argument itself; {where}")
         if name not in known:
             raise ValueError(_unknown(f"the call of {kind} has no argument", name, sorted(known - _GIVEN.keys())))
-        if name in encoding:
-            raise ValueError(f"--call.{name}: {kind} reads this where it encodes prompts, before its call")
 
 
 def _unknown(what: str, name: str, known: Sequence[str]) -> str:
@@ -323,13 +327,16 @@ def _process_of(name: str, config: Mapping[str, Any]) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Leave only errors in the log of diffusers."""
-    verbosity = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()
+    """Leave only errors in the logs of diffusers and transformers."""
+    logs = (diffusers_logging, transformers.logging)
+    levels = [log.get_verbosity() for log in logs]
+    for log in logs:
+        log.set_verbosity_error()
     try:
         yield
     finally:
-        diffusers_logging.set_verbosity(verbosity)
+        for log, level in zip(logs, levels, strict=True):
+            log.set_verbosity(level)
 
 
 @contextmanager

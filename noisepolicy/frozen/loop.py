@@ -190,7 +190,7 @@ def make_loop(
 def can_loop(pipeline: "DiffusionPipeline") -> bool:
     """Tell whether `DenoisingLoop` does everything that the pipeline's `__call__` does."""
     family = FAMILIES.get(type(pipeline).__name__)  # of this very class: one that derives from it may do more
-    if family is None or not family.has_loop:
+    if family is None or not family.encoded:
         return False
     is_guided_by_embedding = getattr(pipeline.unet.config, "time_cond_proj_dim", None) is not None
     # SDXL casts its VAE to float32 and back around every call.

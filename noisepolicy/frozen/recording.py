@@ -11,26 +11,39 @@ from typing import Any
 import torch
 
 
-class _Recorded(Exception):  # noqa: N818  nothing went wrong
-    """Raised to end a call once its arguments are recorded."""
+class Stop(Exception):  # noqa: N818  nothing went wrong
+    """Raised to end a pipeline's call early, within `stopping_before`."""
+
+
+@contextmanager
+def stopping_before(
+    modules: Iterable[torch.nn.Module],
+    see: Callable[[tuple[Any, ...], dict[str, Any]], None] = lambda args, kwargs: None,
+) -> Iterator[None]:
+    """End what runs within this context at its first call of one of the modules, whose arguments go to `see`."""
+
+    def hook(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        see(args, kwargs)
+        raise Stop
+
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules]
+    try:
+        yield
+    except Stop:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def recorded_call(module: torch.nn.Module, call: Callable[[], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Record the positional and keyword arguments of `call`'s first call of `module`; `call` goes no further."""
     recorded: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-    def hook(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        recorded.append((args, kwargs))
-        raise _Recorded
-
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
+    with stopping_before([module], lambda args, kwargs: recorded.append((args, kwargs))):
         call()
-    except _Recorded:
-        return recorded[0]
-    finally:
-        handle.remove()
-    raise RuntimeError(f"the pipeline did not call its {type(module).__name__}")
+    if not recorded:
+        raise RuntimeError(f"the pipeline did not call its {type(module).__name__}")
+    return recorded[0]
 
 
 @contextmanager

@@ -269,39 +269,46 @@ class NoisePolicy(Float32Module):
         **sizes: int | None,
     ) -> tuple[list[torch.Tensor], tuple[int, ...], Callable[[torch.Tensor], torch.Tensor]]:
         """Each prompt's embeddings, `(1, tokens, width)`; the shape of latents; a function that packs them."""
-        from noisepolicy.frozen.families import encode_prompts, latent_shape, pack_latents
-
         texts = [prompts] if isinstance(prompts, str) else None if prompts is None else list(map(str, prompts))
         is_pipeline = texts is not None and not (hasattr(model, "encode") and hasattr(model, "latent_shape"))
         for name, value in {**sizes, "max_sequence_length": max_sequence_length}.items():
             if value is not None and not is_pipeline:
                 raise ValueError(f"{name} can be given with a diffusers pipeline only, got {type(model).__name__}")
+        if texts is not None and not texts:
+            raise ValueError("prompts must hold at least one prompt")
+        pack: Callable[[torch.Tensor], torch.Tensor] = lambda latents: latents  # noqa: E731
         if texts is None:
             embeds = getattr(model, "prompt_embeds", model)
             if not isinstance(embeds, torch.Tensor):
                 raise ValueError(f"prompts are missing; only embeddings go without, got {type(model).__name__}")
             rows, shape = list(embeds.split(1)), self.latent_shape
+            if not rows:
+                raise ValueError("prompts must hold at least one prompt")
         else:
-            shape = latent_shape(model, **sizes) if is_pipeline else tuple(model.latent_shape)
+            # Each prompt on its own, as in `latents`: a text encoder rounds differently in a batch. What comes again
+            # is encoded once.
+            with float32_by_default():  # text encoders of transformers 4 fail under another default dtype
+                if is_pipeline:
+                    from noisepolicy.frozen.calling import PipelinePrompts
+
+                    encoded = PipelinePrompts(model, max_sequence_length=max_sequence_length, **sizes)
+                    rows, pack = encoded.embeds(texts, self.prompt_shape[0]), functools.partial(encoded.pack, texts)
+                    shape = encoded.latent_shape
+                else:
+                    embeds = {text: model.encode([text]) for text in dict.fromkeys(texts)}
+                    rows = [getattr(embeds[text], "prompt_embeds", embeds[text]) for text in texts]  # or plain tensors
+                    shape = tuple(model.latent_shape)
             if shape[0] != self.latent_shape[0] or len(shape) != len(self.latent_shape):
                 raise ValueError(
                     f"the policy was trained on latents of shape {self.latent_shape}, but {type(model).__name__} here "
                     f"has {shape}: it must be a model of as many latent channels"
                 )
-            encode = functools.partial(encode_prompts, model, max_sequence_length=max_sequence_length)
-            # Each prompt on its own, as in `latents`: a text encoder rounds differently in a batch. What comes again
-            # is encoded once.
-            with float32_by_default():  # text encoders of transformers 4 fail under another default dtype
-                encoded = {text: (encode if is_pipeline else model.encode)([text]) for text in dict.fromkeys(texts)}
-            rows = [getattr(encoded[text], "prompt_embeds", encoded[text]) for text in texts]  # or a plain tensor
-        if not rows:
-            raise ValueError("prompts must hold at least one prompt")
         if tuple(rows[0].shape[1:]) != self.prompt_shape:
             raise ValueError(
                 f"the policy was trained on prompt embeddings of shape {self.prompt_shape}, but "
                 f"{'these have' if texts is None else 'this model gives'} {tuple(rows[0].shape[1:])}"
             )
-        return rows, shape, functools.partial(pack_latents, model) if is_pipeline else lambda latents: latents
+        return rows, shape, pack
 
     def sample_latents(
         self,

@@ -244,8 +244,8 @@ class PromptStore:
     def __getitem__(self, rows: torch.Tensor) -> PromptEmbeds:
         """Return embeddings of some rows, `(len(rows), ...)`, on the store's device."""
         table = self._rows.read(rows.tolist())
-        return PromptEmbeds(
-            **{
+        return PromptEmbeds.of(
+            {
                 name: torch.from_numpy(table[name].copy()).view(like.dtype).view(len(rows), *like.shape[1:])
                 for name, like in self._no_rows.tensors().items()
             }
@@ -285,4 +285,4 @@ def _width(tensor: torch.Tensor) -> int:
 
 def _as_bytes(tensor: torch.Tensor) -> np.ndarray:
     """View rows as `(rows, bytes)`."""
-    return tensor.detach().contiguous().flatten(1).view(torch.uint8).numpy()
+    return tensor.detach().reshape(len(tensor), -1).contiguous().view(torch.uint8).numpy()

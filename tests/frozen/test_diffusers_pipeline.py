@@ -113,13 +113,15 @@ def test_callers_pipeline_keeps_its_scheduler_and_safety_checker():
     assert len(scheduler.timesteps) == steps
 
 
-def test_other_families_are_refused_by_name():
+def test_a_pipeline_without_a_prompt_is_refused():
     class OtherPipeline(DiffusionPipeline):
-        pass
+        def __init__(self):
+            super().__init__()
 
-    with pytest.raises(
-        ValueError, match=r"unsupported pipeline OtherPipeline; supported: StableDiffusionPipeline, .*LTX"
-    ):
+        def __call__(self, batch_size):
+            pass
+
+    with pytest.raises(ValueError, match="OtherPipeline takes no prompt, and a policy is learned for prompts"):
         FrozenDiffusersPipeline(OtherPipeline())
 
 

@@ -9,7 +9,7 @@ from peft import LoraConfig
 
 from noisepolicy.engines import compiled, use_engine
 from noisepolicy.frozen import FrozenDiffusersPipeline, as_frozen_model
-from noisepolicy.frozen.families import encode_prompts
+from noisepolicy.frozen.calling import PipelinePrompts
 from noisepolicy.ops import gaussian_log_prob
 from noisepolicy.policies import SpectralPolicy
 
@@ -194,7 +194,7 @@ def test_an_export_of_it_changes_nothing_either(pipeline):
 def test_prompts_of_a_pipeline_in_training_mode_have_no_dropout(pipeline):
     pipeline.text_encoder.register_forward_pre_hook(lambda module, args: seen.append(module.training))
     seen, before = [], describe(pipeline)
-    encode_prompts(pipeline, PROMPTS)
+    PipelinePrompts(pipeline).embeds(PROMPTS[:1], 20)
     assert seen == [False] and changed(before, pipeline) == []
 
 

@@ -107,9 +107,9 @@ def test_hub_errors(monkeypatch, error, expected):
 
 
 def test_unsupported_pipeline_is_refused_before_its_weights_are_read(tmp_path):
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "KandinskyPipeline"}))
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "DDPMPipeline"}))
     message = load_error(tmp_path)
-    assert message.startswith("unsupported pipeline KandinskyPipeline; supported: StableDiffusionPipeline, ")
+    assert message.startswith("unsupported pipeline DDPMPipeline: it takes no prompt")
 
 
 def test_scheduler_by_name(family_folder):

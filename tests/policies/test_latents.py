@@ -5,7 +5,6 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from noisepolicy.frozen import FrozenDiffusersPipeline, PromptEmbeds
-from noisepolicy.frozen.families import encode_prompts
 from noisepolicy.ops import dct_basis, num_counters
 from noisepolicy.policies import NoisePolicy, SpectralPolicy
 from noisepolicy.policies.critic import CriticShape, RewardCritic
@@ -46,7 +45,7 @@ def test_how_many_candidates_is_chosen_when_they_are_drawn(pipeline, policy):
     batch = policy.latents(pipeline, PROMPTS, seed=7)
     assert torch.equal(policy.latents(pipeline, PROMPTS, seed=7, num_candidates=8), batch)
     more = policy.latents(pipeline, PROMPTS, seed=7, num_candidates=64)
-    embeds, basis = encode_prompts(pipeline, PROMPTS).prompt_embeds, dct_basis(8, 8, batch.device)
+    embeds, basis = FrozenDiffusersPipeline(pipeline).encode(PROMPTS).prompt_embeds, dct_basis(8, 8, batch.device)
     step_index = torch.zeros(5, dtype=torch.int64)
     eight, many = (policy.critic.lower_bound(embeds, basis @ x @ basis.T, step_index)[0] for x in (batch, more))
     assert (many >= eight - 1e-6).all() and (many > eight + 1e-6).any()
@@ -70,14 +69,14 @@ def test_pipeline_model_and_embeddings_give_the_same(pipeline, policy):
     expected = policy.latents(pipeline, PROMPTS, seed=7)
     frozen = FrozenDiffusersPipeline(pipeline)
     assert torch.equal(policy.latents(frozen, PROMPTS, seed=7), expected)
-    embeds = PromptEmbeds.cat([encode_prompts(pipeline, [prompt]) for prompt in PROMPTS])
+    embeds = PromptEmbeds.cat([frozen.encode([prompt]) for prompt in PROMPTS])
     assert torch.equal(policy.latents(embeds, seed=7), expected)
     assert torch.equal(policy.latents(embeds.prompt_embeds, seed=7, index=range(5)), expected)
 
 
 def test_they_are_the_starts_of_an_evaluation(pipeline, policy):
     """`choose` on a batch, from an index on: what a sweep, a sample sheet and noisepolicy-generate start from."""
-    embeds = encode_prompts(pipeline, PROMPTS).prompt_embeds
+    embeds = FrozenDiffusersPipeline(pipeline).encode(PROMPTS).prompt_embeds
     chosen = policy.choose(embeds, seed=7, offset=30 * num_counters((8, 8, 8)), num_inference_steps=2)
     latents = policy.latents(pipeline, PROMPTS, seed=7, index=range(30, 35), num_inference_steps=2)
     torch.testing.assert_close(latents, chosen, atol=1e-5, rtol=0)
@@ -131,7 +130,7 @@ def test_errors_name_the_argument(pipeline, policy):
         (lambda: policy.latents(embeds, seed=1, height=64), "height can be given with a diffusers pipeline only"),
         (lambda: policy.latents(embeds[0], seed=1), r"embeddings of shape \(20, 128\), but these have \(128,\)"),
         (lambda: policy.latents(embeds, seed=1, num_inference_steps=0), "num_inference_steps must be 1 or more, got 0"),
-        (lambda: policy.latents("sd-turbo", "a dog", seed=1), "unsupported pipeline str"),
+        (lambda: policy.latents("sd-turbo", "a dog", seed=1), "a diffusers pipeline is needed, got str"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
@@ -141,6 +140,6 @@ def test_errors_name_the_argument(pipeline, policy):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_gpu_gives_the_same_to_rounding(pipeline, policy, tmp_path):
     policy.save_pretrained(tmp_path)
-    embeds = encode_prompts(pipeline, PROMPTS).prompt_embeds
+    embeds = FrozenDiffusersPipeline(pipeline).encode(PROMPTS).prompt_embeds
     on_gpu = NoisePolicy.from_pretrained(tmp_path).latents(embeds.cuda(), seed=7)
     torch.testing.assert_close(on_gpu.cpu(), policy.latents(embeds, seed=7), atol=1e-5, rtol=0)

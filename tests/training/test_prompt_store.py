@@ -30,7 +30,7 @@ def test_each_prompt_is_encoded_once_when_it_is_met():
     assert frozen.asked == [["ccc", "a"], ["dddd"]] and len(store) == 3
     embeds = store[torch.tensor([2, 1, 2])]
     assert embeds.prompt_embeds[:, 0, 0].tolist() == [4, 1, 4] and embeds.prompt_embeds.shape == (3, 2, 3)
-    assert embeds.pooled_prompt_embeds[:, 0].tolist() == [4, 1, 4] and embeds.prompt_attention_mask is None
+    assert embeds.pooled_prompt_embeds[:, 0].tolist() == [4, 1, 4] and not embeds.others
 
 
 def test_the_model_is_given_plain_text():
@@ -54,7 +54,7 @@ class TypedModel:
         return PromptEmbeds(
             values[:, None, None].expand(-1, 2, 3).bfloat16(),
             values[:, None].half(),
-            torch.ones(len(prompts), 2).long(),
+            {"mask": torch.ones(len(prompts), 2).long()},
         )
 
 

@@ -1,0 +1,78 @@
+"""Watching the noise that a diffusers pipeline draws, and handing latents over in place of its initial noise.
+
+Pipelines draw through one function, `randn_tensor`, which each module imports by name. In the modules of a watched
+pipeline it is replaced, once and for good, by one that asks here first. Outside `watching` it does what it did.
+"""
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+_NAME = "randn_tensor"
+_current: ContextVar["Draws | None"] = ContextVar("draws", default=None)
+
+
+class Draws:
+    """The numbers that a pipeline draws during one call.
+
+    Args:
+        latents: Taken in place of draw number `initial`, in the shape of that draw. None lets the pipeline draw.
+        initial: Number of the draw that is the initial latents, from 0.
+    """
+
+    def __init__(self, latents: torch.Tensor | None = None, *, initial: int = 0) -> None:
+        self._latents, self._initial = latents, initial
+        self.count = 0
+        """Number of draws so far."""
+        self.shape: tuple[int, ...] | None = None
+        """Shape of the initial latents, once they are drawn."""
+        self.handed: torch.Tensor | None = None
+        """The latents as they were handed over: on the device and in the dtype of the noise."""
+
+    def draw(self, original: Callable[..., torch.Tensor], shape: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Do what `randn_tensor(shape, generator, device, dtype, layout)` does, or hand the latents over."""
+        number, self.count = self.count, self.count + 1
+        if number != self._initial:
+            return original(shape, *args, **kwargs)
+        self.shape = tuple(shape)
+        if self._latents is None:
+            return original(shape, *args, **kwargs)
+        if self._latents.shape != self.shape:
+            raise ValueError(f"the pipeline draws noise of shape {self.shape}, not {tuple(self._latents.shape)}")
+        places = dict(zip(("generator", "device", "dtype"), args, strict=False)) | kwargs
+        dtype = places.get("dtype") or torch.get_default_dtype()
+        self.handed = self._latents.to(places.get("device") or "cpu", dtype)
+        return self.handed
+
+
+@contextmanager
+def watching(pipeline: "DiffusionPipeline", draws: Draws) -> Iterator[None]:
+    """Let `draws` see what the pipeline draws within this context, in this thread alone."""
+    for kind in type(pipeline).__mro__:
+        module = sys.modules.get(kind.__module__)
+        original = getattr(module, _NAME, None)
+        if original is not None and not hasattr(original, "_asks"):
+            setattr(module, _NAME, _asking(original))
+    token = _current.set(draws)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def _asking(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(original)
+    def randn_tensor(*args: Any, **kwargs: Any) -> torch.Tensor:
+        draws = _current.get()
+        return original(*args, **kwargs) if draws is None else draws.draw(original, *args, **kwargs)
+
+    randn_tensor._asks = True
+    return randn_tensor
