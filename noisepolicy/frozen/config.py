@@ -15,7 +15,8 @@ class ModelConfig:
 
     name: Annotated[str, Flat("model")] = "shapes"
     """The frozen model: 'shapes' or 'moving_shapes' (the embedded ones, pictures and clips), a folder or hub id in
-    diffusers' format, or 'module:object', an object with `encode` and `generate` from a Python module."""
+    diffusers' format, a .safetensors file with all weights of a model, or 'module:object', an object with `encode` and
+    `generate` from a Python module."""
     height: Annotated[int | None, COUNT] = None
     """Image height in pixels. Default: the model's own."""
     width: Annotated[int | None, COUNT] = None
@@ -24,6 +25,13 @@ class ModelConfig:
     """Frames of a video model's clips. Default: the model's own."""
     variant: str | None = None
     """Variant of the model's weight files, e.g. 'fp16'. A folder with files of a single variant needs none."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    single_file_config: str | None = None
+    """Folder or hub id in diffusers' format with the configuration of a model that is a single file. Default: the
+    published model of its kind."""
+    denoiser_file: str | None = None
+    """A .safetensors or .gguf file with the denoiser's weights, which replace the model's own."""
     lora: tuple[str, ...] = ()
     """LoRAs: files, folders, hub ids, or hub ids with a file (owner/name/file.safetensors), each with ':SCALE' for
     another strength than 1, e.g. style.safetensors:0.8. Needs peft."""

@@ -24,7 +24,8 @@ from huggingface_hub.errors import (
 )
 
 from noisepolicy.frozen.lora import apply_loras, load_lora, split_scale
-from noisepolicy.frozen.quantization import quantization_config
+from noisepolicy.frozen.quantization import DENOISERS, quantization_configs
+from noisepolicy.frozen.single_file import load_denoiser, published_config
 
 _CONVOLUTIONAL = ("UNet2DConditionModel", "AutoencoderKL", "AutoencoderTiny")
 """Components that are faster with channels last."""
@@ -58,6 +59,9 @@ def load_pipeline(
     *,
     dtype: torch.dtype = torch.float32,
     variant: str | None = None,
+    revision: str | None = None,
+    single_file_config: str | None = None,
+    denoiser_file: str | Path | None = None,
     scheduler: str | None = None,
     scheduler_options: Mapping[str, Any] | None = None,
     lora: Sequence[str] = (),
@@ -70,9 +74,13 @@ def load_pipeline(
     """Load a pipeline as `DiffusionPipeline.from_pretrained` does, from safetensors only and without safety checker.
 
     Args:
-        model: a folder or hub id.
+        model: a folder, a hub id, or a .safetensors file with all weights of a model.
         dtype: dtype of the weights.
         variant: variant of the weight files, e.g. "fp16". A folder with files of a single variant needs none.
+        revision: branch, tag or commit of a hub id.
+        single_file_config: folder or hub id with the configuration of a model that is a file. Default: the published
+            model of its kind.
+        denoiser_file: .safetensors or .gguf file with the weights of the denoiser, which replace the model's own.
         scheduler: name of a diffusers scheduler that replaces the model's, with the same settings.
         scheduler_options: settings of the scheduler by name, over those that it has.
         lora: LoRAs, each `PATH_OR_ID[:SCALE]`; see `lora.load_lora` for the places.
@@ -87,7 +95,14 @@ def load_pipeline(
         ValueError: if the pipeline is unsupported, or an option does not apply to it; one line.
     """
     # The index comes first, so that an unsupported model is refused before its weights are fetched.
-    name, index = _read_index(model)
+    is_file = Path(model).is_file()
+    place = _config_of(Path(model), single_file_config) if is_file else model
+    if single_file_config is not None and not is_file:
+        raise ValueError(f"single_file_config is for a model that is a file, which {model} is not")
+    if revision is not None and (is_file or Path(model).exists()):
+        raise ValueError(f"revision is for hub ids, and {model} is here")
+    version = {} if revision is None else {"revision": revision}
+    name, index = _read_index(place, **version)
     parameters = inspect.signature(getattr(diffusers, name).__init__).parameters
     options: dict[str, Any] = {
         component: None for component in _unused(getattr(diffusers, name)) if component in parameters
@@ -96,21 +111,45 @@ def load_pipeline(
         options["requires_safety_checker"] = False
     replacement = None
     if scheduler is not None:
-        replacement = _make_scheduler(scheduler, model, index["scheduler"][1])
+        replacement = _make_scheduler(scheduler, place, index["scheduler"][1], **version)
         # diffusers looks up the model's own class beside it, which this release may not have.
         options["scheduler"] = replacement if hasattr(diffusers, str(index["scheduler"][1])) else None
     if variant is None and Path(model).is_dir():
         variant = _only_variant(Path(model), index)
-    if quantize is not None:
-        options["quantization_config"] = quantization_config(quantize, quantize_parts, index, dtype)
-    elif quantize_parts:
+    if quantize is None and quantize_parts:
         raise ValueError("quantize_parts needs quantize (--quantize)")
+    if is_file and (quantize is not None or variant is not None or denoiser_file is not None):
+        raise ValueError("quantize, variant and denoiser_file do not go with a model that is a file")
+    quantised = {} if quantize is None else quantization_configs(quantize, quantize_parts, index, dtype)
+    if denoiser_file is not None:
+        part = next(each for each in DENOISERS if isinstance(index.get(each), list))
+        if part in quantised:
+            raise ValueError(
+                f"quantize does not reach a {part} from a file; name other parts with quantize_parts "
+                "(--quantize-parts), or give a file that is quantised already"
+            )
+        with _one_line(denoiser_file, "denoiser"), quiet():
+            options[part] = load_denoiser(
+                Path(denoiser_file),
+                index[part][1],
+                config=str(model),
+                subfolder=part,
+                dtype=dtype,
+                revision=revision,
+            )
+    if quantised:
+        options["quantization_config"] = diffusers.PipelineQuantizationConfig(quant_mapping=quantised)
     with _one_line(model), quiet(), _whole_weights(), warnings.catch_warnings():
         # Newer releases call it `dtype`, older ones know only this name.
         warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
-        pipeline = DiffusionPipeline.from_pretrained(
-            str(model), torch_dtype=dtype, variant=variant, use_safetensors=True, **options
-        )
+        if is_file:
+            pipeline = getattr(diffusers, name).from_single_file(
+                str(model), config=str(place), torch_dtype=dtype, **options
+            )
+        else:
+            pipeline = DiffusionPipeline.from_pretrained(
+                str(model), torch_dtype=dtype, variant=variant, use_safetensors=True, **version, **options
+            )
     if replacement is not None:
         pipeline.scheduler = replacement if pipeline.scheduler is None else pipeline.scheduler
     if scheduler_options:
@@ -155,21 +194,35 @@ def place_pipeline(pipeline: DiffusionPipeline, device: torch.device, *, cpu_off
                 raise ValueError(f"the pipeline's {name} cannot be moved to {device}: {error}") from error
 
 
-def _read_index(model: str | Path) -> tuple[str, dict[str, Any]]:
+def _config_of(model: Path, config: str | None) -> str:
+    """Return the folder or hub id with the configuration of a single file, which must be a model's.
+
+    Raises:
+        OSError: if the file is no model, or its configuration cannot be had.
+    """
+    with _one_line(model):
+        published = published_config(model)
+    if config is not None:
+        return config
+    try:
+        _read_index(published)
+    except OSError as error:
+        raise OSError(
+            f"{model} seems to be of the kind of {published}, whose configuration is not here ({error}); give a folder "
+            "in diffusers' format with single_file_config (--single-file-config FOLDER)"
+        ) from error
+    return published
+
+
+def _read_index(model: str | Path, **version: str) -> tuple[str, dict[str, Any]]:
     """Read the pipeline's class and `model_index.json`, whose components are pairs of library and class.
 
     Raises:
         OSError: if there is no such model, or the index is malformed.
         ValueError: if the pipeline is unsupported.
     """
-    if Path(model).is_file():
-        raise OSError(
-            f"model {model} is a file, and a folder in diffusers' format is needed; make one with: python -c \"from "
-            f"diffusers import StableDiffusionPipeline as P; P.from_single_file('{model}').save_pretrained('FOLDER')\" "
-            "(with the pipeline class of the model's family)"
-        )
     with _one_line(model), quiet():
-        index = DiffusionPipeline.load_config(str(model))
+        index = DiffusionPipeline.load_config(str(model), **version)
     wrong = f"cannot load the model {model}: its model_index.json"
     if not isinstance(index, dict):
         raise OSError(f"{wrong} must hold a JSON object, not a {type(index).__name__}")
@@ -221,7 +274,7 @@ def _only_variant(folder: Path, index: dict[str, Any]) -> str | None:
     )
 
 
-def _make_scheduler(name: str, model: str | Path, own: str | None) -> SchedulerMixin:
+def _make_scheduler(name: str, model: str | Path, own: str | None, **version: str) -> SchedulerMixin:
     """Make the named scheduler with the settings of the model's own, whose class need not be loadable.
 
     Raises:
@@ -234,7 +287,7 @@ def _make_scheduler(name: str, model: str | Path, own: str | None) -> SchedulerM
     if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin) and issubclass(kind, ConfigMixin)):
         raise ValueError(f"unknown scheduler {name}; expected a scheduler of diffusers, e.g. DDIMScheduler")
     with _one_line(model), quiet():
-        config = kind.load_config(str(model), subfolder="scheduler")
+        config = kind.load_config(str(model), subfolder="scheduler", **version)
     try:
         with quiet():
             scheduler = kind.from_config(config)

@@ -10,13 +10,13 @@ import diffusers
 import torch
 import transformers
 
-_DENOISERS = ("unet", "transformer", "transformer_2")
+DENOISERS = ("unet", "transformer", "transformer_2")
 
 
-def quantization_config(
+def quantization_configs(
     text: str, parts: Sequence[str], index: Mapping[str, Any], dtype: torch.dtype
-) -> diffusers.PipelineQuantizationConfig:
-    """Make the configuration for a pipeline that is loaded from a folder or the hub.
+) -> dict[str, Any]:
+    """Make the configuration of each component that is quantised, for `PipelineQuantizationConfig(quant_mapping=...)`.
 
     Args:
         text: `BACKEND[:TYPE]`, e.g. "torchao:int8_weight_only", "quanto:int8" or "bitsandbytes_4bit".
@@ -38,11 +38,10 @@ def quantization_config(
     except ImportError as error:
         raise ValueError(f"--quantize {text} needs {package}, which does not import: pip install {package}") from error
     known = [name for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None]
-    parts = parts or [name for name in _DENOISERS if name in known]
+    parts = parts or [name for name in DENOISERS if name in known]
     if unknown := [name for name in parts if name not in known]:
         raise ValueError(f"--quantize-parts: the pipeline has no {unknown[0]}; it has {', '.join(known)}")
-    configs = {name: make(kind, _library_of(index[name][0]), dtype) for name in parts}
-    return diffusers.PipelineQuantizationConfig(quant_mapping=configs)
+    return {name: make(kind, _library_of(index[name][0]), dtype) for name in parts}
 
 
 def _library_of(name: str) -> Any:

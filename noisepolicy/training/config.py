@@ -268,6 +268,8 @@ class TrainConfig:
         """
         return self.replace(
             model=_absolute_model(self.model.name),
+            single_file_config=_absolute(self.model.single_file_config, Path.is_dir),
+            denoiser_file=_absolute(self.model.denoiser_file, Path.is_file),
             lora=tuple(_absolute_lora(text) for text in self.model.lora),
             prompts=tuple(_absolute(source, Path.is_file) for source in self.prompts),
             eval_prompts=tuple(_absolute(source, Path.is_file) for source in self.evaluation.prompts),
@@ -398,7 +400,7 @@ def _absolute_model(name: str) -> str:
     return with_absolute_folder(name) if is_model_object(name) else _absolute(name, Path.exists)
 
 
-def _absolute(text: str, is_there: Callable[[Path], bool]) -> str:
+def _absolute(text: str | None, is_there: Callable[[Path], bool]) -> str | None:
     try:
         return str(Path(text).absolute()) if text and is_there(Path(text)) else text
     except OSError:  # a long prompt is no name of a file

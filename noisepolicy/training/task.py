@@ -28,7 +28,8 @@ _OF_USE = (
 
 
 OF_LOADING = (
-    *("variant", "lora", "fuse_lora", "quantize", "quantize_parts", "scheduler", "scheduler_options"),
+    *("variant", "revision", "single_file_config", "denoiser_file"),
+    *("lora", "fuse_lora", "quantize", "quantize_parts", "scheduler", "scheduler_options"),
     *("vae_slicing", "vae_tiling", "cpu_offload"),
 )
 """Settings of a pipeline's loading, beside its name and data type. One that is in memory is used as it is."""

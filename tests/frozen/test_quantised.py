@@ -14,7 +14,7 @@ import noisepolicy
 from noisepolicy.cli.eval import main as eval_main
 from noisepolicy.frozen import FrozenDiffusersPipeline
 from noisepolicy.frozen.loading import place_pipeline
-from noisepolicy.frozen.quantization import quantization_config
+from noisepolicy.frozen.quantization import quantization_configs
 from noisepolicy.frozen.recording import weights_digest
 
 from .test_lora import save_lora
@@ -243,7 +243,7 @@ def test_settings_of_bitsandbytes(monkeypatch, text, expected):
     monkeypatch.setitem(sys.modules, "bitsandbytes", types.ModuleType("bitsandbytes"))
     monkeypatch.setattr("importlib.metadata.version", lambda name: "1.0.0")
     index = {"transformer": ["diffusers", "FluxTransformer2DModel"], "text_encoder": ["transformers", "T5EncoderModel"]}
-    made = quantization_config(text, ["transformer", "text_encoder"], index, torch.bfloat16).quant_mapping
+    made = quantization_configs(text, ["transformer", "text_encoder"], index, torch.bfloat16)
     assert [type(each).__module__.split(".")[0] for each in made.values()] == ["diffusers", "transformers"]
     for config in made.values():
         assert {name: getattr(config, name) for name in expected} == expected
