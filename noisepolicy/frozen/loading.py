@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
 )
 
 from noisepolicy.frozen.lora import apply_loras, load_lora, split_scale
-from noisepolicy.frozen.quantization import DENOISERS, quantization_configs
+from noisepolicy.frozen.quantization import denoisers, quantization_configs
 from noisepolicy.frozen.single_file import load_denoiser, published_config
 
 _CONVOLUTIONAL = ("UNet2DConditionModel", "AutoencoderKL", "AutoencoderTiny")
@@ -122,7 +122,7 @@ def load_pipeline(
         raise ValueError("quantize, variant and denoiser_file do not go with a model that is a file")
     quantised = {} if quantize is None else quantization_configs(quantize, quantize_parts, index, dtype)
     if denoiser_file is not None:
-        part = next(each for each in DENOISERS if isinstance(index.get(each), list))
+        part = denoisers(index)[0]
         if part in quantised:
             raise ValueError(
                 f"quantize does not reach a {part} from a file; name other parts with quantize_parts "

@@ -10,7 +10,7 @@ import diffusers
 import torch
 import transformers
 
-DENOISERS = ("unet", "transformer", "transformer_2")
+_DENOISERS = ("unet", "transformer", "transformer_2")
 
 
 def quantization_configs(
@@ -38,10 +38,22 @@ def quantization_configs(
     except ImportError as error:
         raise ValueError(f"--quantize {text} needs {package}, which does not import: pip install {package}") from error
     known = [name for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None]
-    parts = parts or [name for name in DENOISERS if name in known]
+    parts = parts or denoisers(index)
     if unknown := [name for name in parts if name not in known]:
         raise ValueError(f"--quantize-parts: the pipeline has no {unknown[0]}; it has {', '.join(known)}")
     return {name: make(kind, _library_of(index[name][0]), dtype) for name in parts}
+
+
+def denoisers(index: Mapping[str, Any]) -> list[str]:
+    """Return the names of a pipeline's denoisers, the main one first.
+
+    Raises:
+        ValueError: if its components do not tell.
+    """
+    components = [name for name, entry in index.items() if isinstance(entry, list)]
+    if found := [name for name in _DENOISERS if name in components]:
+        return found
+    raise ValueError(f"no component is known to be the denoiser; the pipeline has {', '.join(components)}")
 
 
 def _library_of(name: str) -> Any:

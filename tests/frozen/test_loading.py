@@ -206,13 +206,6 @@ def test_one_of_several_variants_must_be_named(folder):
     load_pipeline(folder, variant="ema")
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "model.ckpt"])
-def test_single_file_says_how_to_convert(tmp_path, name):
-    (tmp_path / name).write_bytes(b"weights")
-    message = load_error(tmp_path / name)
-    assert message.startswith(f"model {tmp_path / name} is a file") and "from_single_file" in message
-
-
 @pytest.mark.parametrize("own", ["NoSuchScheduler", "DDPMScheduler"])
 def test_named_scheduler_is_enough(folder, own):
     """Even if this release of diffusers lacks the model's own."""
