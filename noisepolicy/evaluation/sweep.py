@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from noisepolicy.evaluation.sampler_noise import sampler_noise_share
 from noisepolicy.evaluation.statistics import bootstrap_mean_ci95, expected_best_of, mean_pairwise_distance
 from noisepolicy.frozen import FrozenModel, PromptEmbeds
+from noisepolicy.frozen.noise import row_seeds
 from noisepolicy.ops import gaussian_sample, num_counters
 from noisepolicy.policies import NoisePolicy
 from noisepolicy.rewards import Reward
@@ -49,6 +51,8 @@ class Sweep:
             for other in (*row["parts"], *row["eval_rewards"]):
                 sides = f"{other['base']:.3f} -> {other['policy']:.3f}"
                 lines.append(f"         {sides}          {_gain_text(other)}   {without_folders(other['name'])}")
+            if note := sampler_noise_text(row):
+                lines.append(f"         {note}")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -68,7 +72,17 @@ class Sweep:
                     "" if number else _diversity_kept(row),
                 ]
                 lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+            if note := sampler_noise_text(row):
+                lines.append(f'<tr><td></td><td colspan="5">{note}</td></tr>')
         return f"<table>{head}{''.join(lines)}</table><p>{html.escape(self.measured_on)}, same seeds</p>"
+
+
+def sampler_noise_text(row: dict[str, Any]) -> str:
+    """Say how much of the reward the latents cannot decide; nothing for a sampler that draws no noise."""
+    share = row.get("sampler_noise_share")
+    if share is None:
+        return ""
+    return f"the sampler's own noise makes {share:.0%} of the reward's variance within a prompt; no start can change it"
 
 
 @dataclass(frozen=True)
@@ -154,7 +168,9 @@ def evaluate_sweep(
             Results.join([results[part] for part in parts if part[:2] == (steps, has_policy)])
             for has_policy in (False, True)
         )
-        rows.append(summarise(steps, base, ours, others, list(reward.weights) if len(reward.weights) > 1 else []))
+        row = summarise(steps, base, ours, others, list(reward.weights) if len(reward.weights) > 1 else [])
+        settings = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "seed": seed}
+        rows.append(row | {"sampler_noise_share": sampler_noise_share(frozen, reward, prompts, embeds, **settings)})
         for shown in range(min(num_shown, len(prompts))):
             (base_image, base_metrics), (policy_image, policy_metrics) = (
                 results.first_of(shown) for results in (base, ours)
@@ -237,8 +253,13 @@ def _measure_part(
             chunk_embeds.prompt_embeds, seed=seed, offset=offset, num_inference_steps=num_inference_steps
         )
     chunk_prompts = [prompt for prompt in prompts[chunk] for _ in range(group_size)]
+    first = begin * group_size
     images = frozen.generate(
-        latents, chunk_embeds, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale
+        latents,
+        chunk_embeds,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        seeds=row_seeds(seed, range(first, first + len(latents))),
     )
     # By position: further rewards may have the same name, or that of something that the reward tells.
     others = {_eval_key(number): other(images, chunk_prompts) for number, other in enumerate(eval_rewards)}

@@ -188,9 +188,18 @@ class PlainModel:
 
     @torch.no_grad()
     def generate(
-        self, latents: torch.Tensor, prompt_embeds: PromptEmbeds, *, num_inference_steps: int, guidance_scale: float
+        self,
+        latents: torch.Tensor,
+        prompt_embeds: PromptEmbeds,
+        *,
+        num_inference_steps: int,
+        guidance_scale: float,
+        seeds: Sequence[int] | None = None,
     ) -> torch.Tensor:
         """Make images, float32, `(batch, ...)`, usually `(batch, 3, height, width)` in [0, 1].
+
+        Args:
+            seeds: Not used: such an object draws nothing beside the latents.
 
         Raises:
             ValueError: if the object returns anything else than finite floats of as many rows, or different images
@@ -218,6 +227,10 @@ class PlainModel:
             latents = torch.randn(1, *self.latent_shape, generator=torch.Generator().manual_seed(0))
             settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
             self._try_twice(latents, self._example, **settings)
+
+    def draws_noise(self, num_inference_steps: int, guidance_scale: float) -> bool:
+        """Tell that the images depend on the latents and the prompts alone."""
+        return False
 
     def weights_sha256(self) -> str | None:
         """Return the object's own hash, or a hash of all torch modules in it; None if it has none."""

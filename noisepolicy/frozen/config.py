@@ -7,6 +7,7 @@ from noisepolicy.settings import COUNT, Flat, Options
 
 EngineName = Literal["auto", "eager", "compile", "onnx", "openvino", "tensorrt", "tensorrt-rtx"]
 Dtype = Literal["float32", "float16", "bfloat16"]
+SamplerNoise = Literal["fresh", "fixed", "refuse"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,10 @@ class ModelConfig:
     scheduler_options: Annotated[dict[str, Any], Options("scheduler")] = field(default_factory=dict)
     """Setting of the scheduler, by its name in diffusers, e.g. `--scheduler.timestep_spacing trailing` or
     `--scheduler.shift 3`. Default: the scheduler's own."""
+    sampler_noise: SamplerNoise = "fresh"
+    """Noise that some samplers draw between steps, as Euler ancestral, LCM, TCD and SCM do: 'fresh' for every picture,
+    named by the run's seed and the picture's number; 'fixed', the same for every picture, which is easier to learn for
+    but holds for that noise alone; or 'refuse' such samplers."""
     call: Annotated[dict[str, Any], Options("call")] = field(default_factory=dict)
     """Further argument of the pipeline's call, by its name in diffusers, e.g. `--call.guidance_rescale 0.7` or
     `--call.sigmas 1.0,0.75,0.5,0.25`."""

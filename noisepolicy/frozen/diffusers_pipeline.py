@@ -19,6 +19,7 @@ from torch import nn
 from noisepolicy.frozen.base import PromptEmbeds
 from noisepolicy.frozen.blame import failure, first_not_finite, not_finite
 from noisepolicy.frozen.calling import PipelineCall, private_copy
+from noisepolicy.frozen.config import SamplerNoise
 from noisepolicy.frozen.loading import load_pipeline, place_pipeline, quiet
 from noisepolicy.frozen.loop import DenoisingLoop, can_loop, make_loop
 from noisepolicy.frozen.recording import combined_digest, evaluating, recorded_call, timed, weights_digest
@@ -63,6 +64,8 @@ class FrozenDiffusersPipeline:
         negative_prompt: Prompt that guidance leads away from. Default: the pipeline's own.
         max_sequence_length: Tokens of a prompt, for pipelines that let one choose. Default: the pipeline's own.
         call: Further arguments of the pipeline's `__call__`, e.g. `{"guidance_rescale": 0.7}`.
+        sampler_noise: What to do with noise that a sampler draws between steps: "fresh" takes it from `generate`'s
+            `seeds`, "fixed" takes the same for every image, "refuse" raises an error.
         cuda_graph: Capture the whole denoising loop as one CUDA graph for each batch size (Stable Diffusion, SDXL).
 
     Raises:
@@ -81,6 +84,7 @@ class FrozenDiffusersPipeline:
         negative_prompt: str | None = None,
         max_sequence_length: int | None = None,
         call: Mapping[str, Any] | None = None,
+        sampler_noise: SamplerNoise = "fresh",
         cuda_graph: bool = False,
     ) -> None:
         self.engine = "eager"
@@ -113,7 +117,10 @@ class FrozenDiffusersPipeline:
         self.latent_shape = self._call.latent_shape
         if negative_prompt is not None and not self._call.is_led_away:
             raise ValueError(f"{type(pipeline).__name__} takes no negative prompt")
+        self._sampler_noise = sampler_noise
         self._checked: set[int] = set()
+        self._drawing: set[int] = set()
+        """Step counts at which the image depends on what is drawn beside the latents."""
         self._loops: dict[tuple[int, bool], DenoisingLoop | None] = {}
         self.uses_cuda_graph = cuda_graph
         if cuda_graph and (self.device.type != "cuda" or self._is_offloaded):
@@ -267,12 +274,22 @@ class FrozenDiffusersPipeline:
 
     @_in_use
     def generate(
-        self, latents: torch.Tensor, prompt_embeds: PromptEmbeds, *, num_inference_steps: int, guidance_scale: float
+        self,
+        latents: torch.Tensor,
+        prompt_embeds: PromptEmbeds,
+        *,
+        num_inference_steps: int,
+        guidance_scale: float,
+        seeds: Sequence[int] | None = None,
     ) -> torch.Tensor:
         """Make images in [0, 1], float32, `(batch, 3, height, width)`, or video `(batch, frames, 3, height, width)`.
 
+        Args:
+            seeds: A seed for each row, of what the pipeline draws beside the latents. Default: 0 for every row.
+
         Raises:
-            ValueError: if the pipeline cannot make images with this step count, is stochastic, or makes NaN.
+            ValueError: if the pipeline cannot make images with this step count, draws noise that no seed decides, or
+                makes NaN.
             RuntimeError: if memory does not hold a single image.
         """
         if num_inference_steps not in self._checked:
@@ -282,8 +299,7 @@ class FrozenDiffusersPipeline:
         chunks, parts, begin = [], [], 0
         while begin < len(latents):
             rows = slice(begin, min(begin + self.rollout_batch_size, len(latents)))
-            # A generator of our own: some samplers draw numbers they do not use, and the caller's would move.
-            generator = torch.Generator(self.device).manual_seed(0)
+            generator = self._generator(num_inference_steps, rows.stop - rows.start, seeds and seeds[rows])
             arguments = (latents[rows], prompt_embeds[rows], num_inference_steps, guidance_scale, generator)
             images = self._unless_out_of_memory(lambda arguments=arguments: self._generate_chunk(*arguments))
             if images is None:
@@ -319,20 +335,44 @@ class FrozenDiffusersPipeline:
                 raise self._not_finite(latents, self._empty, *settings)
             self._call.check_size(image)
             if has_drawn and (image - self._draw(latents, *settings, seed=1)[0]).abs().max() > _SAME_IMAGE:
-                raise ValueError(self._why_stochastic(latents, *settings))
+                again, _ = self._draw(latents, *settings, seed=1, own_seed=0)
+                if self._sampler_noise == "refuse" or (image - again).abs().max() > _SAME_IMAGE:
+                    raise ValueError(self._why_stochastic(latents, *settings))
+                self._drawing.add(num_inference_steps)
         self._checked.add(num_inference_steps)
 
+    def draws_noise(self, num_inference_steps: int, guidance_scale: float) -> bool:
+        """Tell whether the image depends on what is drawn beside the latents, at this step count."""
+        if num_inference_steps not in self._checked:
+            self.check_deterministic(num_inference_steps, guidance_scale)
+        return num_inference_steps in self._drawing
+
+    def _generator(
+        self, num_inference_steps: int, count: int, seeds: Sequence[int] | None
+    ) -> torch.Generator | list[torch.Generator]:
+        """Make the generator that a batch is called with: one of our own, or the caller's would move."""
+        if num_inference_steps not in self._drawing:
+            return torch.Generator(self.device).manual_seed(0)
+        # One for each row, so that an image does not depend on the batch it is made in.
+        seeds = [0] * count if seeds is None or self._sampler_noise == "fixed" else seeds
+        return [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
+
     def _draw(
-        self, latents: torch.Tensor, *settings: Any, seed: int, output_type: str = "pt"
+        self, latents: torch.Tensor, *settings: Any, seed: int, own_seed: int | None = None, output_type: str = "pt"
     ) -> tuple[torch.Tensor, bool]:
-        """Make an image of the empty prompt under a random state; tell whether that drew random numbers."""
+        """Make an image of the empty prompt under a random state; tell whether that drew random numbers.
+
+        Args:
+            seed: Seed of torch's generators.
+            own_seed: Seed of the generator that the pipeline is given. Default: the same.
+        """
         is_cuda = self.device.type == "cuda"
         with torch.random.fork_rng(devices=[self.device] if is_cuda else []):
             torch.default_generator.manual_seed(seed)
             if is_cuda:  # on this GPU alone: only its state is put back
                 with torch.cuda.device(self.device):
                     torch.cuda.manual_seed(seed)
-            generator = torch.Generator(self.device).manual_seed(seed)
+            generator = torch.Generator(self.device).manual_seed(seed if own_seed is None else own_seed)
             before = self._random_state(generator)
             image = self._try(
                 settings[0],
@@ -341,13 +381,19 @@ class FrozenDiffusersPipeline:
             return image, not torch.equal(before, self._random_state(generator))
 
     def _why_stochastic(self, latents: torch.Tensor, *settings: Any) -> str:
-        one, other = (self._draw(latents, *settings, seed=seed, output_type="latent")[0] for seed in (0, 1))
+        own_seed = None if self._sampler_noise == "refuse" else 0
+        one, other = (
+            self._draw(latents, *settings, seed=seed, own_seed=own_seed, output_type="latent")[0] for seed in (0, 1)
+        )
         same = "the same latents give different images, so the policy cannot be credited"
+        if own_seed == 0:
+            same = "the same latents and generator give different images, so none can be made again"
         if (one - other).abs().max() <= _SAME_IMAGE:
             return f"the VAE {type(self.vae).__name__} adds noise while it decodes: {same}; use a VAE that does not"
         return (
             f"scheduler {type(self._pipeline.scheduler).__name__} is stochastic at {settings[0]} steps: {same}; use "
-            "one step, or a deterministic scheduler such as DDIMScheduler"
+            "one step, a deterministic scheduler such as DDIMScheduler"
+            + (", or sampler_noise 'fresh'" if own_seed is None else "")
         )
 
     def _not_finite(self, latents: torch.Tensor, embeds: PromptEmbeds, *settings: Any) -> ValueError:
@@ -374,7 +420,7 @@ class FrozenDiffusersPipeline:
         self, latents: torch.Tensor, prompt_embeds: PromptEmbeds, *, num_inference_steps: int, guidance_scale: float
     ) -> torch.Tensor:
         """Generate one batch by the pipeline's own `__call__`, whatever the family."""
-        generator = torch.Generator(self.device).manual_seed(0)
+        generator = self._generator(num_inference_steps, len(latents), None)
         return self._make(latents, prompt_embeds, num_inference_steps, guidance_scale, generator)
 
     @_in_use
@@ -433,7 +479,7 @@ class FrozenDiffusersPipeline:
         embeds: PromptEmbeds,
         num_inference_steps: int,
         guidance_scale: float,
-        generator: torch.Generator,
+        generator: torch.Generator | list[torch.Generator],
     ) -> torch.Tensor:
         loop = self.loop(num_inference_steps, guidance_scale)
         if loop is not None:
@@ -450,7 +496,7 @@ class FrozenDiffusersPipeline:
         embeds: PromptEmbeds,
         num_inference_steps: int,
         guidance_scale: float,
-        generator: torch.Generator,
+        generator: torch.Generator | list[torch.Generator],
         *,
         output_type: str = "pt",
     ) -> torch.Tensor:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 
+from noisepolicy.frozen.noise import row_seeds
 from noisepolicy.ops import num_counters
 from noisepolicy.policies import NoisePolicy
 from noisepolicy.policies.critic import CriticShape, shrink_pictures
@@ -100,7 +101,8 @@ class RolloutMaker:
                 rows = slice(chunk.start, chunk.stop)
                 with clock.phase("policy"):
                     embeds = self._prompts[prompt_row[rows]]
-                    offset = (number * len(prompts) + chunk.start) * num_counters(policy.latent_shape)
+                    first = number * len(prompts) + chunk.start
+                    offset = first * num_counters(policy.latent_shape)
                     sample = policy.sample(embeds.prompt_embeds, seed=seed, offset=offset)
                 with clock.phase("frozen_model"):
                     images = self._task.frozen.generate(
@@ -108,6 +110,7 @@ class RolloutMaker:
                         embeds,
                         num_inference_steps=config.num_inference_steps[chunk.step_index],
                         guidance_scale=config.guidance_scale,
+                        seeds=row_seeds(config.seed, range(first, first + len(sample.latents))),
                     )
                 actions.append(sample.action)
                 log_probs.append(sample.log_prob)

@@ -26,6 +26,7 @@ import torch
 from noisepolicy.evaluation import Sweep, evaluate_sweep, measured_on, write_model_card, write_report
 from noisepolicy.evaluation.figures import before_after, image_grid, to_pil
 from noisepolicy.frozen import FrozenModel, PromptEmbeds
+from noisepolicy.frozen.noise import row_seeds
 from noisepolicy.ops import gaussian_sample
 from noisepolicy.policies import NoisePolicy
 from noisepolicy.policies.networks import plain_arithmetic
@@ -789,7 +790,13 @@ class Run:
             starts["base"] = gaussian_sample(prior, prior.new_zeros(()), seed=seed)[0]
         starts["policy"] = policy.choose(embeds.prompt_embeds, seed=seed, num_inference_steps=steps)
         return {
-            side: frozen.generate(latents, embeds, num_inference_steps=steps, guidance_scale=guidance)
+            side: frozen.generate(
+                latents,
+                embeds,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                seeds=row_seeds(seed, range(len(latents))),
+            )
             for side, latents in starts.items()
         }
 
@@ -881,6 +888,7 @@ class Run:
             self._sample_embeds,
             num_inference_steps=num_inference_steps,
             guidance_scale=self.config.guidance_scale,
+            seeds=row_seeds(self.config.seed, range(len(latents))),
         )
         if _are_pictures(images):
             picture = image_grid(list(images), len(self._sample_prompts))

@@ -166,7 +166,7 @@ BAD_INPUT = {
     "bad device": (["--device", "quantum"], "unknown --device 'quantum'"),
     "output is a file": (["--output-dir", "good.txt"], "is a file"),
     "stochastic scheduler": (
-        ["--model", "stochastic", "--prompts", "good.txt", "--reward", "brightness"],
+        ["--model", "stochastic", "--prompts", "good.txt", "--reward", "brightness", "--sampler-noise", "refuse"],
         "is stochastic",
     ),
 }

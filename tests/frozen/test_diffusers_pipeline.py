@@ -65,7 +65,7 @@ def generate_one(frozen, steps):
 
 @pytest.mark.parametrize("scheduler_class", [DDPMScheduler, EulerAncestralDiscreteScheduler, LCMScheduler])
 def test_stochastic_schedulers_are_refused(scheduler_class):
-    frozen = FrozenDiffusersPipeline(make_pipeline(scheduler_class))
+    frozen = FrozenDiffusersPipeline(make_pipeline(scheduler_class), sampler_noise="refuse")
     for _ in range(2):  # the refusal is not forgotten
         with pytest.raises(ValueError, match=f"{scheduler_class.__name__} is stochastic at 4 steps"):
             generate_one(frozen, 4)
@@ -77,12 +77,12 @@ def test_sde_variant_of_a_deterministic_scheduler_is_refused():
         pipeline.scheduler.config, algorithm_type="sde-dpmsolver++"
     )
     with pytest.raises(ValueError, match="is stochastic"):
-        FrozenDiffusersPipeline(pipeline).check_deterministic(4, 1.0)
+        FrozenDiffusersPipeline(pipeline, sampler_noise="refuse").check_deterministic(4, 1.0)
 
 
 def test_ancestral_sampler_is_deterministic_at_one_step():
     """Distilled models are used with this sampler at one step."""
-    frozen = FrozenDiffusersPipeline(make_pipeline(EulerAncestralDiscreteScheduler))
+    frozen = FrozenDiffusersPipeline(make_pipeline(EulerAncestralDiscreteScheduler), sampler_noise="refuse")
     assert torch.equal(generate_one(frozen, 1), generate_one(frozen, 1))
     with pytest.raises(ValueError, match="is stochastic at 2 steps"):
         generate_one(frozen, 2)

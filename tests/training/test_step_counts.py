@@ -13,7 +13,8 @@ ANCESTRAL = "EulerAncestralDiscreteScheduler"  # draws noise from the second ste
 
 
 def load(**settings):
-    settings = {"model": "shapes", "scheduler": ANCESTRAL, "num_inference_steps": (1,), **settings}
+    refused = {"scheduler": ANCESTRAL, "sampler_noise": "refuse"}
+    settings = {"model": "shapes", **refused, "num_inference_steps": (1,), **settings}
     return load_task(TrainConfig.of(**settings), torch.device("cpu"))
 
 
