@@ -74,6 +74,9 @@ class ModelConfig:
     engine_dtype: Dtype | None = None
     """Data type that an exported engine computes in. Default: the model's. OpenVINO computes in bfloat16, as fast as
     the CPU allows."""
+    rollout_vae: str | None = None
+    """Folder or hub id of an autoencoder that decodes the images of training in the place of the model's own, which is
+    larger, e.g. madebyollin/taesd. Sample pictures and the evaluation use the model's own."""
     rollout_batch_size: Annotated[int, COUNT] = 32
     """Largest number of images that the frozen model makes at a time. Processes share a batch in an even number of
     such chunks."""

@@ -121,7 +121,7 @@ class FrozenDiffusersPipeline:
         self._checked: set[int] = set()
         self._drawing: set[int] = set()
         """Step counts at which the image depends on what is drawn beside the latents."""
-        self._loops: dict[tuple[int, bool], DenoisingLoop | None] = {}
+        self._loops: dict[tuple[int, bool, int], DenoisingLoop | None] = {}
         self.uses_cuda_graph = cuda_graph
         if cuda_graph and (self.device.type != "cuda" or self._is_offloaded):
             raise ValueError("cuda_graph needs the whole model on a CUDA device")
@@ -219,6 +219,18 @@ class FrozenDiffusersPipeline:
                     self._digests.pop(name, None)
         self._vae_dtype = getattr(self.vae, "dtype", None)
         self._loops.clear()
+
+    @contextmanager
+    def decoding_with(self, vae: nn.Module) -> Iterator[None]:
+        """Decode with another autoencoder within this context."""
+        own, own_dtype = self.vae, self._vae_dtype
+        setattr(self._pipeline, self._call.vae_name, vae)
+        self._vae_dtype = getattr(vae, "dtype", None)
+        try:
+            yield
+        finally:
+            setattr(self._pipeline, self._call.vae_name, own)
+            self._vae_dtype = own_dtype
 
     def component_sha256(self, name: str) -> str:
         """Compute the SHA-256 of a component's weights, or of "denoiser"; for a stand-in, the original's."""
@@ -512,7 +524,7 @@ class FrozenDiffusersPipeline:
     @_in_use
     def loop(self, num_inference_steps: int, guidance_scale: float) -> DenoisingLoop | None:
         """Return the loop for this step count, once it has made the same image as the pipeline; None if it cannot."""
-        key = (num_inference_steps, guidance_scale > 1)
+        key = (num_inference_steps, guidance_scale > 1, id(self.vae))
         if key not in self._loops:
             self._loops[key] = loop = self._make_loop(num_inference_steps, guidance_scale)
             if loop is None and self.uses_cuda_graph:

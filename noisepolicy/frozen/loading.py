@@ -163,6 +163,22 @@ def load_pipeline(
     return pipeline
 
 
+def load_vae(place: str, *, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+    """Load an autoencoder of any class from a folder or hub id, e.g. an `AutoencoderTiny`.
+
+    Raises:
+        OSError: if there is none, or it cannot be loaded; one line.
+    """
+    with _one_line(place, "VAE"), quiet(), _whole_weights(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
+        name = diffusers.AutoencoderTiny.load_config(place).get("_class_name")
+        kind = getattr(diffusers, str(name), None)
+        if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin) and hasattr(kind, "decode")):
+            raise ValueError(f"it is a {name}, which decodes nothing")
+        vae = kind.from_pretrained(place, torch_dtype=dtype, use_safetensors=True)
+    return vae.eval().requires_grad_(False).to(device)
+
+
 def place_pipeline(pipeline: DiffusionPipeline, device: torch.device, *, cpu_offload: bool = False) -> None:
     """Prepare a pipeline that nobody else uses: evaluation mode, no gradients, on `device`, laid out for speed.
 

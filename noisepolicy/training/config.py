@@ -270,6 +270,7 @@ class TrainConfig:
             model=_absolute_model(self.model.name),
             single_file_config=_absolute(self.model.single_file_config, Path.is_dir),
             denoiser_file=_absolute(self.model.denoiser_file, Path.is_file),
+            rollout_vae=_absolute(self.model.rollout_vae, Path.is_dir),
             lora=tuple(_absolute_lora(text) for text in self.model.lora),
             prompts=tuple(_absolute(source, Path.is_file) for source in self.prompts),
             eval_prompts=tuple(_absolute(source, Path.is_file) for source in self.evaluation.prompts),

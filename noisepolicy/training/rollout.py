@@ -105,7 +105,7 @@ class RolloutMaker:
                     offset = first * num_counters(policy.latent_shape)
                     sample = policy.sample(embeds.prompt_embeds, seed=seed, offset=offset)
                 with clock.phase("frozen_model"):
-                    images = self._task.frozen.generate(
+                    images = self._task.generate(
                         sample.latents,
                         embeds,
                         num_inference_steps=config.num_inference_steps[chunk.step_index],

@@ -27,6 +27,7 @@ from noisepolicy.evaluation import Sweep, evaluate_sweep, measured_on, write_mod
 from noisepolicy.evaluation.figures import before_after, image_grid, to_pil
 from noisepolicy.frozen import FrozenModel, PromptEmbeds
 from noisepolicy.frozen.noise import row_seeds
+from noisepolicy.frozen.recording import weights_digest
 from noisepolicy.ops import gaussian_sample
 from noisepolicy.policies import NoisePolicy
 from noisepolicy.policies.networks import plain_arithmetic
@@ -563,6 +564,11 @@ class Run:
                     "the training prompts are not those that the run's checkpoints were made with; put their files "
                     "back, or start anew with another --output-dir"
                 )
+            if name == "rollout_vae_sha256":
+                raise ValueError(
+                    f"the weights of --rollout-vae {self.config.model.rollout_vae} are not those that the run was "
+                    "started with; put them back, or start anew with another --output-dir"
+                )
             raise ValueError(
                 f"{self._folder.config} says {name} is {settings[name]}, but its checkpoints were made with "
                 f"{made_with[name]}; put it back, or start anew with another --output-dir"
@@ -572,6 +578,8 @@ class Run:
         """Return the settings that cannot change when a run is resumed, as JSON values."""
         plain = self.config.plain()
         settings = {name: value for name, value in plain.items() if name not in {*MAY_CHANGE_ON_RESUME, "output_dir"}}
+        if self._task.rollout_vae is not None:
+            settings["rollout_vae_sha256"] = weights_digest(self._task.rollout_vae)
         return settings | {"frozen_sha256": self._frozen_sha256, "prompts_sha256": self._prompts_sha256}
 
     @functools.cached_property

@@ -4,13 +4,14 @@ import dataclasses
 import itertools
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from noisepolicy.frozen import FrozenModel, as_frozen_model
+from noisepolicy.frozen import FrozenModel, PromptEmbeds, as_frozen_model
 from noisepolicy.frozen.base import PlainModel
 from noisepolicy.frozen.config import ModelConfig
 from noisepolicy.named_objects import import_object
@@ -57,6 +58,13 @@ class Task:
     eval_prompts: Sequence[str]
     eval_steps: tuple[int, ...] | None = None
     """Denoising step counts of the evaluation; None if there is no evaluation."""
+    rollout_vae: torch.nn.Module | None = None
+    """Autoencoder that decodes the images of training in the place of the model's own."""
+
+    def generate(self, latents: torch.Tensor, prompt_embeds: PromptEmbeds, **settings: Any) -> torch.Tensor:
+        """Make images for training, as `FrozenModel.generate`."""
+        with nullcontext() if self.rollout_vae is None else self.frozen.decoding_with(self.rollout_vae):
+            return self.frozen.generate(latents, prompt_embeds, **settings)
 
 
 def load_task(
@@ -89,7 +97,41 @@ def load_task(
     for steps in config.num_inference_steps if for_training else ():
         frozen.check_deterministic(steps, config.guidance_scale)
     eval_steps = _usable_eval_steps(config, frozen) if config.evaluation.num_prompts else config.evaluation.steps
-    return Task(frozen, reward, eval_rewards, train, held_out, eval_steps)
+    rollout_vae = None
+    if config.model.rollout_vae is not None and for_training:
+        rollout_vae = _load_rollout_vae(config, frozen)
+    return Task(frozen, reward, eval_rewards, train, held_out, eval_steps, rollout_vae)
+
+
+def _load_rollout_vae(config: TrainConfig, frozen: FrozenModel) -> torch.nn.Module:
+    """Load the autoencoder for training, and try it on an image.
+
+    Raises:
+        ValueError: if it is not there, or makes images of another size than the model's own.
+    """
+    what = f"--rollout-vae {config.model.rollout_vae}"
+    if getattr(frozen, "vae", None) is None:
+        raise ValueError(f"{what} is for diffusers pipelines with an autoencoder")
+    from noisepolicy.frozen.loading import load_vae
+
+    try:
+        vae = load_vae(config.model.rollout_vae, dtype=frozen.vae.dtype, device=frozen.device)
+    except OSError as error:
+        raise ValueError(f"cannot load {what}: {error}") from error
+    latents = torch.randn(1, *frozen.latent_shape, generator=torch.Generator().manual_seed(0))
+    settings = {"num_inference_steps": config.num_inference_steps[0], "guidance_scale": config.guidance_scale}
+    embeds = frozen.encode([""])
+    own = frozen.generate(latents, embeds, **settings)
+    try:
+        with frozen.decoding_with(vae):
+            image = frozen.generate(latents, embeds, **settings)
+    except Exception as error:  # what is made for other latents raises almost anything
+        raise ValueError(f"{what} does not decode this model's latents ({type(error).__name__}: {error})") from error
+    if image.shape != own.shape:
+        raise ValueError(
+            f"{what} makes images {tuple(image.shape[1:])}, and the model's own VAE {tuple(own.shape[1:])}"
+        )
+    return vae
 
 
 def load_model(model: ModelConfig, device: torch.device, given: Any = None, *, settings: TrainConfig) -> FrozenModel:
