@@ -129,7 +129,7 @@ def evaluate_sweep(
         collect: Returns the values of all processes in one of them, and None in the others, whose sweep is empty.
     """
     if embeds is None:
-        embeds = frozen.encode([str(prompt) for prompt in prompts])
+        embeds = frozen.encode(prompts)
     step_counts = list(dict.fromkeys(step_counts))
     parts = [
         _Part(steps, start is policy, begin)

@@ -169,7 +169,7 @@ class PlainModel:
         Raises:
             ValueError: if the object returns anything else than finite embeddings of as many rows.
         """
-        embeds = self._model.encode(list(prompts))
+        embeds = self._model.encode([str(prompt) for prompt in prompts])
         if isinstance(embeds, torch.Tensor):
             embeds = PromptEmbeds(embeds)
         expected = f"{self._name}.encode must return PromptEmbeds or a tensor (batch, tokens, width) of floats"

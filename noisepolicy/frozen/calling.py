@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 from torch import nn
 
 from noisepolicy.frozen.base import PromptEmbeds
@@ -24,9 +25,12 @@ from noisepolicy.frozen.families import family_of
 from noisepolicy.frozen.loading import check_call, quiet
 from noisepolicy.frozen.noise import Draws, watching
 from noisepolicy.frozen.recording import Stop, evaluating, stopping_before
+from noisepolicy.prompt import metadata_of
 
 _DENOISERS = ("transformer", "unet", "prior", "decoder")
 """Beginnings of the names of components that are denoisers, the likeliest first."""
+_IMAGE = "image:"
+"""Beginning of the names of the images among a prompt's embeddings."""
 _WATCHED_STEPS = 8  # few enough to set up quickly, enough for a strength of 0.3 to leave two
 _WATCHED_GUIDANCE = {False: 1.0, True: 5.0}
 _FIXED = {"output_type": "pt", "use_resolution_binning": False, "intermediate_timesteps": None}
@@ -61,6 +65,8 @@ class PipelineCall:
         height, width, num_frames, max_sequence_length: As `__call__` takes them. Default: the pipeline's own.
         negative_prompt: Prompt that guidance leads away from. Default: the pipeline's own.
         call: Further arguments of `__call__`.
+        image_columns: Arguments of `__call__` that are an image of each prompt: its record's fields of the same names
+            hold the paths.
 
     Raises:
         ValueError: if `__call__` does not take an argument, or cannot be watched.
@@ -76,6 +82,7 @@ class PipelineCall:
         negative_prompt: str | None = None,
         max_sequence_length: int | None = None,
         call: Mapping[str, Any] | None = None,
+        image_columns: Sequence[str] = (),
     ) -> None:
         self.pipeline, self.family = pipeline, family_of(pipeline)
         self._kind = type(pipeline).__name__
@@ -85,9 +92,16 @@ class PipelineCall:
         self.size = {"height": height, "width": width, "num_frames": num_frames}
         self.size = {name: value for name, value in self.size.items() if value is not None}
         options = self.size | {"max_sequence_length": max_sequence_length, "negative_prompt": negative_prompt}
+        if image_columns and (height is None or width is None):
+            raise ValueError("image_columns needs height and width, the size that every image is brought to")
+        # Where the size is that of an image, such pipelines take no other.
+        options = {name: value for name, value in options.items() if not image_columns or name not in self.size}
         for name, value in options.items():
             if value is not None and name not in self._defaults:
                 raise ValueError(f"{self._kind} takes no {name.replace('negative_', 'negative ')}")
+        for name in image_columns:
+            if name not in self._defaults:
+                raise ValueError(f"the call of {self._kind} takes no {name}, which image_columns names")
         for name, value in self.size.items():
             if value < 1:
                 raise ValueError(f"{name} must be positive, got {value}")
@@ -95,14 +109,49 @@ class PipelineCall:
         fixed = {name: value for name, value in _FIXED.items() if name in self._defaults}
         if max_sequence_length is not None:
             fixed["max_sequence_length"] = max_sequence_length
-        self._arguments = {**fixed, **self.size, **self.family.call, **(call or {})}
+        size = {name: value for name, value in self.size.items() if name in self._defaults}
+        self._arguments = {**fixed, **size, **self.family.call, **(call or {})}
+        self._images = {name: Image.new("RGB", (width, height), "gray") for name in image_columns}
+        """Images of the prompt that the pipeline is called for."""
         self._negative_prompt = negative_prompt
         self._guidance = self.family.guidance or self._guidance_name()
         self._drawn: tuple[int, ...] | None = None
 
     @functools.cached_property
     def encoder(self) -> PromptEncoder:
-        return PromptEncoder(self.pipeline, self.watch, names=self.family.encoded)
+        options = {"names": self.family.encoded}
+        try:
+            return PromptEncoder(self.pipeline, self.watch, **options, one_at_a_time=bool(self._images))
+        except ValueError:  # some encode several prompts as one, and others take one alone
+            return PromptEncoder(self.pipeline, self.watch, **options, one_at_a_time=True)
+
+    def encode(self, prompts: Sequence[str]) -> PromptEmbeds:
+        """Encode prompts, each with its images, one row each.
+
+        Raises:
+            ValueError: as `PromptEncoder.encode`, or if an image cannot be read.
+        """
+        if not self._images:
+            return self.encoder.encode([str(prompt) for prompt in prompts])
+        rows = []
+        for prompt in prompts:
+            self._images = {name: self._image_of(prompt, name) for name in self._images}
+            pixels = {f"{_IMAGE}{name}": _pixels(image)[None] for name, image in self._images.items()}
+            rows.append(PromptEmbeds.of(self.encoder.encode([str(prompt)]).tensors() | pixels))
+        return PromptEmbeds.cat(rows)
+
+    def _image_of(self, prompt: str, name: str) -> Image.Image:
+        size = self._images[name].size
+        if not str(prompt):  # of no record: the model is tried with it
+            return Image.new("RGB", size, "gray")
+        path = metadata_of(prompt).get(name)
+        if not isinstance(path, str):
+            raise ValueError(f"the prompt {str(prompt)!r:.80} has no path of an image in a field named {name}")
+        try:
+            with Image.open(path) as image:
+                return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+        except OSError as error:
+            raise ValueError(f"cannot read the image {path} of the prompt {str(prompt)!r:.80}: {error}") from error
 
     @functools.cached_property
     def denoiser_name(self) -> str:
@@ -175,8 +224,19 @@ class PipelineCall:
             embeds: The prompts, by `encoder`.
             generator: Of whatever else the pipeline draws; a list has one for each row.
         """
+        if self.encoder.one_at_a_time and len(latents) > 1:
+            generators = generator if isinstance(generator, list) else [generator] * len(latents)
+            settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+            rows = zip(latents.split(1), range(len(latents)), generators, strict=True)
+            return torch.cat(
+                [
+                    self(row, embeds[i : i + 1], generator=own, output_type=output_type, **settings)
+                    for row, i, own in rows
+                ]
+            )
+        images = {name: _image(embeds.others[f"{_IMAGE}{name}"][0]) for name in self._images}
         draws = Draws(self._as_drawn(latents), initial=self.family.initial_draw)
-        arguments = self._call_arguments(len(latents), guidance_scale) | {"output_type": output_type}
+        arguments = self._call_arguments(len(latents), guidance_scale) | {"output_type": output_type} | images
         vae = getattr(self.pipeline, self.vae_name) if self.vae_name is not None else None
         with (
             quiet(),  # SDXL's cast of its VAE to float32 logs two warnings a call
@@ -249,7 +309,7 @@ class PipelineCall:
             raise failure(self.pipeline, _WATCHED_STEPS, error) from error
 
     def _call_arguments(self, count: int, guidance_scale: float) -> dict[str, Any]:
-        arguments = dict(self._arguments)
+        arguments = self._arguments | self._images
         if self._guidance is not None:
             arguments[self._guidance] = guidance_scale
         if guidance_scale > 1:
@@ -344,6 +404,14 @@ def _call_parameters(kind: type) -> dict[str, Any]:
             if all(p.kind is not p.VAR_KEYWORD for p in parameters):
                 break
     return found
+
+
+def _pixels(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image)).movedim(-1, 0).contiguous()
+
+
+def _image(pixels: torch.Tensor) -> Image.Image:
+    return Image.fromarray(pixels.movedim(0, -1).cpu().numpy())
 
 
 def _first(value: Any) -> torch.Tensor:

@@ -50,6 +50,9 @@ class ModelConfig:
     scheduler_options: Annotated[dict[str, Any], Options("scheduler")] = field(default_factory=dict)
     """Setting of the scheduler, by its name in diffusers, e.g. `--scheduler.timestep_spacing trailing` or
     `--scheduler.shift 3`. Default: the scheduler's own."""
+    image_columns: tuple[str, ...] = ()
+    """Columns of the prompts that hold the path of an image, which the pipeline's call gets under the same name, e.g.
+    `image mask_image` for inpainting. Images are brought to the height and width. One picture is made at a time."""
     sampler_noise: SamplerNoise = "fresh"
     """Noise that some samplers draw between steps, as Euler ancestral, LCM, TCD and SCM do: 'fresh' for every picture,
     named by the run's seed and the picture's number; 'fixed', the same for every picture, which is easier to learn for

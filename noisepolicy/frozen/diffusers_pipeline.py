@@ -64,6 +64,8 @@ class FrozenDiffusersPipeline:
         negative_prompt: Prompt that guidance leads away from. Default: the pipeline's own.
         max_sequence_length: Tokens of a prompt, for pipelines that let one choose. Default: the pipeline's own.
         call: Further arguments of the pipeline's `__call__`, e.g. `{"guidance_rescale": 0.7}`.
+        image_columns: Arguments of `__call__` that are an image of each prompt, e.g. `("image",)`: prompts are records
+            whose fields of the same names hold paths. Every image is brought to `height` and `width`.
         sampler_noise: What to do with noise that a sampler draws between steps: "fresh" takes it from `generate`'s
             `seeds`, "fixed" takes the same for every image, "refuse" raises an error.
         cuda_graph: Capture the whole denoising loop as one CUDA graph for each batch size (Stable Diffusion, SDXL).
@@ -84,6 +86,7 @@ class FrozenDiffusersPipeline:
         negative_prompt: str | None = None,
         max_sequence_length: int | None = None,
         call: Mapping[str, Any] | None = None,
+        image_columns: Sequence[str] = (),
         sampler_noise: SamplerNoise = "fresh",
         cuda_graph: bool = False,
     ) -> None:
@@ -99,6 +102,7 @@ class FrozenDiffusersPipeline:
             negative_prompt=negative_prompt,
             max_sequence_length=max_sequence_length,
             call=call,
+            image_columns=image_columns,
         )
         optional = (*type(pipeline)._optional_components, "safety_checker", "feature_extractor", "image_encoder")
         if missing := [name for name, part in pipeline.components.items() if part is None and name not in optional]:
@@ -282,7 +286,7 @@ class FrozenDiffusersPipeline:
         """
         if not self._has_encoders:
             raise RuntimeError("the text encoders were dropped; encode every prompt before drop_text_encoders()")
-        return self._call.encoder.encode(prompts)
+        return self._call.encode(prompts)
 
     @_in_use
     def generate(

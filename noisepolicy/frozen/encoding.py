@@ -4,6 +4,9 @@ A pipeline asks its own `encode_prompt`, once or several times a call. Watching 
 form of the results: which tensors have a row for each prompt, which rows differ between prompts, which are as long as
 their prompt, and which are the same for every prompt, as guidance's negative ones. From then on results are kept by
 prompt, as a `PromptEmbeds`, and handed to the pipeline when it asks.
+
+Where the results of several prompts cannot be taken apart, or a prompt comes with images, prompts are watched one at a
+time, and the pipeline must be called for one at a time.
 """
 
 import inspect
@@ -92,6 +95,7 @@ class PromptEncoder:
         watch: Function of prompts, and of whether classifier-free guidance is on, that calls the pipeline far enough
             to see how it encodes the prompts.
         names: Names of the results of `encode_prompt`, for a family whose loop asks for them by name.
+        one_at_a_time: Watch prompts one at a time, each by a call of its own.
 
     Raises:
         ValueError: if the results cannot be taken apart by prompt.
@@ -103,8 +107,10 @@ class PromptEncoder:
         watch: Callable[[list[str], bool], list[Encoding]],
         *,
         names: Sequence[str] = (),
+        one_at_a_time: bool = False,
     ) -> None:
-        self._pipeline, self._names = pipeline, names
+        self._pipeline, self._names, self._watch = pipeline, names, watch
+        self.one_at_a_time = one_at_a_time
         self._kind = type(pipeline).__name__
         self._method, self._original = _encode_prompt_of(pipeline)
         self._columns: list[_Column] = []
@@ -113,13 +119,25 @@ class PromptEncoder:
         """Columns of the calls without guidance that were not met yet in those with it."""
         self._plans: dict[bool, list[tuple[dict[str, Any], Any]]] = {}
         for is_guided in (False, True):
-            ones, threes = watch(_ONE, is_guided), watch(_THREE, is_guided)
-            if not ones or len(ones) != len(threes):
+            calls = (
+                [watch([prompt], is_guided) for prompt in (*_ONE, *_THREE)]
+                if one_at_a_time
+                else [watch(prompts, is_guided) for prompts in (_ONE, _THREE)]
+            )
+            if not calls[0] or len(set(map(len, calls))) != 1:
                 raise ValueError(f"{self._kind} does not encode its prompts by {self._method}")
             self._plans[is_guided] = [
-                (one.arguments, self._plan(one.result, three.result)) for one, three in zip(ones, threes, strict=True)
+                (
+                    one.arguments,
+                    self._plan_alone(one.result, [other.result for other in others])
+                    if one_at_a_time
+                    else self._plan(one.result, others[0].result),
+                )
+                for one, *others in zip(*calls, strict=True)
             ]
             self._unmatched = list(self._columns)
+            if one_at_a_time:
+                continue
             for arguments, tree in self._plans[is_guided]:
                 if any(map(_names, _leaves(tree))) and _ONE not in arguments.values():
                     raise ValueError(f"{self._kind} changes prompts before it encodes them")
@@ -137,6 +155,8 @@ class PromptEncoder:
             ValueError: if the embeddings hold NaN or infinity, or a prompt has more tokens than the pipeline was seen
                 to take.
         """
+        if self.one_at_a_time:
+            return PromptEmbeds.cat([self._encode_alone(prompt) for prompt in prompts])
         # Rows as long as their prompt are padded in a batch; alone they are seen as they are.
         size = 1 if any(column.max_tokens for column in self._columns) else _BATCH_SIZE
         parts = [self._encode(list(prompts[begin : begin + size])) for begin in range(0, len(prompts), size)]
@@ -187,6 +207,24 @@ class PromptEncoder:
             return one
         raise ValueError(f"{self._kind} encodes prompts in a form that cannot be taken apart by prompt")
 
+    def _plan_alone(self, one: Any, others: Sequence[Any]) -> Any:
+        """Return the result of encoding one prompt, with leaves in the place of what differs for other prompts."""
+        if isinstance(one, torch.Tensor) and all(isinstance(other, torch.Tensor) for other in others):
+            shapes = [other.shape for other in others if len(other.shape) == one.ndim]
+            axes = [axis for axis in range(one.ndim) if any(shape[axis] != one.shape[axis] for shape in shapes)]
+            if len(axes) <= 1 and len(shapes) == len(others):
+                axis = axes[0] if axes else 0
+                rows = [tensor.movedim(axis, 0) if one.ndim else tensor for tensor in (one, *others)]
+                column = self._column(rows[0], rows[1:], "")
+                return one if column is not None and not column.name else _WholeLeaf(axis, [column])
+        elif isinstance(one, Mapping) and all(isinstance(o, Mapping) and o.keys() == one.keys() for o in others):
+            return {key: self._plan_alone(one[key], [other[key] for other in others]) for key in one}
+        elif isinstance(one, tuple | list) and all(type(o) is type(one) and len(o) == len(one) for o in others):
+            return type(one)([self._plan_alone(*parts) for parts in zip(one, zip(*others, strict=True), strict=True)])
+        elif all(type(other) is type(one) and other == one for other in others):
+            return one
+        raise ValueError(f"{self._kind} encodes prompts in a form that differs from prompt to prompt")
+
     def _tensor_leaf(self, one: torch.Tensor, three: torch.Tensor, name: str) -> "_TensorLeaf | None":
         for axis in range(min(one.ndim, three.ndim)):
             if 0 < 3 * one.shape[axis] == three.shape[axis]:
@@ -218,6 +256,14 @@ class PromptEncoder:
         self._columns.append(column)
         return column
 
+    def _encode_alone(self, prompt: str) -> PromptEmbeds:
+        tensors: dict[str, torch.Tensor] = {}
+        for is_guided, plan in self._plans.items():
+            if any(name not in tensors for _, tree in plan for leaf in _leaves(tree) for name in _names(leaf)):
+                for (_, tree), call in zip(plan, self._watch([prompt], is_guided), strict=True):
+                    _take_apart(tree, call.result, tensors)
+        return self._embeds(tensors)
+
     def _check_finite(self, tensors: Iterable[torch.Tensor]) -> None:
         for tensor in tensors:
             if not tensor.isfinite().all():
@@ -230,7 +276,10 @@ class PromptEncoder:
             if any(name not in tensors for leaf in _leaves(tree) for name in _names(leaf)):
                 result = self._original(**_for_prompts(arguments, prompts))
                 _take_apart(tree, result, tensors)
-        if self._main.example.ndim != 2:
+        return self._embeds(tensors)
+
+    def _embeds(self, tensors: dict[str, torch.Tensor]) -> PromptEmbeds:
+        if self._main.name != "prompt_embeds":
             rows = tensors[self._main.name]
             tensors["prompt_embeds"] = rows.reshape(len(rows), -1, rows.shape[-1])
         self._check_finite(tensors.values())
@@ -309,6 +358,22 @@ class _ListLeaf:
 
 
 @dataclass
+class _WholeLeaf:
+    """A tensor of one prompt, whatever its axes."""
+
+    axis: int
+    """Axis that may be as long as the prompt."""
+    columns: list[_Column]
+
+    def assemble(self, tensors: Mapping[str, torch.Tensor], count: int, longest: int) -> torch.Tensor:
+        [row] = self.columns[0].rows(tensors, count)
+        return row.movedim(0, self.axis) if row.ndim else row
+
+    def take_apart(self, value: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        self.columns[0].store((value.movedim(self.axis, 0) if value.ndim else value)[None], tensors)
+
+
+@dataclass
 class _SharedLeaf:
     """A tensor that all prompts share; cut along an axis to the length of the longest prompt."""
 
@@ -324,7 +389,7 @@ class _SharedLeaf:
         pass
 
 
-_Leaf = _TensorLeaf | _ListLeaf | _SharedLeaf
+_Leaf = _TensorLeaf | _ListLeaf | _WholeLeaf | _SharedLeaf
 
 
 def _shared_leaf(one: torch.Tensor, three: torch.Tensor) -> _SharedLeaf | None:

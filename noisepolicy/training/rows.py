@@ -232,7 +232,7 @@ class PromptStore:
         index = list(prompt_index)
         if new := [i for i in dict.fromkeys(index) if i not in self._row_of]:
             with plain_arithmetic():
-                embeds = self._frozen.encode([str(self._prompts[i]) for i in new]).to(torch.device("cpu"))
+                embeds = self._frozen.encode([self._prompts[i] for i in new]).to(torch.device("cpu"))
             if self._rows is None:
                 self._no_rows = embeds[:0]
                 self._rows = self._file(None)

@@ -720,7 +720,7 @@ class Run:
 
     def _encode(self, prompts: Sequence[str]) -> PromptEmbeds:
         """The prompts' embeddings, on the policy's device."""
-        return self._frozen.encode([str(prompt) for prompt in prompts]).to(self.device)
+        return self._frozen.encode(prompts).to(self.device)
 
     @property
     def _frozen(self) -> FrozenModel:

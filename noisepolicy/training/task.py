@@ -24,7 +24,7 @@ from noisepolicy.worlds import find_world
 
 _OF_USE = (
     *("rollout_batch_size", "height", "width", "num_frames"),
-    *("negative_prompt", "max_sequence_length", "call", "sampler_noise", "cuda_graph"),
+    *("negative_prompt", "max_sequence_length", "call", "image_columns", "sampler_noise", "cuda_graph"),
 )
 
 
