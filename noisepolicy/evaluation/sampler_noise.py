@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from noisepolicy.frozen import FrozenModel, PromptEmbeds
-from noisepolicy.frozen.noise import row_seeds
+from noisepolicy.frozen.base import row_seeds
 from noisepolicy.ops import gaussian_sample
 from noisepolicy.rewards import Reward
 

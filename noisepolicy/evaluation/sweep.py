@@ -10,7 +10,7 @@ import torch
 from noisepolicy.evaluation.sampler_noise import sampler_noise_share
 from noisepolicy.evaluation.statistics import bootstrap_mean_ci95, expected_best_of, mean_pairwise_distance
 from noisepolicy.frozen import FrozenModel, PromptEmbeds
-from noisepolicy.frozen.noise import row_seeds
+from noisepolicy.frozen.base import row_seeds
 from noisepolicy.ops import gaussian_sample, num_counters
 from noisepolicy.policies import NoisePolicy
 from noisepolicy.rewards import Reward

@@ -1,5 +1,6 @@
 """The contract of a frozen model, and objects that satisfy it: missing members get defaults, results are checked."""
 
+import hashlib
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -83,6 +84,12 @@ class FrozenModel(Protocol):
         of any shape `(batch, ...)`. The same latents must give the same images.
         """
         ...
+
+
+def row_seeds(seed: int, rows: range) -> list[int]:
+    """Return a seed for what the sampler draws for each row of a run, named by the run's seed and the row's number."""
+    first = int.from_bytes(hashlib.blake2b(f"{seed}/sampler".encode(), digest_size=8).digest(), "little")
+    return [(first + row) % 2**63 for row in rows]
 
 
 def as_frozen_model(

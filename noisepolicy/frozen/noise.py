@@ -5,7 +5,6 @@ pipeline it is replaced, once and for good, by one that asks here first. Outside
 """
 
 import functools
-import hashlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -67,12 +66,6 @@ def watching(pipeline: "DiffusionPipeline", draws: Draws) -> Iterator[None]:
         yield
     finally:
         _current.reset(token)
-
-
-def row_seeds(seed: int, rows: range) -> list[int]:
-    """Return a seed for what the sampler draws for each row of a run, named by the run's seed and the row's number."""
-    first = int.from_bytes(hashlib.blake2b(f"{seed}/sampler".encode(), digest_size=8).digest(), "little")
-    return [(first + row) % 2**63 for row in rows]
 
 
 def _asking(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from noisepolicy.frozen.noise import row_seeds
+from noisepolicy.frozen.base import row_seeds
 from noisepolicy.ops import num_counters
 from noisepolicy.policies import NoisePolicy
 from noisepolicy.policies.critic import CriticShape, shrink_pictures

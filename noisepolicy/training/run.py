@@ -26,7 +26,7 @@ import torch
 from noisepolicy.evaluation import Sweep, evaluate_sweep, measured_on, write_model_card, write_report
 from noisepolicy.evaluation.figures import before_after, image_grid, to_pil
 from noisepolicy.frozen import FrozenModel, PromptEmbeds
-from noisepolicy.frozen.noise import row_seeds
+from noisepolicy.frozen.base import row_seeds
 from noisepolicy.frozen.recording import weights_digest
 from noisepolicy.ops import gaussian_sample
 from noisepolicy.policies import NoisePolicy

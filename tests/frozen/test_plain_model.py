@@ -10,6 +10,7 @@ from torch import nn
 
 from noisepolicy.frozen import FrozenDiffusersPipeline, PlainModel, PromptEmbeds, as_frozen_model
 from noisepolicy.frozen.recording import weights_digest
+from noisepolicy.prompt import Prompt
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "plain_frozen_model.py"
 PROMPTS = ["calm", "windy"]
@@ -40,6 +41,14 @@ def make(**members):
     kept = {name: member for name, member in vars(Tones).items() if name in ("latent_shape", "encode", "generate")}
     kept = {name: member for name, member in (kept | members).items() if member is not None}
     return type("Strange", (), {"__init__": Tones.__init__, **kept})()
+
+
+def test_the_object_is_given_plain_text():
+    seen = []
+    as_frozen_model(make(encode=lambda self, prompts: seen.extend(prompts) or torch.ones(2, 1, 2))).encode(
+        [Prompt("calm", {"n": 1}), "windy"]
+    )
+    assert [type(prompt) for prompt in seen] == [str, str]
 
 
 def test_the_example_learns():

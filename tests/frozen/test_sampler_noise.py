@@ -7,7 +7,7 @@ import torch
 import noisepolicy
 from noisepolicy.evaluation.sampler_noise import sampler_noise_share
 from noisepolicy.frozen import FrozenDiffusersPipeline
-from noisepolicy.frozen.noise import row_seeds
+from noisepolicy.frozen.base import row_seeds
 from noisepolicy.worlds.shapes import held_out_scenes, model_folder
 
 from .tiny_pipelines import SIZE

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from noisepolicy.frozen import PromptEmbeds
-from noisepolicy.prompt import Prompt
 from noisepolicy.storage import DamagedFileError
 from noisepolicy.training.rows import PromptStore
 
@@ -31,12 +30,6 @@ def test_each_prompt_is_encoded_once_when_it_is_met():
     embeds = store[torch.tensor([2, 1, 2])]
     assert embeds.prompt_embeds[:, 0, 0].tolist() == [4, 1, 4] and embeds.prompt_embeds.shape == (3, 2, 3)
     assert embeds.pooled_prompt_embeds[:, 0].tolist() == [4, 1, 4] and not embeds.others
-
-
-def test_the_model_is_given_plain_text():
-    frozen = CountingModel()
-    PromptStore(frozen, [Prompt("a", {"n": 1}), "bb"], torch.device("cpu")).add([0, 1])
-    assert [type(prompt) for prompt in frozen.asked[0]] == [str, str]
 
 
 def test_a_long_list_costs_nothing_at_the_start():
