@@ -19,6 +19,7 @@ _USAGE = """
   noisepolicy-train --config FILE [flags]  start from a YAML file of the settings below
   noisepolicy-train --resume RUN [flags]   go on with a run, exactly as if it had not stopped; what runs code or sends
                                            pictures to another machine must be repeated: --reward, --model
+  noisepolicy-train --list-models          sizes of the presets, or of --model FOLDER, and what fits this machine
   torchrun --nproc-per-node N -m noisepolicy.cli.train ...   on N processes; restarted, it goes on by itself"""
 _EPILOG = """--debug shows a traceback with an error. The environment variable OMP_NUM_THREADS sets the number of CPU
 threads. Defaults are those of --algorithm {algorithm}; add --algorithm NAME to see another one's."""
@@ -44,8 +45,8 @@ def parse_arguments(argv: list[str]) -> Arguments:
         ValueError: with one line that says what was wrong and what would be right.
     """
     argv = [_renamed(argument) for argument in argv]
-    argv, config_file = _take_option(argv, "--config")
-    argv, resume = _take_option(argv, "--resume")
+    argv, config_file = take_option(argv, "--config")
+    argv, resume = take_option(argv, "--resume")
     preset = argv.pop(0) if argv and not argv[0].startswith("-") else None
     if sum(source is not None for source in (config_file, resume, preset)) > 1:
         raise UsageError("give one of PRESET, --config and --resume, not several")
@@ -97,7 +98,7 @@ def _renamed(argument: str) -> str:
     return flag + equals + value
 
 
-def _take_option(argv: list[str], name: str) -> tuple[list[str], str | None]:
+def take_option(argv: list[str], name: str) -> tuple[list[str], str | None]:
     """Take `name VALUE` or `name=VALUE` out of `argv`."""
     for index, argument in enumerate(argv):
         if argument == name:
@@ -115,7 +116,7 @@ def _take_options(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
     for argument in argv:
         flag = argument.partition("=")[0]
         if flag.startswith("--") and "." in flag and find_setting(TrainConfig, flag[2:]) is not None:
-            rest, value = _take_option(rest, flag)
+            rest, value = take_option(rest, flag)
             if value is not None:
                 options[flag[2:].replace("-", "_")] = option_value(value)
     return rest, options

@@ -3,8 +3,8 @@
 import sys
 from typing import TYPE_CHECKING
 
-from noisepolicy.cli.arguments import Arguments, parse_arguments
-from noisepolicy.cli.failures import prepare, quiet_loading, report_failure
+from noisepolicy.cli.arguments import Arguments, parse_arguments, take_option
+from noisepolicy.cli.failures import prepare, quiet_loading, report_failure, run_command
 from noisepolicy.training.launch import (
     launch_id,
     leave,
@@ -26,7 +26,10 @@ def main(argv: list[str] | None = None) -> int:
     argv = [argument for argument in argv if argument != "--debug"]
     prepare("noisepolicy-train")
     silence_all_but_the_first()
-    code = _train(argv, is_debug=is_debug)
+    if "--list-models" in argv:
+        code = run_command("noisepolicy-train", lambda: _list_models(argv), is_debug=is_debug)
+    else:
+        code = _train(argv, is_debug=is_debug)
     leave(code)
     return code
 
@@ -52,6 +55,15 @@ def _train(argv: list[str], *, is_debug: bool) -> int:
             resume = f"; go on with: {_resume_command(run)}" if run else ""
             print(f"\nnoisepolicy-train: interrupted{resume}", file=sys.stderr)
         return signals.exit_code
+
+
+def _list_models(argv: list[str]) -> None:
+    from noisepolicy.cli.models import list_models
+
+    rest, model = take_option([argument for argument in argv if argument != "--list-models"], "--model")
+    if rest:
+        raise ValueError(f"--list-models goes with --model alone, not with {rest[0]}")
+    print(list_models(model))
 
 
 def _begin(arguments: Arguments) -> "Run":
