@@ -110,7 +110,7 @@ def take_option(argv: list[str], name: str) -> tuple[list[str], str | None]:
     return list(argv), None
 
 
-def _take_options(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
+def take_options(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
     """Take the options of mappings out of `argv`, e.g. `--call.strength 0.6`; return them by their dotted names."""
     rest, options = list(argv), {}
     for argument in argv:
@@ -128,7 +128,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parse_flags(argv: list[str], default: TrainConfig) -> TrainConfig:
-    argv, options = _take_options(argv)
+    argv, options = take_options(argv)
     values = flat_values(default)
     first = _Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--algorithm", choices=tuple(RECIPES), default=default.algorithm)
@@ -147,12 +147,13 @@ def _parse_flags(argv: list[str], default: TrainConfig) -> TrainConfig:
     }
     for name, setting in settings.items():
         is_left = values[name] is None
-        _add_flag(groups[setting.group], setting, RECIPES[algorithm].get(name) if is_left else values[name])
+        add_flag(groups[setting.group], setting, RECIPES[algorithm].get(name) if is_left else values[name])
     given = vars(parser.parse_args(argv))
     return default.replace(**given, **options)
 
 
-def _add_flag(group: Any, setting: Setting, default: Any) -> None:
+def add_flag(group: Any, setting: Setting, default: Any) -> None:
+    """Add a setting's flag to a parser or a group; its value is there only if it is given."""
     options: dict[str, Any] = {"dest": setting.name, "default": argparse.SUPPRESS, "help": _help(setting, default)}
     if setting.kind is bool:
         group.add_argument(setting.flag, action=argparse.BooleanOptionalAction, **options)

@@ -3,7 +3,9 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
+from noisepolicy.cli.copy import parse_with_copy, with_copy
 from noisepolicy.cli.engine import add_engine_arguments, with_engine
 from noisepolicy.cli.failures import prepare, quiet_loading, run_command
 
@@ -28,12 +30,12 @@ def main(argv: list[str] | None = None) -> int:
     add_engine_arguments(parser)
     parser.add_argument("--output-dir", type=Path, help="folder for the report (default: RUN/evaluation)")
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
-    arguments = parser.parse_args(argv)
+    arguments, copy = parse_with_copy(parser, argv)
     prepare("noisepolicy-eval")
-    return run_command("noisepolicy-eval", lambda: _evaluate(arguments), is_debug=arguments.debug)
+    return run_command("noisepolicy-eval", lambda: _evaluate(arguments, copy), is_debug=arguments.debug)
 
 
-def _evaluate(arguments: argparse.Namespace) -> None:
+def _evaluate(arguments: argparse.Namespace, copy: dict[str, Any]) -> None:
     quiet_loading()
     from noisepolicy.rewards.registry import with_absolute_paths
     from noisepolicy.training.config import TrainConfig
@@ -44,6 +46,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if arguments.num_prompts is not None and arguments.num_prompts < 1:
         raise ValueError(f"--num-prompts must be positive, got {arguments.num_prompts}")
     folder, config = RunFolder.open(arguments.run)
+    config = with_copy(config, copy)
     trained_for = config.reward or config.model.name
     refuse_outside_code(
         folder.path,

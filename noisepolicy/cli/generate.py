@@ -3,7 +3,9 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
+from noisepolicy.cli.copy import parse_with_copy, with_copy
 from noisepolicy.cli.engine import add_engine_arguments, with_engine
 from noisepolicy.cli.failures import prepare, quiet_loading, run_command
 
@@ -23,12 +25,12 @@ def main(argv: list[str] | None = None) -> int:
     add_engine_arguments(parser)
     parser.add_argument("--output-dir", type=Path, help="folder for the images (default: RUN/generated)")
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
-    arguments = parser.parse_args(argv)
+    arguments, copy = parse_with_copy(parser, argv)
     prepare("noisepolicy-generate")
-    return run_command("noisepolicy-generate", lambda: _generate(arguments), is_debug=arguments.debug)
+    return run_command("noisepolicy-generate", lambda: _generate(arguments, copy), is_debug=arguments.debug)
 
 
-def _generate(arguments: argparse.Namespace) -> None:
+def _generate(arguments: argparse.Namespace, copy: dict[str, Any]) -> None:
     quiet_loading()
     from noisepolicy.evaluation.figures import image_grid, picture_bytes
     from noisepolicy.storage import write_bytes
@@ -37,9 +39,11 @@ def _generate(arguments: argparse.Namespace) -> None:
     from noisepolicy.training.trust import refuse_outside_code
 
     folder, config = RunFolder.open(arguments.run)
+    config = with_copy(config, copy)
     refuse_outside_code(folder.path, model=None if arguments.model else config.model.name)
     if arguments.model:
         config = config.replace(model=arguments.model)
+    config.check()
     folder.check_model_is_there(config)
     run = Run.open(folder, with_engine(config, arguments), device=arguments.device)
     images = run.generate_tensors(

@@ -149,7 +149,7 @@ def load_model(model: ModelConfig, device: torch.device, given: Any = None, *, s
     if given is None:
         _refuse_object(model.name, "--model")
     if given is None and is_model_object(model.name):
-        given = import_object(model.name, "model")
+        given = _import_model(model)
     if given is not None:
         return _load_given(model, device, given, settings)
     world = find_world(model.name)
@@ -203,6 +203,15 @@ def _on_engine(frozen: FrozenModel, model: ModelConfig, settings: TrainConfig) -
     return frozen
 
 
+def _import_model(model: ModelConfig) -> Any:
+    """Import the model that a user's module holds. Settings of loading would do nothing, and are refused."""
+    for name in OF_LOADING:
+        if getattr(model, name) != getattr(ModelConfig(), name):
+            flag = settings_of(ModelConfig)[name].flag
+            raise ValueError(f"{flag} is for models that are loaded by name; set it on {model.name} itself")
+    return import_object(model.name, "model")
+
+
 def find_object(config: TrainConfig, given: Given) -> tuple[Given, torch.device | None]:
     """The model that a user's module holds, if the settings name one, and the device of a model from Python.
 
@@ -212,7 +221,7 @@ def find_object(config: TrainConfig, given: Given) -> tuple[Given, torch.device 
         ValueError: if the module or the object is not there.
     """
     if given.model is None and is_model_object(config.model.name):
-        given = dataclasses.replace(given, model=import_object(config.model.name, "model"))
+        given = dataclasses.replace(given, model=_import_model(config.model))
     if given.model is None:
         return given, None
     if hasattr(given.model, "components"):  # a diffusers pipeline

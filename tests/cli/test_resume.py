@@ -7,7 +7,10 @@ import sys
 import warnings
 
 import pytest
+import torch
 import yaml
+from diffusers import DiffusionPipeline
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from noisepolicy.worlds.shapes import model_folder
@@ -292,3 +295,66 @@ def test_how_a_run_was_carried_out_does_not_keep_it_from_being_used(project, com
         ]
         code, _, errors = command(capsys, project, "train", "--resume", "run", *flags)
         assert code == 0, errors
+
+
+def save_lora(project):
+    """Save a random LoRA for the project's model."""
+    pipeline = DiffusionPipeline.from_pretrained(project / "models" / "x")
+    torch.manual_seed(0)
+    pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    pipeline.save_lora_weights(
+        project, unet_lora_layers=get_peft_model_state_dict(pipeline.unet), weight_name="style.safetensors"
+    )
+
+
+def test_a_policy_is_used_on_another_copy(project, command, capsys):
+    """Of its model: with a LoRA, quantised, in another dtype, with another scheduler; the run keeps its own."""
+    pytest.importorskip("torchao")
+    save_lora(project)
+    settings = (project / "run" / "config.yaml").read_text()
+    code, plain, errors = command(capsys, project, "eval", "run")
+    assert code == 0 and "is not the one that" not in errors, errors
+    copies = [
+        ["--lora", "style.safetensors:2"],
+        ["--lora", "style.safetensors:2", "--fuse-lora"],
+        ["--quantize", "torchao:int8_weight_only"],
+        ["--dtype", "bfloat16"],
+        ["--scheduler", "DPMSolverMultistepScheduler", "--scheduler.use_karras_sigmas", "true", "--steps", "4"],
+        ["--call.guidance_rescale", "0.7"],
+    ]
+    tables = [plain.splitlines()[-2]]
+    for flags in copies:
+        code, output, errors = command(capsys, project, "eval", "run", *flags)
+        assert code == 0, errors
+        has_other_weights = "scheduler" not in flags[0] and "call" not in flags[0]
+        assert ("is not the one that" in errors) == has_other_weights, errors
+        tables.append(output.splitlines()[-2])
+        code, _, errors = command(
+            capsys, project, "generate", "run", CAPTION, *flags[: 4 if "--steps" in flags else None]
+        )
+        assert code == 0, errors
+    assert len(set(tables)) >= 5  # the LoRA beside the weights is the LoRA in them; int8 changes little
+    assert (project / "run" / "config.yaml").read_text() == settings
+    code, output, errors = command(capsys, project, "eval", "run", "--quantize", "none", "--lora")
+    assert code == 0 and output.splitlines()[-2] == tables[0], errors
+    for flags, message in (
+        (["--quantize", "int8"], "unknown --quantize 'int8'"),
+        (["--call.strength", "0.5"], "has no argument 'strength'"),
+        (["--call.sigmas", "1,0.5,0.1"], "--call.sigmas has 3 values"),
+        (["--lora", "nowhere.safetensors"], "there is no LoRA nowhere.safetensors"),
+    ):
+        code, _, errors = command(capsys, project, "generate", "run", CAPTION, *flags)
+        assert code == 2 and message in errors, errors
+
+
+def test_settings_of_loading_are_not_ignored_for_an_object(project, command, capsys):
+    (project / "mine.py").write_text(
+        "from diffusers import DiffusionPipeline\npipe = DiffusionPipeline.from_pretrained('models/x')\n"
+    )
+    flags = ["--model", "mine:pipe", "--reward", "brightness", "--output-dir", "other", "--quantize", "torchao"]
+    code, _, errors = command(capsys, project, "train", *SHORT, *flags)
+    assert (
+        code == 2
+        and "--quantize is for models that are loaded by name; set it on " in errors
+        and "mine:pipe itself" in errors
+    )
