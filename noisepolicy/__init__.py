@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from noisepolicy.frozen import FrozenModel, PromptEmbeds
+    from noisepolicy.frozen.families import register_family
     from noisepolicy.policies import NoisePolicy
     from noisepolicy.prior import noise
     from noisepolicy.rewards import Reward
@@ -28,6 +29,7 @@ _PLACES = {
     "Run": "noisepolicy.training.run",
     "TrainConfig": "noisepolicy.training.config",
     "noise": "noisepolicy.prior",
+    "register_family": "noisepolicy.frozen.families",
     "resume": "noisepolicy.training.run",
     "train": "noisepolicy.training.run",
 }
@@ -44,6 +46,7 @@ __all__ = [
     "TrainConfig",
     "load",
     "noise",
+    "register_family",
     "resume",
     "train",
 ]

@@ -142,6 +142,8 @@ class PlainModel:
     """
 
     engine = "eager"
+    num_draws = 1
+    """Number of draws of noise that latents hold: the initial one alone."""
 
     def __init__(self, model: FrozenModel, *, device: torch.device | str | None = None) -> None:
         self._name = model.__name__ if isinstance(model, type) else type(model).__name__

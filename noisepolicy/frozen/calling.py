@@ -116,6 +116,8 @@ class PipelineCall:
         self._negative_prompt = negative_prompt
         self._guidance = self.family.guidance or self._guidance_name()
         self._drawn: tuple[int, ...] | None = None
+        self.num_draws = 1
+        """Number of draws that latents hold, as many channels each: the initial one, and a sampler's if learned."""
 
     @functools.cached_property
     def encoder(self) -> PromptEncoder:
@@ -180,6 +182,7 @@ class PipelineCall:
             self.watch([""], False)
         axis = self._channel_axis(self._drawn)
         channels, *others = (self._drawn[axis], *(n for i, n in enumerate(self._drawn) if i not in (0, axis)))
+        channels *= self.num_draws
         return (channels, 1, *others) if len(others) == 1 else (channels, *others)
 
     @property
@@ -235,7 +238,8 @@ class PipelineCall:
                 ]
             )
         images = {name: _image(embeds.others[f"{_IMAGE}{name}"][0]) for name in self._images}
-        draws = Draws(self._as_drawn(latents), initial=self.family.initial_draw)
+        initial, *later = self._as_drawn(latents)
+        draws = Draws(initial, initial=self.family.initial_draw, later=later)
         arguments = self._call_arguments(len(latents), guidance_scale) | {"output_type": output_type} | images
         vae = getattr(self.pipeline, self.vae_name) if self.vae_name is not None else None
         with (
@@ -247,6 +251,7 @@ class PipelineCall:
             output = self.pipeline(
                 prompt=prompts, generator=generator, num_inference_steps=num_inference_steps, **arguments
             )
+        self.num_later_draws = draws.num_later
         images = _as_tensor(output[0])
         return images.clamp(0, 1) if images.ndim > 3 and output_type == "pt" else images
 
@@ -287,7 +292,7 @@ class PipelineCall:
             raise Stop
 
         if prepare is not None and "latents" in self._defaults:
-            draws = Draws(self._as_drawn(latents), initial=self.family.initial_draw)
+            draws = Draws(self._as_drawn(latents)[0], initial=self.family.initial_draw)
             with (
                 answering(self.pipeline, [encoding.result for encoding in encoded]),
                 replaced(self.pipeline, "prepare_latents", prepare_latents),
@@ -334,8 +339,8 @@ class PipelineCall:
             sizes |= {config.get(key) for key in keys}
         return next((axis for axis in (1, len(drawn) - 1, 2) if drawn[axis] in sizes), 1)
 
-    def _as_drawn(self, latents: torch.Tensor) -> torch.Tensor:
-        """Bring `(batch, *latent_shape)` to the axes of the pipeline's noise."""
+    def _as_drawn(self, latents: torch.Tensor) -> list[torch.Tensor]:
+        """Bring `(batch, *latent_shape)` to the axes of the pipeline's noise, draw by draw."""
         shape = self.latent_shape
         if tuple(latents.shape[1:]) != shape:
             raise ValueError(
@@ -343,7 +348,8 @@ class PipelineCall:
             )
         if len(self._drawn) == 3:
             latents = latents.squeeze(2)
-        return latents.movedim(1, self._channel_axis(self._drawn))
+        axis = self._channel_axis(self._drawn)
+        return [draw.movedim(1, axis) for draw in latents.chunk(self.num_draws, 1)]
 
 
 class PipelinePrompts:

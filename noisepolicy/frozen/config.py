@@ -7,7 +7,7 @@ from noisepolicy.settings import COUNT, Flat, Options
 
 EngineName = Literal["auto", "eager", "compile", "onnx", "openvino", "tensorrt", "tensorrt-rtx"]
 Dtype = Literal["float32", "float16", "bfloat16"]
-SamplerNoise = Literal["fresh", "fixed", "refuse"]
+SamplerNoise = Literal["learned", "fresh", "fixed", "refuse"]
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ class ModelConfig:
     """Columns of the prompts that hold the path of an image, which the pipeline's call gets under the same name, e.g.
     `image mask_image` for inpainting. Images are brought to the height and width. One picture is made at a time."""
     sampler_noise: SamplerNoise = "fresh"
-    """Noise that some samplers draw between steps, as Euler ancestral, LCM, TCD and SCM do: 'fresh' for every picture,
-    named by the run's seed and the picture's number; 'fixed', the same for every picture, which is easier to learn for
-    but holds for that noise alone; or 'refuse' such samplers."""
+    """Noise that some samplers draw between steps, as Euler ancestral, LCM, TCD and SCM do: 'learned' with the initial
+    latents; 'fresh' for every picture, named by the run's seed and the picture's number; 'fixed', the same for every
+    picture, which takes much of their variety; or 'refuse' such samplers."""
     call: Annotated[dict[str, Any], Options("call")] = field(default_factory=dict)
     """Further argument of the pipeline's call, by its name in diffusers, e.g. `--call.guidance_rescale 0.7` or
     `--call.sigmas 1.0,0.75,0.5,0.25`."""

@@ -66,8 +66,10 @@ class FrozenDiffusersPipeline:
         call: Further arguments of the pipeline's `__call__`, e.g. `{"guidance_rescale": 0.7}`.
         image_columns: Arguments of `__call__` that are an image of each prompt, e.g. `("image",)`: prompts are records
             whose fields of the same names hold paths. Every image is brought to `height` and `width`.
-        sampler_noise: What to do with noise that a sampler draws between steps: "fresh" takes it from `generate`'s
-            `seeds`, "fixed" takes the same for every image, "refuse" raises an error.
+        sampler_noise: What to do with noise that a sampler draws between steps: "learned" makes it a part of the
+            latents, as further channels; "fresh" takes it from `generate`'s `seeds`, "fixed" takes the same for every
+            image, "refuse" raises an error.
+        learned_steps: Number of denoising steps whose noise latents hold, if it is learned.
         cuda_graph: Capture the whole denoising loop as one CUDA graph for each batch size (Stable Diffusion, SDXL).
 
     Raises:
@@ -88,6 +90,7 @@ class FrozenDiffusersPipeline:
         call: Mapping[str, Any] | None = None,
         image_columns: Sequence[str] = (),
         sampler_noise: SamplerNoise = "fresh",
+        learned_steps: int = 1,
         cuda_graph: bool = False,
     ) -> None:
         self.engine = "eager"
@@ -129,6 +132,8 @@ class FrozenDiffusersPipeline:
         self.uses_cuda_graph = cuda_graph
         if cuda_graph and (self.device.type != "cuda" or self._is_offloaded):
             raise ValueError("cuda_graph needs the whole model on a CUDA device")
+        if sampler_noise == "learned" and learned_steps > 1:
+            self._learn_draws(learned_steps)
 
     @classmethod
     def from_pretrained(
@@ -356,6 +361,32 @@ class FrozenDiffusersPipeline:
                     raise ValueError(self._why_stochastic(latents, *settings))
                 self._drawing.add(num_inference_steps)
         self._checked.add(num_inference_steps)
+
+    @_in_use
+    def _learn_draws(self, num_inference_steps: int) -> None:
+        """Let latents hold what the sampler draws in so many steps, if the image depends on it."""
+        settings = {"num_inference_steps": num_inference_steps, "guidance_scale": 1.0}
+        if not self.draws_noise(**settings):
+            return
+        channels = self.latent_shape[0]
+        self.call_pipeline(torch.zeros(1, *self.latent_shape), self._empty, **settings)
+        self._call.num_draws += self._call.num_later_draws
+        # Some draw after the last step too, and add none of it.
+        while self._call.num_draws > 1:
+            latents = torch.zeros(1, *self._call.latent_shape)
+            image = self.call_pipeline(latents, self._empty, **settings)
+            latents[:, -channels:] = 1.0
+            if (self.call_pipeline(latents, self._empty, **settings) - image).abs().max() > _SAME_IMAGE:
+                break
+            self._call.num_draws -= 1
+        self.latent_shape = self._call.latent_shape
+        self._checked.clear()
+        self._drawing.clear()
+
+    @property
+    def num_draws(self) -> int:
+        """Number of draws of noise that latents hold: the initial one, and those of the sampler that are learned."""
+        return self._call.num_draws
 
     def draws_noise(self, num_inference_steps: int, guidance_scale: float) -> bool:
         """Tell whether the image depends on what is drawn beside the latents, at this step count."""

@@ -1,12 +1,14 @@
 """Watching the noise that a diffusers pipeline draws, and handing latents over in place of its initial noise.
 
-Pipelines draw through one function, `randn_tensor`, which each module imports by name. In the modules of a watched
-pipeline it is replaced, once and for good, by one that asks here first. Outside `watching` it does what it did.
+Pipelines and schedulers draw through one function, `randn_tensor`, which each module imports by name. In the modules of
+a watched pipeline it is replaced, once and for good, by one that asks here first. Outside `watching` it does what it
+did.
 """
 
 import functools
+import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -26,12 +28,17 @@ class Draws:
     Args:
         latents: Taken in place of draw number `initial`, in the shape of that draw. None lets the pipeline draw.
         initial: Number of the draw that is the initial latents, from 0.
+        later: Taken in place of the next draws of as many numbers: the noise that a sampler adds between steps.
     """
 
-    def __init__(self, latents: torch.Tensor | None = None, *, initial: int = 0) -> None:
-        self._latents, self._initial = latents, initial
+    def __init__(
+        self, latents: torch.Tensor | None = None, *, initial: int = 0, later: Sequence[torch.Tensor] = ()
+    ) -> None:
+        self._latents, self._initial, self._later = latents, initial, list(later)
         self.count = 0
         """Number of draws so far."""
+        self.num_later = 0
+        """Number of draws after the initial latents of as many numbers."""
         self.shape: tuple[int, ...] | None = None
         """Shape of the initial latents, once they are drawn."""
         self.handed: torch.Tensor | None = None
@@ -41,22 +48,37 @@ class Draws:
         """Do what `randn_tensor(shape, generator, device, dtype, layout)` does, or hand the latents over."""
         number, self.count = self.count, self.count + 1
         if number != self._initial:
-            return original(shape, *args, **kwargs)
+            if self.shape is None or math.prod(shape) != math.prod(self.shape):
+                return original(shape, *args, **kwargs)
+            self.num_later += 1
+            if not self._later:
+                return original(shape, *args, **kwargs)
+            return self._cast(self._later.pop(0).reshape(tuple(shape)), *args, **kwargs)
         self.shape = tuple(shape)
         if self._latents is None:
             return original(shape, *args, **kwargs)
         if self._latents.shape != self.shape:
             raise ValueError(f"the pipeline draws noise of shape {self.shape}, not {tuple(self._latents.shape)}")
-        places = dict(zip(("generator", "device", "dtype"), args, strict=False)) | kwargs
-        dtype = places.get("dtype") or torch.get_default_dtype()
-        self.handed = self._latents.to(places.get("device") or "cpu", dtype)
+        self.handed = self._cast(self._latents, *args, **kwargs)
         return self.handed
+
+    @staticmethod
+    def _cast(
+        latents: torch.Tensor,
+        generator: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        layout: Any = None,
+    ) -> torch.Tensor:
+        """Return latents where and as `randn_tensor` would draw them with these arguments."""
+        return latents.to(device or "cpu", dtype or torch.get_default_dtype())
 
 
 @contextmanager
 def watching(pipeline: "DiffusionPipeline", draws: Draws) -> Iterator[None]:
     """Let `draws` see what the pipeline draws within this context, in this thread alone."""
-    for kind in type(pipeline).__mro__:
+    scheduler = getattr(pipeline, "scheduler", None)
+    for kind in (*type(pipeline).__mro__, *type(scheduler).__mro__):
         module = sys.modules.get(kind.__module__)
         original = getattr(module, _NAME, None)
         if original is not None and not hasattr(original, "_asks"):

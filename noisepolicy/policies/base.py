@@ -3,7 +3,6 @@
 latents ~ pi(. | prompt) = N(mean(prompt), std(prompt)^2) over the action; N(0, I) exactly at initialisation
 """
 
-import functools
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -66,6 +65,8 @@ class NoisePolicy(Float32Module):
         self.register_buffer("scale", torch.ones(()))
         self.critic: RewardCritic | None = None
         self.num_candidates = 1
+        self.num_draws = 1
+        """Number of draws that latents hold, as many channels each: the initial one, and a sampler's if learned."""
         self._source: Path | None = None
 
     @torch.no_grad()
@@ -204,6 +205,9 @@ class NoisePolicy(Float32Module):
     ) -> torch.Tensor:
         """Latents for the pipeline's `latents=`, from the noise of `(seed, index)`: see `noisepolicy.noise`.
 
+        Of a policy that learned the noise that a sampler draws between steps (`--sampler-noise learned`) a pipeline's
+        `latents=` gets the initial latents alone; a `FrozenModel` gets all.
+
         A row depends on its seed, index and prompt alone, so picture k of a batch can be made again on its own. It is
         the same to the bit on one machine and to rounding on another device, where the critic may, rarely, choose
         another of two starts that it thinks equally good. `torch.autocast` has no effect here.
@@ -292,8 +296,10 @@ class NoisePolicy(Float32Module):
                     from noisepolicy.frozen.calling import PipelinePrompts
 
                     encoded = PipelinePrompts(model, max_sequence_length=max_sequence_length, **sizes)
-                    rows, pack = encoded.embeds(texts, self.prompt_shape[0]), functools.partial(encoded.pack, texts)
-                    shape = encoded.latent_shape
+                    rows = encoded.embeds(texts, self.prompt_shape[0])
+                    channels, *extent = encoded.latent_shape
+                    shape = (channels * self.num_draws, *extent)
+                    pack = lambda latents: encoded.pack(texts, latents[:, :channels])  # noqa: E731
                 else:
                     embeds = {text: model.encode([text]) for text in dict.fromkeys(texts)}
                     rows = [getattr(embeds[text], "prompt_embeds", embeds[text]) for text in texts]  # or plain tensors
@@ -344,6 +350,8 @@ class NoisePolicy(Float32Module):
         config: dict[str, Any] = {"kind": self.kind, **self.config}
         if self.critic is not None:
             config |= {"critic": self.critic.config, "num_candidates": self.num_candidates}
+        if self.num_draws > 1:
+            config["num_draws"] = self.num_draws
         write_json(folder / _CONFIG, config)
 
     @staticmethod
@@ -391,6 +399,7 @@ def _read(folder: Path) -> NoisePolicy:
     """Read a folder's policy. Until the files are known to fit, no more memory is used than they have bytes."""
     config = read_config(folder, _CONFIG)
     kind, critic, num_candidates = config.pop("kind", None), config.pop("critic", None), config.pop("num_candidates", 1)
+    num_draws = config.pop("num_draws", 1)
     if not isinstance(kind, str) or kind not in NoisePolicy._kinds:
         raise ValueError(f"unknown policy {kind!r:.80}; choose from {sorted(NoisePolicy._kinds)}")
     if type(num_candidates) is not int or not 1 <= num_candidates <= MAX_CANDIDATES:
@@ -398,6 +407,9 @@ def _read(folder: Path) -> NoisePolicy:
     tensors = read_tensors(file_within(folder, _WEIGHTS))
     with torch.device("meta"):
         policy = make_policy(kind, **checked(NoisePolicy._kinds[kind], config, _CONFIG))
+        if type(num_draws) is not int or num_draws < 1 or policy.latent_shape[0] % num_draws:
+            raise ValueError(f"num_draws must divide {policy.latent_shape[0]} channels, got {num_draws!r:.80}")
+        policy.num_draws = num_draws
         if critic is not None:
             options = checked(RewardCritic, critic, "critic")
             shape = options["shape"]

@@ -72,6 +72,7 @@ class Find:
         self._critic: RewardCritic | None = None
         self._start: NoisePolicy | None = None
         self.policy = self._make_policy(embeds).to(device)
+        self.policy.num_draws = task.frozen.num_draws
         self.average = copy.deepcopy(self.policy).eval().requires_grad_(False)
         self._scale = RewardScale(task.reward.weights, config.group_size, config.normalize_rewards)
         self._replay = Replay(

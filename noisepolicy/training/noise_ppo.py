@@ -62,6 +62,7 @@ class NoisePpo:
     ) -> None:
         self._config, self._prompts, self._num_prompts = config, prompts, len(task.train_prompts)
         self.policy = make_config_policy(config, task.frozen.latent_shape, prompts.shape)
+        self.policy.num_draws = task.frozen.num_draws
         self.policy.to(device)
         self.average = copy.deepcopy(self.policy).eval().requires_grad_(False)
         self._policy_optimizer = torch.optim.AdamW(

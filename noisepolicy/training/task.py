@@ -163,7 +163,7 @@ def load_model(model: ModelConfig, device: torch.device, given: Any = None, *, s
             device=device,
             dtype=getattr(torch, model.dtype or "float32"),
             **{name: getattr(model, name) for name in OF_LOADING},
-            **_use_of(model),
+            **_use_of(model, settings),
         )
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load --model {model.name}: {' '.join(str(error).split())}") from error
@@ -176,12 +176,13 @@ def _load_given(model: ModelConfig, device: torch.device, given: Any, settings: 
         if model.engine != "eager" and getattr(given, "engine", None) is None:
             raise ValueError(f"--engine {model.engine} is for diffusers pipelines, not for a {type(given).__name__}")
         return as_frozen_model(given, device=device)
-    return _on_engine(as_frozen_model(given, device=device, **_use_of(model)), model, settings)
+    return _on_engine(as_frozen_model(given, device=device, **_use_of(model, settings)), model, settings)
 
 
-def _use_of(model: ModelConfig) -> dict[str, Any]:
+def _use_of(model: ModelConfig, settings: TrainConfig) -> dict[str, Any]:
     """Return the settings of a pipeline's use, in contrast to its loading: keyword arguments of the frozen pipeline."""
-    return {name: getattr(model, name) for name in _OF_USE}
+    learned_steps = max(settings.num_inference_steps)
+    return {name: getattr(model, name) for name in _OF_USE} | {"learned_steps": learned_steps}
 
 
 def _on_engine(frozen: FrozenModel, model: ModelConfig, settings: TrainConfig) -> FrozenModel:

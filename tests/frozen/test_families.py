@@ -7,7 +7,8 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from noisepolicy.frozen import FrozenDiffusersPipeline
+import noisepolicy
+from noisepolicy.frozen import FrozenDiffusersPipeline, families
 from noisepolicy.frozen.calling import PipelineCall, PipelinePrompts, private_copy
 from noisepolicy.ops import gaussian_sample
 from noisepolicy.policies.spectral import SpectralPolicy
@@ -260,3 +261,14 @@ def test_longer_prompt_than_the_tokenizer_allows_is_cut(load, reference):
     torch.testing.assert_close(
         generate(frozen, name, latents, [prompt]), reference(name, latents, [prompt], 4.0), rtol=0, atol=5e-5
     )
+
+
+def test_a_family_can_be_told_from_outside(load, monkeypatch, family_folder):
+    name = "WanPipeline"
+    pipeline = DiffusionPipeline.from_pretrained(str(family_folder(name)))
+    monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
+    noisepolicy.register_family(name, channel_axis=2)
+    shape = PipelineCall(private_copy(pipeline), **SIZE[name]).latent_shape
+    assert shape == tuple(load(name).latent_shape[i] for i in (1, 0, 2, 3))
+    with pytest.raises(TypeError, match="colour"):
+        noisepolicy.register_family(name, colour="red")

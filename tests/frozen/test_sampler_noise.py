@@ -1,5 +1,7 @@
 """Samplers that draw noise between steps: a picture is a function of its latents and its seed, whatever the batch."""
 
+import sys
+
 import diffusers
 import pytest
 import torch
@@ -8,6 +10,7 @@ import noisepolicy
 from noisepolicy.evaluation.sampler_noise import sampler_noise_share
 from noisepolicy.frozen import FrozenDiffusersPipeline
 from noisepolicy.frozen.base import row_seeds
+from noisepolicy.policies import SpectralPolicy
 from noisepolicy.worlds.shapes import held_out_scenes, model_folder
 
 from .tiny_pipelines import SIZE
@@ -68,6 +71,47 @@ def test_fixed_noise_is_the_same_for_every_row():
     latents, embeds = draw(1).expand(3, -1, -1, -1), frozen.encode(PROMPTS[:1] * 3)
     images = frozen.generate(latents, embeds, seeds=[5, 6, 7], **SETTINGS)
     torch.testing.assert_close(images[1:], images[:1].expand(2, -1, -1, -1), rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize(("name", "draws"), [("EulerAncestralDiscreteScheduler", 4), ("LCMScheduler", 4)])
+def test_learned_noise_is_a_part_of_the_latents(name, draws):
+    """Against diffusers' own call with our numbers in place of what the scheduler draws."""
+    pipeline = make_pipeline(name)
+    frozen = FrozenDiffusersPipeline(pipeline, sampler_noise="learned", learned_steps=4)
+    assert (frozen.num_draws, frozen.latent_shape) == (draws, (8 * draws, 8, 8)) and not frozen.draws_noise(**SETTINGS)
+    latents, embeds = torch.randn(2, *frozen.latent_shape, generator=torch.Generator().manual_seed(0)), None
+    embeds = frozen.encode(PROMPTS[:2])
+    images = frozen.generate(latents, embeds, **SETTINGS)
+    initial, *later = latents.chunk(draws, 1)
+    module = sys.modules[type(pipeline.scheduler).__module__]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "randn_tensor", lambda shape, **_: later.pop(0) if later else torch.zeros(shape))
+        expected = pipeline(PROMPTS[:2], latents=initial, output_type="pt", **SETTINGS).images
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
+    last = latents.clone()
+    last[:, -8:] += 1
+    assert (frozen.generate(last, embeds, **SETTINGS) - images).abs().max() > 0.01
+    # With fewer steps the rest is not used, with more the sampler draws again.
+    assert not frozen.draws_noise(2, 1.5) and frozen.draws_noise(6, 1.5)
+
+
+def test_samplers_that_draw_nothing_have_nothing_to_learn():
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(model_folder())
+    frozen = FrozenDiffusersPipeline(pipeline, sampler_noise="learned", learned_steps=4)
+    assert (frozen.num_draws, frozen.latent_shape) == (1, (8, 8, 8))
+
+
+def test_a_policy_of_learned_noise_gives_a_pipeline_its_initial_latents(tmp_path):
+    pipeline = make_pipeline("EulerAncestralDiscreteScheduler")
+    frozen = FrozenDiffusersPipeline(pipeline, sampler_noise="learned", learned_steps=2)
+    policy = SpectralPolicy(latent_shape=frozen.latent_shape, prompt_shape=(20, 128), bands=4)
+    policy.num_draws = frozen.num_draws
+    policy.save_pretrained(tmp_path)
+    policy = noisepolicy.load(tmp_path)
+    assert policy.num_draws == 2
+    whole = policy.latents(frozen, PROMPTS, seed=3)
+    assert whole.shape == (3, 16, 8, 8)
+    torch.testing.assert_close(policy.latents(pipeline, PROMPTS, seed=3), whole[:, :8], rtol=0, atol=1e-6)
 
 
 def test_noise_that_no_seed_decides_is_refused():
