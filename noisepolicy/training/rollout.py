@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -104,8 +104,8 @@ class RolloutMaker:
                     first = number * len(prompts) + chunk.start
                     offset = first * num_counters(policy.latent_shape)
                     sample = policy.sample(embeds.prompt_embeds, seed=seed, offset=offset)
-                with clock.phase("frozen_model"):
-                    images = self._task.generate(
+                with clock.phase("frozen_model"), self._decoder():
+                    images = self._task.frozen.generate(
                         sample.latents,
                         embeds,
                         num_inference_steps=config.num_inference_steps[chunk.step_index],
@@ -143,6 +143,11 @@ class RolloutMaker:
             weigh(parts, reward.weights),
             picture[0] if picture else None,
         )
+
+    def _decoder(self) -> AbstractContextManager[None]:
+        """Let a small autoencoder decode the images, if the run has one."""
+        vae = self._task.rollout_vae
+        return nullcontext() if vae is None else self._task.frozen.decoding_with(vae)
 
     def step_index(self, number: int) -> torch.Tensor:
         """Return rows' indices into the step counts: as many groups of each, adjacent, in rotating order."""

@@ -4,14 +4,13 @@ import dataclasses
 import itertools
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from noisepolicy.frozen import FrozenModel, PromptEmbeds, as_frozen_model
+from noisepolicy.frozen import FrozenModel, as_frozen_model
 from noisepolicy.frozen.base import PlainModel
 from noisepolicy.frozen.config import ModelConfig
 from noisepolicy.named_objects import import_object
@@ -60,11 +59,6 @@ class Task:
     """Denoising step counts of the evaluation; None if there is no evaluation."""
     rollout_vae: torch.nn.Module | None = None
     """Autoencoder that decodes the images of training in the place of the model's own."""
-
-    def generate(self, latents: torch.Tensor, prompt_embeds: PromptEmbeds, **settings: Any) -> torch.Tensor:
-        """Make images for training, as `FrozenModel.generate`."""
-        with nullcontext() if self.rollout_vae is None else self.frozen.decoding_with(self.rollout_vae):
-            return self.frozen.generate(latents, prompt_embeds, **settings)
 
 
 def load_task(
