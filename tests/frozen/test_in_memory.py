@@ -7,6 +7,7 @@ import torch
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 from peft import LoraConfig
 
+import noisepolicy
 from noisepolicy.engines import compiled, use_engine
 from noisepolicy.frozen import FrozenDiffusersPipeline, as_frozen_model
 from noisepolicy.frozen.calling import PipelinePrompts
@@ -213,6 +214,38 @@ def test_a_compiled_denoiser_and_decoder(pipeline):
     torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
     assert frozen.weights_sha256() == sha256
     assert changed(before, pipeline) == []
+
+
+@pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
+def test_group_offload(family_folder, kind):
+    pipeline = DiffusionPipeline.from_pretrained(str(family_folder(NAME)))
+    plain = FrozenDiffusersPipeline(pipeline, **SIZE[NAME])
+    sha256, embeds = plain.weights_sha256(), plain.encode(PROMPTS)
+    expected = plain.generate(draw(plain), embeds, **SETTINGS)
+    settings = {"num_blocks_per_group": 1} if kind == "block_level" else {}
+    pipeline.enable_group_offload(onload_device=torch.device("cpu"), offload_type=kind, **settings)
+    before = describe(pipeline)
+    frozen = FrozenDiffusersPipeline(pipeline, **SIZE[NAME])
+    images = frozen.generate(draw(frozen), frozen.encode(PROMPTS), **SETTINGS)
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
+    assert frozen.weights_sha256() == sha256
+    # Which group is loaded last is diffusers' own bookkeeping.
+    assert [key for key in changed(before, pipeline) if "hook" not in key] == []
+
+
+@pytest.mark.parametrize("kind", ["compiled", "offloaded in groups"])
+def test_a_run_on_it(family_folder, tmp_path, kind):
+    pipeline = DiffusionPipeline.from_pretrained(str(family_folder(NAME)))
+    if kind == "compiled":
+        pipeline.unet = torch.compile(pipeline.unet, backend="eager")
+        pipeline.vae = torch.compile(pipeline.vae, backend="eager")
+    else:
+        pipeline.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
+    settings = {"num_iterations": 1, "batch_size": 4, "critic_warmup": 4, "critic_updates": 1, "bands": 2}
+    settings |= {"prompts": PROMPTS, "reward": "brightness", "eval_num_prompts": 0, "device": "cpu", **SIZE[NAME]}
+    noisepolicy.train(pipeline, output_dir=tmp_path, **settings)
+    plain = DiffusionPipeline.from_pretrained(str(family_folder(NAME)))  # the same weights are the same model
+    assert noisepolicy.resume(tmp_path, model=plain, num_iterations=2).train().iteration == 2
 
 
 def test_an_offloaded_pipeline_keeps_its_own_hooks(family_folder):
