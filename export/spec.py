@@ -210,7 +210,9 @@ def vae_decoder_part(frozen: FrozenDiffusersPipeline, *, dynamic_size: bool = Fa
     vae = copy.copy(frozen.vae)  # with the same weights
     vae.use_slicing = vae.use_tiling = False
     generator = torch.Generator().manual_seed(0)
-    latents = _unscaled(torch.randn(2, *frozen.latent_shape, generator=generator), vae.config)
+    channels, *extent = frozen.latent_shape
+    latents = torch.randn(2, channels // frozen.num_draws, *extent, generator=generator)
+    latents = _unscaled(latents, vae.config)
     latents = latents.to(vae.device, vae.dtype)
     axes = _kept(("batch", None, "height", "width"), dynamic_size)
     output_axes = ("batch", None, None, None)

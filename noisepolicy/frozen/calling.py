@@ -176,14 +176,18 @@ class PipelineCall:
     def latent_shape(self) -> tuple[int, ...]:
         """Shape of a row of latents, `(channels, height, width)` or `(channels, frames, height, width)`.
 
-        Sound, of which pipelines draw `(channels, length)`, is an image one value high.
+        Sound, of which pipelines draw `(channels, length)`, is an image one value high; a video of one frame, as which
+        some image models see their images, is an image.
         """
         if self._drawn is None:
             self.watch([""], False)
         axis = self._channel_axis(self._drawn)
-        channels, *others = (self._drawn[axis], *(n for i, n in enumerate(self._drawn) if i not in (0, axis)))
-        channels *= self.num_draws
-        return (channels, 1, *others) if len(others) == 1 else (channels, *others)
+        channels, others = self._drawn[axis], [size for i, size in enumerate(self._drawn) if i not in (0, axis)]
+        if len(others) == 1:
+            others = [1, *others]
+        if len(others) == 3 and 1 in others:
+            others.remove(1)
+        return (channels * self.num_draws, *others)
 
     @property
     def is_led_away(self) -> bool:
@@ -346,10 +350,10 @@ class PipelineCall:
             raise ValueError(
                 f"latents must be of shape (batch, {', '.join(map(str, shape))}), got {tuple(latents.shape)}"
             )
-        if len(self._drawn) == 3:
-            latents = latents.squeeze(2)
         axis = self._channel_axis(self._drawn)
-        return [draw.movedim(1, axis) for draw in latents.chunk(self.num_draws, 1)]
+        drawn = [size for i, size in enumerate(self._drawn) if i not in (0, axis)]  # but for batch and channels
+        draws = (draw.reshape(len(draw), -1, *drawn) for draw in latents.chunk(self.num_draws, 1))
+        return [draw.movedim(1, axis) for draw in draws]
 
 
 class PipelinePrompts:

@@ -176,10 +176,9 @@ class PromptEncoder:
     def results(self, embeds: PromptEmbeds, *, is_guided: bool) -> list[Any]:
         """Return what each call of `encode_prompt` returns for these prompts."""
         tensors = embeds.tensors()
-        lengths = [tensors[column.length_name] for column in self._columns if column.max_tokens]
-        longest = int(lengths[0].max()) if lengths else 0
+        lengths = next((tensors[column.length_name] for column in self._columns if column.max_tokens), None)
         return [
-            _replace_leaves(tree, lambda leaf: leaf.assemble(tensors, len(embeds), longest))
+            _replace_leaves(tree, lambda leaf: leaf.assemble(tensors, len(embeds), lengths))
             for _, tree in self._plans[is_guided]
         ]
 
@@ -198,6 +197,8 @@ class PromptEncoder:
             leaf = self._tensor_leaf(one, three, name) or _shared_leaf(one, three)
             if leaf is not None:
                 return leaf
+        elif one is None and isinstance(three, torch.Tensor) and three.ndim == 2 and len(three) == 3:
+            return _MaskLeaf(three.dtype)  # of padding, which one prompt does not have
         elif isinstance(one, Mapping) and isinstance(three, Mapping) and one.keys() == three.keys():
             return {key: self._plan(one[key], three[key]) for key in one}
         elif isinstance(one, tuple | list) and type(one) is type(three) and len(one) == len(three):
@@ -327,7 +328,7 @@ class _TensorLeaf:
     columns: list[_Column]
     """Columns that follow one another along the axis, as guidance's negative prompts and the prompts."""
 
-    def assemble(self, tensors: Mapping[str, torch.Tensor], count: int, longest: int) -> torch.Tensor:
+    def assemble(self, tensors: Mapping[str, torch.Tensor], count: int, lengths: torch.Tensor | None) -> torch.Tensor:
         device = next(iter(tensors.values())).device
         parts = [column.rows(tensors, count).to(device) for column in self.columns]
         return (torch.cat(parts) if len(parts) > 1 else parts[0]).movedim(0, self.axis)
@@ -345,7 +346,9 @@ class _ListLeaf:
 
     columns: list[_Column]
 
-    def assemble(self, tensors: Mapping[str, torch.Tensor], count: int, longest: int) -> list[torch.Tensor]:
+    def assemble(
+        self, tensors: Mapping[str, torch.Tensor], count: int, lengths: torch.Tensor | None
+    ) -> list[torch.Tensor]:
         [column] = self.columns
         rows = column.rows(tensors, count).to(next(iter(tensors.values())).device)
         if not column.max_tokens:
@@ -365,7 +368,7 @@ class _WholeLeaf:
     """Axis that may be as long as the prompt."""
     columns: list[_Column]
 
-    def assemble(self, tensors: Mapping[str, torch.Tensor], count: int, longest: int) -> torch.Tensor:
+    def assemble(self, tensors: Mapping[str, torch.Tensor], count: int, lengths: torch.Tensor | None) -> torch.Tensor:
         [row] = self.columns[0].rows(tensors, count)
         return row.movedim(0, self.axis) if row.ndim else row
 
@@ -381,15 +384,33 @@ class _SharedLeaf:
     axis: int | None
     columns = ()
 
-    def assemble(self, tensors: Mapping[str, torch.Tensor], count: int, longest: int) -> torch.Tensor:
-        tensor = self.tensor if self.axis is None else self.tensor.narrow(self.axis, 0, longest)
+    def assemble(self, tensors: Mapping[str, torch.Tensor], count: int, lengths: torch.Tensor | None) -> torch.Tensor:
+        tensor = self.tensor if self.axis is None else self.tensor.narrow(self.axis, 0, int(lengths.max()))
         return tensor.to(next(iter(tensors.values())).device)
 
     def take_apart(self, value: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
         pass
 
 
-_Leaf = _TensorLeaf | _ListLeaf | _WholeLeaf | _SharedLeaf
+@dataclass
+class _MaskLeaf:
+    """A mask of the tokens that are no padding; None where all prompts are as long."""
+
+    dtype: torch.dtype
+    columns = ()
+
+    def assemble(
+        self, tensors: Mapping[str, torch.Tensor], count: int, lengths: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        if lengths is None or (lengths == lengths[0]).all():
+            return None
+        return (torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]).to(self.dtype)
+
+    def take_apart(self, value: torch.Tensor | None, tensors: dict[str, torch.Tensor]) -> None:
+        pass
+
+
+_Leaf = _TensorLeaf | _ListLeaf | _WholeLeaf | _SharedLeaf | _MaskLeaf
 
 
 def _shared_leaf(one: torch.Tensor, three: torch.Tensor) -> _SharedLeaf | None:
