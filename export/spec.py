@@ -55,6 +55,14 @@ DENOISERS: dict[str, Mapping[str, Axes]] = {
         "txt_ids": (None, None),
         "img_ids": ("image_tokens", None),
     },
+    "Flux2Transformer2DModel": {
+        "hidden_states": ("batch", "image_tokens", None),
+        "timestep": ("batch",),
+        "guidance": ("batch",),
+        "encoder_hidden_states": ("batch", None, None),
+        "txt_ids": ("batch", None, None),
+        "img_ids": ("batch", "image_tokens", None),
+    },
 }
 """Inputs of each denoiser class and their axes; axes that always have the same size have no name."""
 

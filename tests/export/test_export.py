@@ -24,6 +24,7 @@ from noisepolicy.export.verify import OutputMismatch, ShapeMismatch, verify
 from noisepolicy.frozen import FrozenDiffusersPipeline
 from noisepolicy.policies import SpectralPolicy
 
+from ..frozen.pipelines import build
 from ..frozen.tiny_pipelines import SIZE
 
 FAMILIES = [
@@ -58,6 +59,22 @@ def test_every_family_exports_and_runs_in_its_pipeline(tiny, tmp_path, name):
     images = [model.generate(latents, model.encode(["a red circle"] * 3), **settings) for model in (eager, frozen)]
     torch.testing.assert_close(*images, rtol=0, atol=1e-3)
     assert eager.weights_sha256() == frozen.weights_sha256()
+
+
+@pytest.mark.slow
+def test_flux_2_exports_and_runs_in_its_pipeline(tmp_path):
+    pipeline, call = build("Flux2KleinPipeline")
+    own = {name: call.pop(name) for name in ("height", "width", "max_sequence_length")}
+    eager, frozen = (FrozenDiffusersPipeline(pipeline, call=call, **own) for _ in range(2))
+    part = denoiser_part(frozen, guidance_scale=4.0)
+    export_onnx(part, tmp_path / "denoiser.onnx")
+    engine = OnnxEngine(tmp_path / "denoiser.onnx", device=CPU)
+    verify(part, engine.run, batches=(1, 2, 7))
+    frozen.replace(denoiser=EngineDenoiser(engine, frozen.denoiser))
+    latents = torch.randn(2, *eager.latent_shape, generator=torch.Generator().manual_seed(0))
+    settings = {"num_inference_steps": 2, "guidance_scale": 4.0}
+    images = [model.generate(latents, model.encode(["a cat", "a red circle"]), **settings) for model in (eager, frozen)]
+    torch.testing.assert_close(*images, rtol=0, atol=1e-3)
 
 
 @pytest.mark.slow
