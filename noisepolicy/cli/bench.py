@@ -179,6 +179,11 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
         from noisepolicy.benchmarks.scale import sharing
 
         return sharing.run(arguments.situations, arguments.spin_counts, arguments.repetitions)
+    if arguments.command == "copies":
+        quiet_loading()
+        from noisepolicy.benchmarks import copies
+
+        return copies.run(arguments.run, arguments.steps, arguments.num_prompts, arguments.lora_steps)
     from noisepolicy.benchmarks.algorithms import training
 
     return training.run(arguments.output_dir, arguments.seeds, arguments.train_arguments, arguments.rewards)

@@ -54,6 +54,14 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     sharing.add_argument("--repetitions", type=int, default=3, help="runs of each, whose median is printed; default: 3")
     _add_algorithms(commands)
+    copies = commands.add_parser(
+        "copies",
+        help="a policy of the embedded model on other copies of it: with a LoRA, quantised, at other step counts",
+    )
+    copies.add_argument("run", type=Path, metavar="RUN", help="run folder of noisepolicy-train shapes")
+    copies.add_argument("--steps", type=int, nargs="+", default=[1, 4, 8], help="further step counts; default: 1 4 8")
+    copies.add_argument("--num-prompts", type=int, default=24, help="held-out prompts, eight images each; default: 24")
+    copies.add_argument("--lora-steps", type=int, default=100, help="gradient steps on the LoRA; default: 100")
     report = commands.add_parser("report", help="an HTML file of a result of kernels, latency or algorithms")
     report.add_argument("result", type=Path, metavar="RESULT.json")
     report.add_argument("--output", type=Path, metavar="REPORT.html", help="default: beside the result")
