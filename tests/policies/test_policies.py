@@ -76,6 +76,19 @@ def test_critic_is_saved_with_the_policy(policy, embeds, tmp_path):
     assert torch.equal(NoisePolicy.from_pretrained(tmp_path).choose(embeds, seed=7, num_inference_steps=8), latents)
 
 
+def test_a_prompt_is_read_once_for_all_its_actions(embeds):
+    """Actions of several draws, each of every prompt, as if each prompt were given with each of its actions."""
+    torch.manual_seed(0)
+    critic = RewardCritic(CriticShape(PROMPT_SHAPE, (3, 6, 8), False, (1, 4)), size=3, channels=8, hidden_width=16)
+    action, step_index = torch.randn(2 * len(embeds), 3, 6, 8), torch.arange(len(embeds)) % 2
+    alone = torch.stack(
+        [critic(embeds[i : i + 1], action[i :: len(embeds)], step_index[i : i + 1]) for i in range(len(embeds))]
+    )
+    together = critic(embeds, action, step_index)
+    torch.testing.assert_close(together.unflatten(1, (2, -1)).permute(2, 0, 1), alone)
+    assert together.std(0).min() > 0, "readers are of different weights"
+
+
 @pytest.mark.parametrize("extent", [(6, 8), (5, 6, 8)], ids=["picture", "clip"])
 def test_a_critic_sees_places_in_the_coefficients(extent):
     """With every frequency there is, a spectral critic's sketch is the dense one's of the noise itself."""
