@@ -5,14 +5,18 @@ import shutil
 
 import diffusers
 import pytest
+import torch
 
 from noisepolicy.cli import models
 from noisepolicy.cli.models import SIZES, list_models
 from noisepolicy.cli.train import main
+from noisepolicy.frozen import FrozenDiffusersPipeline
 from noisepolicy.frozen.loading import check_call
 from noisepolicy.training.config import load_preset, preset_names
 from noisepolicy.worlds import WORLDS
 from noisepolicy.worlds.shapes import model_folder
+
+from ..frozen.pipelines import TABLE, build
 
 
 def test_every_preset_has_a_size():
@@ -78,3 +82,24 @@ def test_errors(arguments, message, capsys, tmp_path, monkeypatch):
     assert main(["--list-models", *arguments]) == 2
     errors = capsys.readouterr().err
     assert message in errors and len(errors.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_preset_runs_on_a_tiny_pipeline_of_its_class(name):
+    """With the preset's scheduler, call, guidance and step counts; of the size that is tiny."""
+    config = load_preset(name)
+    kind = SIZES[name].pipeline
+    pipeline, call = build(next(each for each in TABLE if each.split(":")[0] == kind))
+    pipeline.set_progress_bar_config(disable=True)
+    if config.model.scheduler is not None:
+        pipeline.scheduler = getattr(diffusers, config.model.scheduler).from_config(pipeline.scheduler.config)
+    pipeline.scheduler = type(pipeline.scheduler).from_config(
+        pipeline.scheduler.config, **config.model.scheduler_options
+    )
+    size = {key: call[key] for key in ("height", "width", "num_frames") if key in call}
+    layers = {key: value for key, value in call.items() if key == "text_encoder_out_layers"}  # the tiny encoder has two
+    frozen = FrozenDiffusersPipeline(pipeline, call=layers | config.model.call, **size)
+    latents = torch.randn(1, *frozen.latent_shape, generator=torch.Generator().manual_seed(0))
+    for steps in config.num_inference_steps:
+        settings = {"num_inference_steps": steps, "guidance_scale": config.guidance_scale}
+        assert frozen.generate(latents, frozen.encode(["a red circle"]), **settings).isfinite().all()
