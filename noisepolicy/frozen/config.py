@@ -53,7 +53,7 @@ class ModelConfig:
     image_columns: tuple[str, ...] = ()
     """Columns of the prompts that hold the path of an image, which the pipeline's call gets under the same name, e.g.
     `image mask_image` for inpainting. Images are brought to the height and width. One picture is made at a time."""
-    sampler_noise: SamplerNoise = "fresh"
+    sampler_noise: SamplerNoise = "learned"
     """Noise that some samplers draw between steps, as Euler ancestral, LCM, TCD and SCM do: 'learned' with the initial
     latents; 'fresh' for every picture, named by the run's seed and the picture's number; 'fixed', the same for every
     picture, which takes much of their variety; or 'refuse' such samplers."""

@@ -158,7 +158,13 @@ def test_the_share_of_a_reward_that_is_the_noise():
 def test_it_trains_and_resumes_to_the_same_policy(tmp_path, name):
     settings = {"batch_size": 8, "critic_warmup": 8, "critic_updates": 1, "critic_batch_size": 4}
     settings |= {"prompts": [scene.caption for scene in held_out_scenes()[:20]], "reward": "brightness"}
-    settings |= {"eval_num_prompts": 4, "eval_steps": (2, 4), "eval_group_size": 2, "num_inference_steps": (2, 4)}
+    settings |= {
+        "sampler_noise": "fresh",
+        "eval_num_prompts": 4,
+        "eval_steps": (2, 4),
+        "eval_group_size": 2,
+        "num_inference_steps": (2, 4),
+    }
     whole = noisepolicy.train(make_pipeline(name), num_iterations=2, output_dir=tmp_path / "whole", **settings)
     noisepolicy.train(make_pipeline(name), num_iterations=1, output_dir=tmp_path / "half", **settings)
     resumed = noisepolicy.resume(tmp_path / "half", model=make_pipeline(name), num_iterations=2)
@@ -192,3 +198,16 @@ def test_sana_sprint_with_its_own_scheduler(family_folder, steps):
         **SIZE["SanaSprintPipeline"],
     )[0]
     torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
+
+
+def test_a_run_learns_the_noise_by_default(tmp_path):
+    settings = {"batch_size": 8, "critic_warmup": 8, "critic_updates": 1, "critic_batch_size": 4, "num_iterations": 1}
+    settings |= {"prompts": [scene.caption for scene in held_out_scenes()[:20]], "reward": "brightness"}
+    pipeline = make_pipeline("EulerAncestralDiscreteScheduler")
+    run = noisepolicy.train(pipeline, output_dir=tmp_path, eval_num_prompts=4, eval_steps=(2, 4), **settings)
+    assert run.policy.num_draws == 2 and run.policy.latent_shape == (16, 8, 8)
+    shares = [row["sampler_noise_share"] for row in run.evaluate().rows]
+    assert shares[0] is None and 0 < shares[1] < 1
+    assert run.generate(PROMPTS[:1], seed=1)
+    opened = noisepolicy.resume(tmp_path, model=pipeline, num_iterations=2)
+    assert list(opened)[-1]["iteration"] == 2
