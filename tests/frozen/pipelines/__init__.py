@@ -10,10 +10,10 @@ from typing import Any
 import diffusers
 import torch
 
-from . import transformer_image, unet, video
+from . import audio, prior, transformer_image, unet, video
 from .parts import Entry
 
-TABLE: dict[str, Entry] = unet.TABLE | transformer_image.TABLE | video.TABLE
+TABLE: dict[str, Entry] = unet.TABLE | transformer_image.TABLE | video.TABLE | prior.TABLE | audio.TABLE
 
 
 ATTRIBUTES: dict[str, dict[str, Any]] = {

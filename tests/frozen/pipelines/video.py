@@ -503,7 +503,9 @@ def allegro() -> Components:
         layers_per_block=1,
         norm_num_groups=2,
     )
-    vae.enable_tiling()  # it decodes in no other way
+    vae.enable_tiling()  # it decodes in no other way, by tiles that are larger than the tiny video
+    vae.kernel, vae.stride = (8, 16, 32), (8, 16, 32)
+    vae.tile_overlap_t = vae.tile_overlap_h = vae.tile_overlap_w = 0
     return {"transformer": transformer, "vae": vae, "scheduler": ddim(), **t5_text(max_tokens=512)}
 
 
@@ -645,7 +647,7 @@ TABLE: dict[str, Entry] = {
     "LTXConditionPipeline": (functools.partial(ltx, shift=3.0), LTX_SIZE | {"image": picture(64, 32)}),
     "LTXI2VLongMultiPromptPipeline": (functools.partial(ltx, shift=3.0), LTX_SIZE),
     "LTX2Pipeline": (ltx_2, LTX_2),
-    "LTX2ImageToVideoPipeline": (ltx_2, LTX_2 | {"image": picture(64, 32), "image_conditioning_crf": 0}),
+    "LTX2ImageToVideoPipeline": (ltx_2, LTX_2 | {"image": picture(64, 32), "image_crf": 0}),
     "LTX2ConditionPipeline": (ltx_2, LTX_2),
     "HunyuanVideoPipeline": (hunyuan_video, HUNYUAN),
     "HunyuanSkyreelsImageToVideoPipeline": (functools.partial(hunyuan_video, in_channels=8), HUNYUAN | PICTURE),

@@ -1,0 +1,281 @@
+"""Pipelines in several stages: a prior makes an embedding of a picture, and a decoder the picture."""
+
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel, WuerstchenDiffNeXt, WuerstchenPrior
+from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
+
+from .parts import (
+    WIDTH,
+    Components,
+    Entry,
+    clip,
+    clip_image_processor,
+    clip_text,
+    clip_tokenizer,
+    clip_vision,
+    ddim,
+    mask,
+    picture,
+    t5_text,
+    vae,
+)
+from .unet import unet
+
+SIZE = {"height": 64, "width": 64}
+
+
+def movq() -> torch.nn.Module:
+    """The decoder of Kandinsky: eight pixels a latent."""
+    return diffusers.VQModel(
+        block_out_channels=[32] * 4,  # its norms have 32 groups
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=4,
+        norm_type="spatial",
+        num_vq_embeddings=12,
+        vq_embed_dim=4,
+    )
+
+
+def kandinsky_unet(channels: int = 4) -> torch.nn.Module:
+    return diffusers.UNet2DConditionModel(
+        in_channels=channels,
+        out_channels=8,  # mean and variance
+        addition_embed_type="image",
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        layers_per_block=1,
+        encoder_hid_dim=WIDTH,
+        encoder_hid_dim_type="image_proj",
+        cross_attention_dim=WIDTH,
+        attention_head_dim=4,
+        resnet_time_scale_shift="scale_shift",
+    )
+
+
+def prior_transformer() -> torch.nn.Module:
+    prior = diffusers.PriorTransformer(
+        num_attention_heads=2, attention_head_dim=8, embedding_dim=WIDTH, num_layers=1, num_embeddings=20
+    )
+    torch.nn.init.ones_(prior.clip_std)  # the embeddings would all be the same
+    return prior
+
+
+def kandinsky_prior(prefix: str = "") -> Components:
+    scheduler = diffusers.UnCLIPScheduler(
+        variance_type="fixed_small_log",
+        prediction_type="sample",
+        num_train_timesteps=1000,
+        clip_sample_range=10.0,
+    )
+    parts = {
+        "prior": prior_transformer(),
+        "image_encoder": clip_vision(),
+        "text_encoder": clip(transformers.CLIPTextModelWithProjection),
+        "tokenizer": clip_tokenizer(),
+        "scheduler": scheduler,
+        "image_processor": clip_image_processor(),
+    }
+    return {prefix + name: part for name, part in parts.items()}
+
+
+def kandinsky_22(channels: int = 4) -> Components:
+    return {
+        "unet": kandinsky_unet(channels),
+        "scheduler": ddim(),
+        "movq": movq(),
+        **kandinsky_prior("prior_"),
+    }
+
+
+def kandinsky_3() -> Components:
+    unet = diffusers.Kandinsky3UNet(
+        in_channels=4,
+        time_embedding_dim=4,
+        groups=2,
+        attention_head_dim=4,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        cross_attention_dim=4,
+        encoder_hid_dim=WIDTH,
+    )
+    return {"unet": unet, "scheduler": ddim(), "movq": movq(), **t5_text(max_tokens=128)}
+
+
+def cascade_prior(prefix: str = "") -> Components:
+    prior = diffusers.models.StableCascadeUNet(
+        conditioning_dim=16,
+        block_out_channels=(16, 16),
+        num_attention_heads=(2, 2),
+        down_num_layers_per_block=(1, 1),
+        up_num_layers_per_block=(1, 1),
+        clip_image_in_channels=WIDTH,
+        switch_level=(False,),
+        clip_text_in_channels=WIDTH,
+        clip_text_pooled_in_channels=WIDTH,
+    )
+    parts = {
+        f"{prefix}prior": prior,
+        f"{prefix}tokenizer": clip_tokenizer(),
+        f"{prefix}text_encoder": clip(transformers.CLIPTextModelWithProjection),
+        f"{prefix}scheduler": diffusers.DDPMWuerstchenScheduler(),
+    }
+    return parts | {f"{prefix}feature_extractor": None, f"{prefix}image_encoder": None}
+
+
+def cascade_decoder() -> Components:
+    decoder = diffusers.models.StableCascadeUNet(
+        in_channels=4,
+        out_channels=4,
+        conditioning_dim=16,
+        block_out_channels=(8, 16),
+        num_attention_heads=(-1, 2),
+        down_num_layers_per_block=(1, 1),
+        up_num_layers_per_block=(1, 1),
+        down_blocks_repeat_mappers=(1, 1),
+        up_blocks_repeat_mappers=(1, 1),
+        block_types_per_layer=(
+            ("SDCascadeResBlock", "SDCascadeTimestepBlock"),
+            ("SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock"),
+        ),
+        switch_level=None,
+        clip_text_pooled_in_channels=WIDTH,
+        effnet_in_channels=16,
+        dropout=(0.1, 0.1),
+    )
+    return {
+        "decoder": decoder,
+        "vqgan": PaellaVQModel(bottleneck_blocks=1, num_vq_embeddings=2),
+        "tokenizer": clip_tokenizer(),
+        "text_encoder": clip(transformers.CLIPTextModelWithProjection),
+        "scheduler": diffusers.DDPMWuerstchenScheduler(),
+        "latent_dim_scale": 4.0,
+    }
+
+
+def cascade() -> Components:
+    decoder = cascade_decoder()
+    del decoder["latent_dim_scale"]
+    prior = cascade_prior("prior_")
+    del prior["prior_tokenizer"], prior["prior_text_encoder"], prior["prior_scheduler"]
+    return {
+        **decoder,
+        **prior,
+        "prior_text_encoder": clip(transformers.CLIPTextModelWithProjection),
+        "prior_tokenizer": clip_tokenizer(),
+        "prior_scheduler": diffusers.DDPMWuerstchenScheduler(),
+    }
+
+
+def wuerstchen() -> Components:
+    prior = WuerstchenPrior(c_in=2, c=16, depth=1, c_cond=WIDTH, c_r=64, nhead=2)
+    decoder = WuerstchenDiffNeXt(
+        c_hidden=[8, 8], c_cond=WIDTH, nhead=[-1, 2], blocks=[1, 1], level_config=["CT", "CTA"],
+        inject_effnet=[False, True], effnet_embd=2, clip_embd=WIDTH,
+    )  # fmt: skip
+    return {
+        **clip_text(),
+        "decoder": decoder,
+        "scheduler": diffusers.DDPMWuerstchenScheduler(),
+        "vqgan": PaellaVQModel(bottleneck_blocks=1, num_vq_embeddings=2),
+        "prior_tokenizer": clip_tokenizer(),
+        "prior_text_encoder": clip(),
+        "prior_prior": prior,
+        "prior_scheduler": diffusers.DDPMWuerstchenScheduler(),
+    }
+
+
+def stable_unclip() -> Components:
+    prior_scheduler = diffusers.DDPMScheduler(
+        variance_type="fixed_small_log", prediction_type="sample", clip_sample_range=5.0
+    )
+    return {
+        "prior_tokenizer": clip_tokenizer(),
+        "prior_text_encoder": clip(transformers.CLIPTextModelWithProjection),
+        "prior": prior_transformer(),
+        "prior_scheduler": prior_scheduler,
+        "image_normalizer": StableUnCLIPImageNormalizer(embedding_dim=WIDTH),
+        "image_noising_scheduler": diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
+        **clip_text(),
+        "unet": unet(class_embed_type="projection", projection_class_embeddings_input_dim=2 * WIDTH),
+        "scheduler": ddim(),
+        "vae": vae(),
+    }
+
+
+def floyd_unet(**config: Any) -> torch.nn.Module:
+    defaults = {
+        "sample_size": 16,
+        "layers_per_block": 1,
+        "block_out_channels": (8, 16),
+        "norm_num_groups": 4,
+        "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+        "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        "in_channels": 3,
+        "out_channels": 6,
+        "cross_attention_dim": 32,
+        "encoder_hid_dim": WIDTH,
+        "attention_head_dim": 4,
+        "addition_embed_type": "text",
+        "addition_embed_type_num_heads": 2,
+        "cross_attention_norm": "group_norm",
+        "resnet_time_scale_shift": "scale_shift",
+        "act_fn": "gelu",
+    }
+    return diffusers.UNet2DConditionModel(**(defaults | config))
+
+
+def floyd(**config: Any) -> Components:
+    scheduler = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2", variance_type="learned_range")
+    return {
+        **t5_text(max_tokens=77),
+        "unet": floyd_unet(**config),
+        "scheduler": scheduler,
+        "safety_checker": None,
+        "feature_extractor": None,
+        "watermarker": None,
+        "requires_safety_checker": False,
+    }
+
+
+def floyd_larger() -> Components:
+    noise = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+    return floyd(in_channels=6, class_embed_type="timestep") | {"image_noising_scheduler": noise}
+
+
+FLOYD = {"height": 16, "width": 16}
+PRIOR_STEPS = {"prior_num_inference_steps": 2}
+
+TABLE: dict[str, Entry] = {
+    "KandinskyV22CombinedPipeline": (kandinsky_22, SIZE | PRIOR_STEPS),
+    "KandinskyV22Img2ImgCombinedPipeline": (kandinsky_22, SIZE | PRIOR_STEPS | {"image": picture(64, 64)}),
+    "KandinskyV22InpaintCombinedPipeline": (
+        lambda: kandinsky_22(9),
+        SIZE | PRIOR_STEPS | {"image": picture(64, 64), "mask_image": mask(64, 64)},
+    ),
+    "KandinskyV22PriorPipeline": (kandinsky_prior, {}),
+    "Kandinsky3Pipeline": (kandinsky_3, SIZE),
+    "Kandinsky3Img2ImgPipeline": (kandinsky_3, {"image": picture(64, 64), "strength": 0.9}),
+    "StableCascadePriorPipeline": (cascade_prior, SIZE),
+    "StableCascadeDecoderPipeline": (
+        cascade_decoder,
+        {"image_embeddings": torch.linspace(-1, 1, 256).reshape(1, 16, 4, 4)},
+    ),
+    "StableCascadeCombinedPipeline": (cascade, SIZE | PRIOR_STEPS),
+    "WuerstchenCombinedPipeline": (wuerstchen, SIZE | PRIOR_STEPS),
+    "StableUnCLIPPipeline": (stable_unclip, {"height": 16, "width": 24} | PRIOR_STEPS),
+    "IFPipeline": (floyd, FLOYD),
+    "IFImg2ImgPipeline": (floyd, {"image": picture(16, 16), "strength": 0.9}),
+    "IFInpaintingPipeline": (floyd, {"image": picture(16, 16), "mask_image": mask(16, 16), "strength": 0.9}),
+    "IFSuperResolutionPipeline": (floyd_larger, FLOYD | {"image": picture(8, 8)}),
+}
