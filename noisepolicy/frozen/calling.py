@@ -123,8 +123,9 @@ class PipelineCall:
     def encoder(self) -> PromptEncoder:
         options = {"names": self.family.encoded}
         try:
-            return PromptEncoder(self.pipeline, self.watch, **options, one_at_a_time=bool(self._images))
-        except ValueError:  # some encode several prompts as one, and others take one alone
+            one_at_a_time = self.family.one_at_a_time or bool(self._images)
+            return PromptEncoder(self.pipeline, self.watch, **options, one_at_a_time=one_at_a_time)
+        except (ValueError, RuntimeError):  # some encode several prompts as one, and others take one alone
             return PromptEncoder(self.pipeline, self.watch, **options, one_at_a_time=True)
 
     def encode(self, prompts: Sequence[str]) -> PromptEmbeds:
@@ -244,7 +245,9 @@ class PipelineCall:
         images = {name: _image(embeds.others[f"{_IMAGE}{name}"][0]) for name in self._images}
         initial, *later = self._as_drawn(latents)
         draws = Draws(initial, initial=self.family.initial_draw, later=later)
-        arguments = self._call_arguments(len(latents), guidance_scale) | {"output_type": output_type} | images
+        arguments = self._call_arguments(len(latents), guidance_scale) | images
+        if "output_type" in self._defaults:
+            arguments["output_type"] = self.family.output_type if output_type == "pt" else output_type
         vae = getattr(self.pipeline, self.vae_name) if self.vae_name is not None else None
         with (
             quiet(),  # SDXL's cast of its VAE to float32 logs two warnings a call
@@ -313,7 +316,7 @@ class PipelineCall:
         settings = {"num_inference_steps": _WATCHED_STEPS} if "num_inference_steps" in self._defaults else {}
         try:
             with quiet(), watching(self.pipeline, draws), stopping_before(denoisers):
-                self.pipeline(prompt=prompts, generator=generator, **settings, **arguments)
+                self.pipeline(prompt=list(prompts), generator=generator, **settings, **arguments)
         except Exception as error:  # pipelines raise almost anything
             raise failure(self.pipeline, _WATCHED_STEPS, error) from error
 
@@ -338,7 +341,8 @@ class PipelineCall:
         if self.family.channel_axis is not None:
             return self.family.channel_axis
         sizes = set()
-        for name, keys in ((self.denoiser_name, ("in_channels",)), (self.vae_name, ("latent_channels", "z_dim"))):
+        of_vae = ("latent_channels", "latent_dim", "z_dim")
+        for name, keys in ((self.denoiser_name, ("in_channels",)), (self.vae_name, of_vae)):
             config = getattr(getattr(self.pipeline, name or "", None), "config", {})
             sizes |= {config.get(key) for key in keys}
         return next((axis for axis in (1, len(drawn) - 1, 2) if drawn[axis] in sizes), 1)

@@ -322,7 +322,16 @@ class FrozenDiffusersPipeline:
             rows = slice(begin, min(begin + self.rollout_batch_size, len(latents)))
             generator = self._generator(num_inference_steps, rows.stop - rows.start, seeds and seeds[rows])
             arguments = (latents[rows], prompt_embeds[rows], num_inference_steps, guidance_scale, generator)
-            images = self._unless_out_of_memory(lambda arguments=arguments: self._generate_chunk(*arguments))
+            try:
+                images = self._unless_out_of_memory(lambda arguments=arguments: self._generate_chunk(*arguments))
+            except Exception as error:  # pipelines that take one prompt alone raise almost anything
+                if rows.stop - rows.start == 1:
+                    raise
+                self._put_back()
+                self.rollout_batch_size = 1
+                what = f"{type(self._pipeline).__name__} fails with {rows.stop - rows.start} images at a time"
+                warnings.warn(f"{what} ({type(error).__name__}: {error}); going on with 1", stacklevel=3)
+                continue
             if images is None:
                 self._halve(rows.stop - rows.start)
             else:

@@ -51,13 +51,16 @@ def encodings(pipeline: "DiffusionPipeline") -> Iterator[list[Encoding]]:
 
     def encode_prompt(*args: Any, **kwargs: Any) -> Any:
         nonlocal depth
+        given = inspect.signature(original).bind(*args, **kwargs).arguments
+        # Some pipelines put other text in the lists that they are given.
+        arguments = {name: list(value) if isinstance(value, list) else value for name, value in given.items()}
         depth += 1
         try:
             result = original(*args, **kwargs)
         finally:
             depth -= 1
         if depth == 0:
-            calls.append(Encoding(dict(inspect.signature(original).bind(*args, **kwargs).arguments), result))
+            calls.append(Encoding(arguments, result))
         return result
 
     with replaced(pipeline, name, encode_prompt):
@@ -198,7 +201,9 @@ class PromptEncoder:
             if leaf is not None:
                 return leaf
         elif one is None and isinstance(three, torch.Tensor) and three.ndim == 2 and len(three) == 3:
-            return _MaskLeaf(three.dtype)  # of padding, which one prompt does not have
+            masked = next((column for column in self._columns if column.max_tokens == three.shape[1]), None)
+            if masked is not None:
+                return _MaskLeaf(three.dtype, masked)  # of padding, which this prompt does not have
         elif isinstance(one, Mapping) and isinstance(three, Mapping) and one.keys() == three.keys():
             return {key: self._plan(one[key], three[key]) for key in one}
         elif isinstance(one, tuple | list) and type(one) is type(three) and len(one) == len(three):
@@ -394,20 +399,24 @@ class _SharedLeaf:
 
 @dataclass
 class _MaskLeaf:
-    """A mask of the tokens that are no padding; None where all prompts are as long."""
+    """A mask of the tokens that are no padding; None where there is no padding."""
 
     dtype: torch.dtype
+    masked: _Column
     columns = ()
 
     def assemble(
         self, tensors: Mapping[str, torch.Tensor], count: int, lengths: torch.Tensor | None
     ) -> torch.Tensor | None:
-        if lengths is None or (lengths == lengths[0]).all():
-            return None
-        return (torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]).to(self.dtype)
+        mask = tensors[f"{self.masked.name}_mask"][:, : int(tensors[self.masked.length_name].max())]
+        return None if mask.all() else mask
 
     def take_apart(self, value: torch.Tensor | None, tensors: dict[str, torch.Tensor]) -> None:
-        pass
+        rows, lengths = tensors[self.masked.name], tensors[self.masked.length_name]
+        mask = (torch.arange(rows.shape[1], device=rows.device) < lengths[:, None]).to(self.dtype)
+        if value is not None:  # some pad a prompt to a multiple of a number
+            mask[:, : value.shape[1]] = value
+        tensors[f"{self.masked.name}_mask"] = mask
 
 
 _Leaf = _TensorLeaf | _ListLeaf | _WholeLeaf | _SharedLeaf | _MaskLeaf
@@ -449,12 +458,14 @@ def replaced(pipeline: "DiffusionPipeline", name: str, function: Callable[..., A
 def _for_prompts(arguments: dict[str, Any], prompts: list[str]) -> dict[str, Any]:
     """Return the arguments that encoded `_ONE`, for other prompts; the rest of what has one entry, has one for each."""
 
-    def fit(value: Any) -> Any:
+    def fit(name: str, value: Any) -> Any:
         if value == _ONE:
             return prompts
+        if name == "batch_size":
+            return len(prompts)
         return value * len(prompts) if isinstance(value, list) and len(value) == 1 else value
 
-    return {name: fit(value) for name, value in arguments.items()}
+    return {name: fit(name, value) for name, value in arguments.items()}
 
 
 def _is_row_list(value: Any, count: int) -> bool:

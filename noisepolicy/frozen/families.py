@@ -29,6 +29,10 @@ class Family:
     the denoiser's or the VAE's number of latent channels."""
     initial_draw: int = 0
     """Number of the draw that is the initial latents, counting from 0, among those of the pipeline's own module."""
+    output_type: str = "pt"
+    """Type of the pictures that `__call__` is asked for: tensors, or "np" where its tensors are not in [0, 1]."""
+    one_at_a_time: bool = False
+    """Whether `__call__` encodes a prompt otherwise in a batch than alone."""
     call: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     """Further arguments of `__call__`."""
     upcasts_vae: bool = False
@@ -41,6 +45,7 @@ class Family:
 
 
 _NO_FAMILY = Family()
+_ARRAYS = Family(output_type="np")
 # The pipelines catch their VAE's error, warn, and then miss the image.
 _SANA = Family(out_of_memory=(torch.OutOfMemoryError, UnboundLocalError))
 
@@ -55,6 +60,14 @@ FAMILIES: dict[str, Family] = {
         ),
         upcasts_vae=True,
     ),
+    "StableDiffusionLDM3DPipeline": _ARRAYS,
+    "StableDiffusionUpscalePipeline": Family(initial_draw=1),  # after the noise of the picture to enlarge
+    "IFPipeline": _ARRAYS,
+    "IFImg2ImgPipeline": _ARRAYS,
+    "IFInpaintingPipeline": _ARRAYS,
+    "IFSuperResolutionPipeline": _ARRAYS,
+    "PRXPixelPipeline": _ARRAYS,
+    "LattePipeline": Family(one_at_a_time=True),
     "SanaPipeline": _SANA,
     "SanaSprintPipeline": _SANA,
 }

@@ -70,8 +70,12 @@ class Draws:
         dtype: torch.dtype | None = None,
         layout: Any = None,
     ) -> torch.Tensor:
-        """Return latents where and as `randn_tensor` would draw them with these arguments."""
-        return latents.to(device or "cpu", dtype or torch.get_default_dtype())
+        """Return latents where and as `randn_tensor` would draw them with these arguments.
+
+        They are a copy, laid out as a draw would be: some pipelines write into their noise, or view it in another form.
+        """
+        latents = latents.to(device or "cpu", dtype or torch.get_default_dtype())
+        return latents.clone(memory_format=torch.contiguous_format)
 
 
 @contextmanager

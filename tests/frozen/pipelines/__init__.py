@@ -17,10 +17,12 @@ TABLE: dict[str, Entry] = unet.TABLE | transformer_image.TABLE | video.TABLE | p
 
 
 ATTRIBUTES: dict[str, dict[str, Any]] = {
+    "HunyuanImagePipeline": {"tokenizer_max_length": 64, "tokenizer_2_max_length": 32},
+    "HunyuanVideo15Pipeline": {"tokenizer_max_length": 64, "tokenizer_2_max_length": 32},
     "HiDreamImagePipeline": {"default_sample_size": 8},
-    "Kandinsky5T2IPipeline": {"resolutions": [(32, 48)]},
+    "Kandinsky5T2IPipeline": {"resolutions": [(48, 32)]},
 }
-"""Sizes that a pipeline holds in itself, and to which it rounds what it is asked for."""
+"""Sizes and lengths that a pipeline holds in itself."""
 
 
 def build(name: str) -> tuple[diffusers.DiffusionPipeline, dict[str, Any]]:

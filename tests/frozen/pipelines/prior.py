@@ -103,8 +103,8 @@ def kandinsky_3() -> Components:
         time_embedding_dim=4,
         groups=2,
         attention_head_dim=4,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
+        layers_per_block=3,
+        block_out_channels=(32, 64),
         cross_attention_dim=4,
         encoder_hid_dim=WIDTH,
     )

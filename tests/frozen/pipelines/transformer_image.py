@@ -42,6 +42,7 @@ from .parts import (
 )
 
 SIZE = {"height": 16, "width": 24}
+SQUARE = {"height": 16, "width": 16}
 LARGER = {"height": 32, "width": 48}
 PICTURE = {"image": picture(24, 16)}
 IMG2IMG = SIZE | PICTURE | {"strength": 0.9}
@@ -409,7 +410,7 @@ def z_image(**config: Any) -> Components:
         "n_kv_heads": 2,
         "cap_feat_dim": WIDTH,
         "axes_dims": [8, 4, 4],
-        "axes_lens": [256, 32, 32],
+        "axes_lens": [1024, 32, 32],
     }
     transformer = diffusers.ZImageTransformer2DModel(**(defaults | config))
     for name, parameter in transformer.named_parameters():
@@ -587,7 +588,7 @@ def cogview_4(in_channels: int = 4) -> Components:
         "transformer": transformer,
         "vae": vae(),
         "scheduler": scheduler,
-        "tokenizer": word_tokenizer(),
+        "tokenizer": word_tokenizer(padding_side="left"),
         "text_encoder": language_model(transformers.GlmModel, transformers.GlmConfig),
     }
 
@@ -850,7 +851,7 @@ TABLE: dict[str, Entry] = {
     "LongCatImageEditPipeline": (longcat, PICTURE),
     "BriaPipeline": (bria, SIZE),
     "BriaFiboPipeline": (bria_fibo, {"height": 32, "width": 64}),
-    "QwenImagePipeline": (qwen_image, WIDE | {"negative_prompt": "blurry"}),
+    "QwenImagePipeline": (qwen_image, WIDE),
     "QwenImageImg2ImgPipeline": (qwen_image, WIDE | WIDE_PICTURE | {"strength": 0.9}),
     "QwenImageInpaintPipeline": (
         qwen_image,
@@ -858,10 +859,6 @@ TABLE: dict[str, Entry] = {
     ),
     "QwenImageEditPipeline": (qwen_image_edit, WIDE | WIDE_PICTURE),
     "QwenImageEditPlusPipeline": (qwen_image_edit, WIDE | {"image": [WIDE_PICTURE["image"]]}),
-    "QwenImageEditInpaintPipeline": (
-        qwen_image_edit,
-        WIDE | WIDE_PICTURE | {"mask_image": mask(32, 16), "strength": 0.9},
-    ),
     "QwenImageControlNetPipeline": (qwen_image_controlled, WIDE | {"control_image": WIDE_PICTURE["image"]}),
     "QwenImageControlNetInpaintPipeline": (
         functools.partial(qwen_image_controlled, extra=4),
@@ -871,7 +868,7 @@ TABLE: dict[str, Entry] = {
         functools.partial(qwen_image_edit, use_additional_t_cond=True, use_layer3d_rope=True),
         WIDE_PICTURE | {"layers": 2},
     ),
-    "QwenImage21Pipeline": (qwen_image_21, LARGER),
+    "QwenImage21Pipeline": (qwen_image_21, {"height": 32, "width": 64}),
     "Krea2Pipeline": (krea, WIDE),
     "NucleusMoEImagePipeline": (nucleus, WIDE | {"return_index": -1}),
     "ZImagePipeline": (z_image, SIZE),
@@ -883,14 +880,14 @@ TABLE: dict[str, Entry] = {
         HINT | PICTURE | {"mask_image": mask(24, 16)},
     ),
     "HunyuanImagePipeline": (hunyuan_image, SIZE),
-    "HunyuanDiTPipeline": (hunyuan_dit, WIDE | UNBINNED),
+    "HunyuanDiTPipeline": (hunyuan_dit, SQUARE | UNBINNED),
     "HunyuanDiTPAGPipeline": (
         lambda: hunyuan_dit() | {"pag_applied_layers": ["1"]},
-        WIDE | UNBINNED,
+        SQUARE | UNBINNED,
     ),
     "HunyuanDiTControlNetPipeline": (
         hunyuan_dit_controlled,
-        {"height": 16, "width": 16, "control_image": picture(16, 16)} | UNBINNED,
+        SQUARE | {"control_image": picture(16, 16)} | UNBINNED,
     ),
     "Kandinsky5T2IPipeline": (kandinsky_5, LARGER),
     "CogView3PlusPipeline": (cogview_3, SIZE),
@@ -913,7 +910,7 @@ TABLE: dict[str, Entry] = {
     "SanaSprintPipeline": (sana_sprint, SPRINT_SIZE),
     "SanaSprintImg2ImgPipeline": (sana_sprint, SPRINT_SIZE | {"image": picture(64, 32), "strength": 0.9}),
     "AuraFlowPipeline": (aura_flow, SIZE),
-    "HiDreamImagePipeline": (hidream, SIZE),
+    "HiDreamImagePipeline": (hidream, SQUARE),
     "OmniGenPipeline": (omnigen, LARGER),
     "PRXPipeline": (prx, SIZE | UNBINNED),
     "PRXPixelPipeline": (prx_pixel, SIZE | UNBINNED),

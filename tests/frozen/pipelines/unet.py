@@ -6,6 +6,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from diffusers.pipelines.stable_diffusion import CLIPImageProjection
 
 from .parts import (
     WIDTH,
@@ -131,8 +132,20 @@ def latent_consistency() -> Components:
 
 def depth2img() -> Components:
     parts = stable_diffusion(in_channels=5)
+    depth = transformers.DPTConfig(
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+        is_hybrid=False,
+        backbone_out_indices=[0, 1, 2, 3],
+        neck_hidden_sizes=[4, 4, 4, 4],
+        fusion_hidden_size=4,
+    )
     return {name: parts[name] for name in ("unet", "vae", "scheduler", "tokenizer", "text_encoder")} | {
-        "depth_estimator": None,
+        "depth_estimator": transformers.DPTForDepthEstimation(depth),
         "feature_extractor": None,
     }
 
@@ -151,7 +164,7 @@ def gligen_text_image() -> Components:
     return stable_diffusion(attention_type="gated-text-image") | {
         "processor": transformers.CLIPProcessor(clip_image_processor(), clip_tokenizer()),
         "image_encoder": clip_vision(),
-        "image_project": None,
+        "image_project": CLIPImageProjection(hidden_size=WIDTH),
     }
 
 
@@ -238,7 +251,7 @@ TABLE: dict[str, Entry] = {
     ),
     "StableDiffusionLDM3DPipeline": (
         lambda: stable_diffusion() | {"vae": vae(in_channels=6, out_channels=6), "image_encoder": None},
-        SIZE | {"output_type": "np"},
+        SIZE,
     ),
     "StableDiffusionXLPipeline": (stable_diffusion_xl, SIZE),
     "StableDiffusionXLImg2ImgPipeline": (stable_diffusion_xl, IMG2IMG),
@@ -273,7 +286,7 @@ TABLE: dict[str, Entry] = {
         PICTURE | SIZE,
     ),
     "LatentConsistencyModelPipeline": (latent_consistency, SIZE),
-    "LatentConsistencyModelImg2ImgPipeline": (latent_consistency, IMG2IMG | {"original_inference_steps": 4}),
+    "LatentConsistencyModelImg2ImgPipeline": (latent_consistency, IMG2IMG | {"original_inference_steps": 20}),
     "TextToVideoSDPipeline": (text_to_video, VIDEO),
     "VideoToVideoSDPipeline": (text_to_video, {"video": FRAMES, "strength": 0.9}),
     "AnimateDiffPipeline": (animate_diff, VIDEO),

@@ -143,7 +143,7 @@ def sana_video() -> Components:
     return {"transformer": transformer, "vae": wan_vae(), "scheduler": flow(shift=8.0), **gemma_text()}
 
 
-def motif() -> Components:
+def motif(**config: Any) -> Components:
     transformer = diffusers.MotifVideoTransformer3DModel(
         in_channels=33,
         out_channels=16,
@@ -156,6 +156,7 @@ def motif() -> Components:
         qk_norm="rms_norm",
         text_embed_dim=WIDTH,
         rope_axes_dim=(4, 4, 4),
+        **config,
     )
     text = transformers.T5Gemma2TextConfig(
         vocab_size=len(WORDS),
@@ -183,7 +184,7 @@ def motif() -> Components:
         "tokenizer": word_tokenizer(),
         "text_encoder": transformers.T5Gemma2Encoder(config),
         "guider": diffusers.AdaptiveProjectedGuidance(),
-        "feature_extractor": None,
+        "feature_extractor": transformers.SiglipImageProcessorPil(size={"height": 16, "width": 16}),
     }
 
 
@@ -413,10 +414,6 @@ def kandinsky_5_video() -> Components:
     return kandinsky_5() | {"vae": hunyuan_vae()}
 
 
-def kandinsky_5_image_to_video() -> Components:
-    return kandinsky_5(visual_cond=True) | {"vae": hunyuan_vae()}
-
-
 def cogvideo_vae() -> torch.nn.Module:
     return diffusers.AutoencoderKLCogVideoX(
         down_block_types=("CogVideoXDownBlock3D",) * 4,
@@ -453,7 +450,7 @@ def cogvideo(in_channels: int = 4) -> Components:
     }
 
 
-COGVIDEO = SIZE | {"max_sequence_length": 16}
+COGVIDEO = {"height": 16, "width": 32, "num_frames": 8, "max_sequence_length": 16}
 
 
 def mochi() -> Components:
@@ -631,7 +628,7 @@ TABLE: dict[str, Entry] = {
     "SkyReelsV2DiffusionForcingPipeline": (sky_reels, SIZE),
     "SkyReelsV2DiffusionForcingImageToVideoPipeline": (sky_reels, SIZE | PICTURE),
     "AnyFlowPipeline": (any_flow, SIZE),
-    "HeliosPipeline": (helios, SIZE),
+    "HeliosPipeline": (helios, {"height": 16, "width": 32, "num_frames": 33}),
     "SanaVideoPipeline": (
         sana_video,
         SANA_SIZE,
@@ -641,7 +638,7 @@ TABLE: dict[str, Entry] = {
         SANA_SIZE | {"image": picture(64, 32)},
     ),
     "MotifVideoPipeline": (motif, SIZE),
-    "MotifVideoImage2VideoPipeline": (motif, SIZE | PICTURE),
+    "MotifVideoImage2VideoPipeline": (functools.partial(motif, image_embed_dim=WIDTH), SIZE | PICTURE),
     "LTXPipeline": (ltx, LTX_SIZE),
     "LTXImageToVideoPipeline": (ltx, LTX_SIZE | {"image": picture(64, 32)}),
     "LTXConditionPipeline": (functools.partial(ltx, shift=3.0), LTX_SIZE | {"image": picture(64, 32)}),
@@ -653,7 +650,6 @@ TABLE: dict[str, Entry] = {
     "HunyuanSkyreelsImageToVideoPipeline": (functools.partial(hunyuan_video, in_channels=8), HUNYUAN | PICTURE),
     "HunyuanVideo15Pipeline": (hunyuan_video_15, SIZE),
     "Kandinsky5T2VPipeline": (kandinsky_5_video, LARGER),
-    "Kandinsky5I2VPipeline": (kandinsky_5_image_to_video, LARGER | {"image": picture(48, 32)}),
     "CogVideoXPipeline": (cogvideo, COGVIDEO),
     "CogVideoXImageToVideoPipeline": (functools.partial(cogvideo, 8), COGVIDEO | PICTURE),
     "CogVideoXVideoToVideoPipeline": (

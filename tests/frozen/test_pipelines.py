@@ -1,0 +1,223 @@
+"""Proof that a pipeline of any class is itself as a frozen model: same pictures as its own call, trained, unchanged.
+
+Every class of `pipelines.TABLE` is either proved here or refused, with the reason that the error gives.
+"""
+
+import contextlib
+import inspect
+import itertools
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import noisepolicy
+from noisepolicy.frozen import FrozenDiffusersPipeline
+
+from .pipelines import TABLE, build
+
+PROMPTS = ["a red circle above a blue square", "a blue circle"]
+_OWN_NOISE = "is stochastic"  # they encode a picture with noise of no generator
+ONE_BY_ONE = (
+    "StableDiffusionAttendAndExcitePipeline",
+    "StableDiffusionAdapterPipeline",
+    "StableDiffusionUpscalePipeline",
+    "StableDiffusionXLAdapterPipeline",
+    "AnimateDiffControlNetPipeline",
+    "AnimateDiffVideoToVideoPipeline",
+    "AnimateDiffVideoToVideoControlNetPipeline",
+    "PIAPipeline",
+    "QwenImageEditPipeline",
+    "QwenImageEditPlusPipeline",
+    "QwenImageLayeredPipeline",
+    "ZImageControlNetInpaintPipeline",
+    "PRXPipeline",
+    "PRXPixelPipeline",
+    "EasyAnimatePipeline",
+    "IFImg2ImgPipeline",
+    "IFInpaintingPipeline",
+    "IFSuperResolutionPipeline",
+    "LucyEditPipeline",
+    "LTXImageToVideoPipeline",
+    "LTX2ImageToVideoPipeline",
+    "HunyuanSkyreelsImageToVideoPipeline",
+    "HunyuanVideo15Pipeline",
+    "CogVideoXImageToVideoPipeline",
+    "CogVideoXVideoToVideoPipeline",
+    "CogVideoXFunControlPipeline",
+    "AllegroPipeline",
+    "StableCascadeDecoderPipeline",
+    "AceStepPipeline",
+)
+"""Classes whose own call fails with two prompts, or with a generator for each."""
+ENCODED_ALONE = ("Kandinsky5T2IPipeline", "Kandinsky5T2VPipeline", "Kandinsky5I2VPipeline", "LattePipeline")
+"""Classes whose own call makes something else of a prompt in a batch than alone."""
+INITIAL_DRAW = {"StableDiffusionUpscalePipeline": 1}
+"""Number of the draw that is the initial noise, where it is not the first."""
+ARRAYS = (
+    "StableDiffusionLDM3DPipeline",
+    "IFPipeline",
+    "IFImg2ImgPipeline",
+    "IFInpaintingPipeline",
+    "IFSuperResolutionPipeline",
+    "PRXPixelPipeline",
+)
+"""Classes whose tensors are not in [0, 1]."""
+GUIDED = ("HunyuanDiTPAGPipeline",)
+"""Classes whose own call fails without guidance."""
+REFUSED = {
+    "StableDiffusion3ControlNetPipeline": _OWN_NOISE,
+    "StableDiffusion3ControlNetInpaintingPipeline": _OWN_NOISE,
+    "QwenImageControlNetInpaintPipeline": _OWN_NOISE,
+    "CogView4ControlPipeline": _OWN_NOISE,
+    "VideoToVideoSDPipeline": "draws noise of shape",
+    "KandinskyV22PriorPipeline": "draws noise of shape",
+    "StableUnCLIPPipeline": "draws no initial noise",
+    "KandinskyV22CombinedPipeline": "has no encode_prompt",
+    "KandinskyV22Img2ImgCombinedPipeline": "has no encode_prompt",
+    "KandinskyV22InpaintCombinedPipeline": "has no encode_prompt",
+    "StableCascadeCombinedPipeline": "has no encode_prompt",
+    "WuerstchenCombinedPipeline": "has no encode_prompt",
+    "StableCascadePriorPipeline": "makes height 2 where 64 was asked for",
+    "LTXI2VLongMultiPromptPipeline": "makes num_frames 3 where 5 was asked for",
+    "WanVACEPipeline": "Passing a list of prompts is not yet supported",
+    "ChromaInpaintPipeline": "has no attribute 'guidance_embeds'",
+    "LongCatImageEditPipeline": "object of type 'int' has no len",
+    "MusicLDMPipeline": "has no attribute 'to'",
+    "AudioLDM2Pipeline": "You need to specify either `text` or `text_target`",
+    "OmniGenPipeline": "OmniGenMultiModalProcessor",
+    "CosmosTextToWorldPipeline": "You have disabled the safety checker",
+    "CosmosVideoToWorldPipeline": "You have disabled the safety checker",
+    "Cosmos2TextToImagePipeline": "You have disabled the safety checker",
+    "Cosmos2VideoToWorldPipeline": "You have disabled the safety checker",
+}
+"""Classes that cannot be used, and what is said to whoever tries."""
+NAMED = inspect.signature(FrozenDiffusersPipeline).parameters.keys()
+PROVED = [name for name in TABLE if name not in REFUSED]
+
+
+class Tiny:
+    """A tiny pipeline, its frozen model, and its own call from given noise."""
+
+    def __init__(self, name):
+        self.name = name
+        self.pipeline, self.call = build(name)
+        named = {key: value for key, value in self.call.items() if key in NAMED}
+        call = {key: value for key, value in self.call.items() if key not in named}
+        self.frozen = FrozenDiffusersPipeline(self.pipeline, **named, call=call)
+
+    def own(self, noise, prompts, guidance_scale):
+        """Call the pipeline as its users do, with `noise` for the first that it draws."""
+        taken = inspect.signature(type(self.pipeline).__call__).parameters
+        arguments = {"num_inference_steps": 2, **self.call}
+        if "guidance_scale" in taken and taken["guidance_scale"].default is not None:
+            arguments["guidance_scale"] = guidance_scale
+        elif "true_cfg_scale" in taken:
+            arguments |= {"true_cfg_scale": guidance_scale, "negative_prompt": [" "] * len(prompts)}
+        if "output_type" in taken:
+            arguments["output_type"] = "np" if self.name in ARRAYS else "pt"
+        if "use_resolution_binning" in taken:
+            arguments["use_resolution_binning"] = False
+        generators = [torch.Generator().manual_seed(0) for _ in prompts]
+        generator = generators if self.frozen.draws_noise(2, guidance_scale) else generators[0]
+        with drawing(self.pipeline, noise, INITIAL_DRAW.get(self.name, 0)), torch.no_grad():
+            made = self.pipeline(prompt=list(prompts), generator=generator, **arguments)[0]
+        return as_tensor(made)
+
+    def made(self, noise, prompts, guidance_scale):
+        """Make the same by the frozen model."""
+        settings = {"num_inference_steps": 2, "guidance_scale": guidance_scale}
+        return self.frozen.generate(noise, self.frozen.encode(prompts), **settings)
+
+    def noise(self, batch):
+        return torch.randn(batch, *self.frozen.latent_shape, generator=torch.Generator().manual_seed(5))
+
+
+@contextlib.contextmanager
+def drawing(pipeline, noise, initial):
+    """Let draw number `initial` of the pipeline's module be `noise`, in the order of axes that it draws."""
+    module = sys.modules[type(pipeline).__module__]
+    original, count = module.randn_tensor, itertools.count()
+
+    def draw(shape, *args, **kwargs):
+        if next(count) != initial:
+            return original(shape, *args, **kwargs)
+        axis = next(axis for axis in (1, len(shape) - 1, 2) if shape[axis] == noise.shape[1])
+        others = [size for number, size in enumerate(shape) if number not in (0, axis)]
+        return noise.reshape(shape[0], shape[axis], *others).movedim(1, axis).contiguous().clone()
+
+    module.randn_tensor = draw
+    try:
+        yield
+    finally:
+        module.randn_tensor = original
+
+
+def as_tensor(made):
+    if isinstance(made, np.ndarray):
+        return torch.from_numpy(made).float().movedim(-1, -3)
+    return made.float() if isinstance(made, torch.Tensor) else torch.stack([as_tensor(part) for part in made])
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_others_are_refused(name):
+    with pytest.raises(Exception, match=re.escape(REFUSED[name])):
+        tiny = Tiny(name)
+        tiny.made(tiny.noise(1), PROMPTS[:1], 1.0)
+
+
+@pytest.fixture(scope="module", params=PROVED)
+def tiny(request):
+    return Tiny(request.param)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+def test_same_pictures_as_its_own_call(tiny, guidance_scale):
+    if guidance_scale == 1.0 and tiny.name in GUIDED:
+        return
+    noise = tiny.noise(2)
+    single = tiny.own(noise[:1], PROMPTS[:1], guidance_scale)
+    scale = float(single.abs().max())
+    assert single.isfinite().all() and single.std() > 0
+    torch.testing.assert_close(tiny.made(noise[:1], PROMPTS[:1], guidance_scale), single, rtol=0, atol=1e-5 * scale)
+    try:
+        both = tiny.own(noise, PROMPTS, guidance_scale)
+    except Exception:  # whatever it raises
+        assert tiny.name in ONE_BY_ONE
+    if tiny.name in (*ONE_BY_ONE, *ENCODED_ALONE):
+        both = torch.cat([single, tiny.own(noise[1:], PROMPTS[1:], guidance_scale)])
+    torch.testing.assert_close(tiny.made(noise, PROMPTS, guidance_scale), both, rtol=0, atol=1e-5 * scale)
+
+
+def test_prompt_and_noise_each_change_the_picture(tiny):
+    noise = tiny.noise(2)
+    picture, of_other_prompt, of_other_noise = (
+        tiny.made(latents, [prompt], 4.0)
+        for latents, prompt in ((noise[:1], PROMPTS[0]), (noise[:1], PROMPTS[1]), (noise[1:], PROMPTS[0]))
+    )
+    scale = picture.std()
+    assert (picture - of_other_prompt).abs().max() > 1e-4 * scale
+    assert (picture - of_other_noise).abs().max() > 1e-2 * scale
+
+
+def test_it_trains_and_stays_as_it_was(tiny, tmp_path):
+    before = tiny.frozen.weights_sha256()
+    run = noisepolicy.Run(
+        tiny.frozen,
+        prompts=["a red circle", "a blue square"],
+        reward=lambda images, prompts: images.flatten(1).mean(1),
+        num_inference_steps=(2,),
+        guidance_scale=4.0,
+        bands=2,
+        batch_size=2,
+        num_iterations=2,
+        critic_warmup=2,
+        critic_updates=1,
+        critic_batch_size=2,
+        eval_num_prompts=0,
+        output_dir=tmp_path,
+    )
+    assert [row["iteration"] for row in run] == [1, 2]
+    assert tiny.frozen.weights_sha256() == before
