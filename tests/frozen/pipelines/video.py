@@ -143,7 +143,7 @@ def sana_video() -> Components:
     return {"transformer": transformer, "vae": wan_vae(), "scheduler": flow(shift=8.0), **gemma_text()}
 
 
-def motif(**config: Any) -> Components:
+def motif() -> Components:
     transformer = diffusers.MotifVideoTransformer3DModel(
         in_channels=33,
         out_channels=16,
@@ -156,7 +156,6 @@ def motif(**config: Any) -> Components:
         qk_norm="rms_norm",
         text_embed_dim=WIDTH,
         rope_axes_dim=(4, 4, 4),
-        **config,
     )
     text = transformers.T5Gemma2TextConfig(
         vocab_size=len(WORDS),
@@ -184,7 +183,7 @@ def motif(**config: Any) -> Components:
         "tokenizer": word_tokenizer(),
         "text_encoder": transformers.T5Gemma2Encoder(config),
         "guider": diffusers.AdaptiveProjectedGuidance(),
-        "feature_extractor": transformers.SiglipImageProcessorPil(size={"height": 16, "width": 16}),
+        "feature_extractor": None,
     }
 
 
@@ -638,7 +637,6 @@ TABLE: dict[str, Entry] = {
         SANA_SIZE | {"image": picture(64, 32)},
     ),
     "MotifVideoPipeline": (motif, SIZE),
-    "MotifVideoImage2VideoPipeline": (functools.partial(motif, image_embed_dim=WIDTH), SIZE | PICTURE),
     "LTXPipeline": (ltx, LTX_SIZE),
     "LTXImageToVideoPipeline": (ltx, LTX_SIZE | {"image": picture(64, 32)}),
     "LTXConditionPipeline": (functools.partial(ltx, shift=3.0), LTX_SIZE | {"image": picture(64, 32)}),

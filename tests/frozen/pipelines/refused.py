@@ -1,0 +1,45 @@
+"""Pipelines that cannot be frozen models: what is said to whoever tries, and why in plain words."""
+
+_OWN_NOISE = ("is stochastic", "encodes its control picture with noise that no generator decides")
+_NO_ENCODER = ("has no encode_prompt", "encodes prompts in a pipeline inside itself, and has no `encode_prompt`")
+_TORCHVISION = "needs torchvision, which is not installed where this list was made"
+_COSMOS = ("You have disabled the safety checker", "refuses to run without its safety checker")
+
+REFUSED: dict[str, tuple[str, str]] = {
+    "StableDiffusion3ControlNetPipeline": _OWN_NOISE,
+    "StableDiffusion3ControlNetInpaintingPipeline": _OWN_NOISE,
+    "QwenImageControlNetInpaintPipeline": _OWN_NOISE,
+    "CogView4ControlPipeline": _OWN_NOISE,
+    "VideoToVideoSDPipeline": ("draws noise of shape", "draws a row of noise for each frame, not for each prompt"),
+    "KandinskyV22PriorPipeline": ("draws noise of shape", "starts from a vector, not from latents with axes"),
+    "StableUnCLIPPipeline": ("draws no initial noise", "draws the noise of its prior first, in three calls"),
+    "KandinskyV22CombinedPipeline": _NO_ENCODER,
+    "KandinskyV22Img2ImgCombinedPipeline": _NO_ENCODER,
+    "KandinskyV22InpaintCombinedPipeline": _NO_ENCODER,
+    "StableCascadeCombinedPipeline": _NO_ENCODER,
+    "WuerstchenCombinedPipeline": _NO_ENCODER,
+    "StableCascadePriorPipeline": (
+        "makes height 2 where 64 was asked for",
+        "makes embeddings of a picture, which no reward can see",
+    ),
+    "LTXI2VLongMultiPromptPipeline": (
+        "makes num_frames 3 where 5 was asked for",
+        "gives videos with the channels before the frames, and takes one prompt a segment",
+    ),
+    "WanVACEPipeline": ("Passing a list of prompts is not yet supported", "takes no list of prompts"),
+    "ChromaInpaintPipeline": (
+        "has no attribute 'guidance_embeds'",
+        "fails by itself: it reads a setting that its transformer does not have",
+    ),
+    "LongCatImageEditPipeline": (
+        "object of type 'int' has no len",
+        "fails by itself when a prompt is longer than it reads",
+    ),
+    "MusicLDMPipeline": ("has no attribute 'to'", "fails by itself with transformers 5"),
+    "AudioLDM2Pipeline": ("You need to specify either `text` or `text_target`", "fails by itself with transformers 5"),
+    "OmniGenPipeline": ("OmniGenMultiModalProcessor", _TORCHVISION),
+    "CosmosTextToWorldPipeline": _COSMOS,
+    "CosmosVideoToWorldPipeline": _COSMOS,
+    "Cosmos2TextToImagePipeline": _COSMOS,
+    "Cosmos2VideoToWorldPipeline": _COSMOS,
+}
