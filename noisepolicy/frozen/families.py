@@ -66,6 +66,8 @@ FAMILIES: dict[str, Family] = {
     "IFImg2ImgPipeline": _ARRAYS,
     "IFInpaintingPipeline": _ARRAYS,
     "IFSuperResolutionPipeline": _ARRAYS,
+    "Kandinsky3Pipeline": _ARRAYS,
+    "Kandinsky3Img2ImgPipeline": _ARRAYS,
     "PRXPixelPipeline": _ARRAYS,
     "LattePipeline": Family(one_at_a_time=True),
     "SanaPipeline": _SANA,

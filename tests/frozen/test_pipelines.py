@@ -50,6 +50,7 @@ ONE_BY_ONE = (
     "AllegroPipeline",
     "StableCascadeDecoderPipeline",
     "AceStepPipeline",
+    "Kandinsky3Img2ImgPipeline",
 )
 """Classes whose own call fails with two prompts, or with a generator for each."""
 ENCODED_ALONE = ("Kandinsky5T2IPipeline", "Kandinsky5T2VPipeline", "Kandinsky5I2VPipeline", "LattePipeline")
@@ -62,6 +63,8 @@ ARRAYS = (
     "IFImg2ImgPipeline",
     "IFInpaintingPipeline",
     "IFSuperResolutionPipeline",
+    "Kandinsky3Pipeline",
+    "Kandinsky3Img2ImgPipeline",
     "PRXPixelPipeline",
 )
 """Classes whose tensors are not in [0, 1]."""
