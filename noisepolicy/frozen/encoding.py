@@ -120,29 +120,31 @@ class PromptEncoder:
         """Columns of rows that differ between prompts."""
         self._unmatched: list[_Column] = []
         """Columns of the calls without guidance that were not met yet in those with it."""
+        one, three = [*_ONE], [*_THREE]
         self._plans: dict[bool, list[tuple[dict[str, Any], Any]]] = {}
         for is_guided in (False, True):
             calls = (
-                [watch([prompt], is_guided) for prompt in (*_ONE, *_THREE)]
+                [watch([prompt], is_guided) for prompt in (*one, *three)]
                 if one_at_a_time
-                else [watch(prompts, is_guided) for prompts in (_ONE, _THREE)]
+                else [watch(prompts, is_guided) for prompts in (one, three)]
             )
+            one[:], three[:] = _ONE, _THREE  # Z-Image writes its template into the list that it is given
             if not calls[0] or len(set(map(len, calls))) != 1:
                 raise ValueError(f"{self._kind} does not encode its prompts by {self._method}")
             self._plans[is_guided] = [
                 (
-                    one.arguments,
-                    self._plan_alone(one.result, [other.result for other in others])
+                    first.arguments,
+                    self._plan_alone(first.result, [other.result for other in others])
                     if one_at_a_time
-                    else self._plan(one.result, others[0].result),
+                    else self._plan(first.result, others[0].result),
                 )
-                for one, *others in zip(*calls, strict=True)
+                for first, *others in zip(*calls, strict=True)
             ]
             self._unmatched = list(self._columns)
             if one_at_a_time:
                 continue
             for arguments, tree in self._plans[is_guided]:
-                if any(map(_names, _leaves(tree))) and _ONE not in arguments.values():
+                if any(map(_names, _leaves(tree))) and one not in arguments.values():
                     raise ValueError(f"{self._kind} changes prompts before it encodes them")
         embeddings = [column for column in self._columns if column.example.is_floating_point()]
         if not embeddings:
