@@ -224,7 +224,8 @@ class PromptEncoder:
                 axis = axes[0] if axes else 0
                 rows = [tensor.movedim(axis, 0) if one.ndim else tensor for tensor in (one, *others)]
                 column = self._column(rows[0], rows[1:], "")
-                return one if column is not None and not column.name else _WholeLeaf(axis, [column])
+                if column is not None:
+                    return _WholeLeaf(axis, [column]) if column.name else one
         elif isinstance(one, Mapping) and all(isinstance(o, Mapping) and o.keys() == one.keys() for o in others):
             return {key: self._plan_alone(one[key], [other[key] for other in others]) for key in one}
         elif isinstance(one, tuple | list) and all(type(o) is type(one) and len(o) == len(one) for o in others):
