@@ -7,10 +7,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import diffusers
 import torch
 
 from . import audio, prior, transformer_image, unet, video
+from .libraries import diffusers
 from .parts import Entry
 
 TABLE: dict[str, Entry] = unet.TABLE | transformer_image.TABLE | video.TABLE | prior.TABLE | audio.TABLE

@@ -1,10 +1,8 @@
 """Pipelines that make sound from text."""
 
-import diffusers
 import torch
-import transformers
-from diffusers.pipelines.stable_audio import StableAudioProjectionModel
 
+from .libraries import diffusers, part_of, transformers
 from .parts import (
     WIDTH,
     WORDS,
@@ -20,6 +18,8 @@ from .parts import (
     vae,
     word_tokenizer,
 )
+
+StableAudioProjectionModel = part_of("diffusers.pipelines.stable_audio", "StableAudioProjectionModel")
 
 
 def oobleck(channels: int) -> torch.nn.Module:

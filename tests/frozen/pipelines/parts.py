@@ -6,14 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
-import transformers
 from PIL import Image
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 
 from noisepolicy.worlds.shapes.tokenizer import MAX_TOKENS, build_tokenizer
+
+from .libraries import diffusers, transformers
 
 WIDTH = 16
 """Width of every text encoder but where a pipeline adds several of them up."""

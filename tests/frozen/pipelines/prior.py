@@ -2,12 +2,9 @@
 
 from typing import Any
 
-import diffusers
 import torch
-import transformers
-from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel, WuerstchenDiffNeXt, WuerstchenPrior
-from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
 
+from .libraries import diffusers, part_of, transformers
 from .parts import (
     WIDTH,
     Components,
@@ -24,6 +21,11 @@ from .parts import (
     vae,
 )
 from .unet import unet
+
+PaellaVQModel = part_of("diffusers.pipelines.deprecated.wuerstchen", "PaellaVQModel")
+WuerstchenDiffNeXt = part_of("diffusers.pipelines.deprecated.wuerstchen", "WuerstchenDiffNeXt")
+WuerstchenPrior = part_of("diffusers.pipelines.deprecated.wuerstchen", "WuerstchenPrior")
+StableUnCLIPImageNormalizer = part_of("diffusers.pipelines.stable_diffusion", "StableUnCLIPImageNormalizer")
 
 SIZE = {"height": 64, "width": 64}
 

@@ -3,10 +3,9 @@
 import functools
 from typing import Any
 
-import diffusers
 import torch
-import transformers
 
+from .libraries import diffusers, transformers
 from .parts import (
     TOKEN,
     WIDTH,

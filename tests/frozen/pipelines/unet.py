@@ -3,11 +3,9 @@
 import functools
 from typing import Any
 
-import diffusers
 import torch
-import transformers
-from diffusers.pipelines.stable_diffusion import CLIPImageProjection
 
+from .libraries import diffusers, part_of, transformers
 from .parts import (
     WIDTH,
     Components,
@@ -22,6 +20,8 @@ from .parts import (
     picture,
     vae,
 )
+
+CLIPImageProjection = part_of("diffusers.pipelines.stable_diffusion", "CLIPImageProjection")
 
 SIZE = {"height": 16, "width": 24}
 PICTURE = {"image": picture(24, 16)}

@@ -3,12 +3,9 @@
 import functools
 from typing import Any
 
-import diffusers
 import torch
-import transformers
-from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
-from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
 
+from .libraries import diffusers, part_of, transformers
 from .parts import (
     TOKEN,
     WIDTH,
@@ -34,6 +31,9 @@ from .parts import (
     word_tokenizer,
 )
 from .transformer_image import kandinsky_5
+
+LTX2TextConnectors = part_of("diffusers.pipelines.ltx2.connectors", "LTX2TextConnectors")
+LTX2Vocoder = part_of("diffusers.pipelines.ltx2.vocoder", "LTX2Vocoder")
 
 SIZE = {"height": 16, "width": 32, "num_frames": 5}
 LARGER = {"height": 32, "width": 48, "num_frames": 5}
