@@ -24,12 +24,14 @@ from noisepolicy.rewards.base import RewardScale
 from noisepolicy.storage import load_optimizer_tensors, optimizer_tensors
 from noisepolicy.training.checkpoint import with_prefix, without_prefix
 from noisepolicy.training.config import TrainConfig
+from noisepolicy.training.muon import Muon
 from noisepolicy.training.rollout import Rollout, draw_noise, stream_generator, stream_seed
 from noisepolicy.training.rows import History, PromptStore
 from noisepolicy.training.task import Task
 
 _NUM_FRESH = 64  # samples of the policy in each of its gradient steps along the critic
 _CRITIC_AVERAGE_DECAY = 0.995
+_MUON_SHARE = 16  # Muon's learning rate, in those of AdamW
 _DECAY_SHARE = 0.3  # of the run, at its end, over which the critic's learning rate falls to 0
 _DIVERSITY_COEF_RATE = 0.5
 _MAX_MISSING_VARIETY = 0.2
@@ -87,12 +89,14 @@ class NoisePpo:
             self._critic = RewardCritic(self.critic_shape, size=config.critic.size, channels=channels).to(device)
         # The critic that is asked; the other one is taught. An average foresees more than any of its members.
         self._critic_average = copy.deepcopy(self._critic).eval().requires_grad_(False)
-        self._critic_optimizer = torch.optim.AdamW(
-            self._critic.parameters(),
-            lr=config.critic.learning_rate,
-            weight_decay=config.critic.weight_decay,
-            fused=True,
-        )
+        convolutions = [layer.weight for layer in self._critic.sketch.convolutions]
+        by_muon = set(map(id, convolutions))
+        others = [parameter for parameter in self._critic.parameters() if id(parameter) not in by_muon]
+        rate, decay = config.critic.learning_rate, config.critic.weight_decay
+        self._critic_optimizers = {
+            "critic_adamw": torch.optim.AdamW(others, lr=rate, weight_decay=decay, fused=True),
+            "critic_muon": Muon(convolutions, lr=_MUON_SHARE * rate, weight_decay=decay),
+        }
         self._history = History(
             history_folder, self.policy.action_shape, self.critic_shape.sketch_shape, len(task.reward.weights), device
         )
@@ -152,8 +156,9 @@ class NoisePpo:
         settings, total = self._config.critic, 0.0
         generator = stream_generator(self._config.seed, "critic", number)
         share_left = 1 - number / self._config.num_iterations
-        for group in self._critic_optimizer.param_groups:
-            group["lr"] = settings.learning_rate * min(share_left / _DECAY_SHARE, 1.0)
+        for optimizer in self._critic_optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = optimizer.defaults["lr"] * min(share_left / _DECAY_SHARE, 1.0)
         for update in range(number * settings.updates, (number + 1) * settings.updates):
             rows = self._history.draw(settings.batch_size, generator)
             loss, error = self._critic.loss(
@@ -163,11 +168,12 @@ class NoisePpo:
                 rows["picture"].float(),
                 self._scale.standardise(rows["parts"]),
             )
-            self._critic_optimizer.zero_grad()
+            self._critic.zero_grad()
             loss.backward()
             # Without it, one bad batch late in a run can undo the critic and the policy that follows it.
             torch.nn.utils.clip_grad_norm_(self._critic.parameters(), self._config.max_grad_norm)
-            self._critic_optimizer.step()
+            for optimizer in self._critic_optimizers.values():
+                optimizer.step()
             averaged(self._critic_average, self._critic, _CRITIC_AVERAGE_DECAY, update)
             total = total + error
         return float(total) / settings.updates * self._scale.spread.total**2
@@ -308,7 +314,8 @@ class NoisePpo:
             progress["diversity_coef"] = self._diversity_coef
             tensors |= with_prefix("critic", self._critic.state_dict())
             tensors |= with_prefix("critic_average", self._critic_average.state_dict())
-            tensors |= optimizer_tensors(self._critic_optimizer, "critic_optimizer")
+            for name, optimizer in self._critic_optimizers.items():
+                tensors |= optimizer_tensors(optimizer, name)
             progress["history"] = self._history.state()
         return tensors, progress
 
@@ -322,7 +329,8 @@ class NoisePpo:
             self._diversity_coef = progress["diversity_coef"]
             self._critic.load_state_dict(without_prefix("critic", tensors))
             self._critic_average.load_state_dict(without_prefix("critic_average", tensors))
-            load_optimizer_tensors(self._critic_optimizer, tensors, "critic_optimizer")
+            for name, optimizer in self._critic_optimizers.items():
+                load_optimizer_tensors(optimizer, tensors, name)
             self._history.load_state(progress["history"], history_folder)
 
 

@@ -13,6 +13,7 @@ from noisepolicy.cli.arguments import parse_arguments
 from noisepolicy.storage import read_tensors, write_bytes, write_tensors
 from noisepolicy.training.checkpoint import save_checkpoint, whole_checkpoints
 from noisepolicy.training.config import DEFAULT_EVAL_STEPS, TrainConfig, load_config
+from noisepolicy.training.muon import Muon
 from noisepolicy.training.noise_ppo import leave_one_out
 from noisepolicy.training.rollout import stream_generator, stream_seed
 from noisepolicy.training.run_folder import RunFolder
@@ -24,6 +25,22 @@ def test_leave_one_out_compares_within_a_prompt():
     assert advantages.tolist() == [-1, 1, 0, 0]
     assert leave_one_out(torch.tensor([0.0, 1e6]), group_size=2, spread=1.0).tolist() == [-5, 5]
     assert leave_one_out(torch.tensor([1.0, 3.0]), group_size=2, spread=0.0).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("shape", [(6, 4, 3, 3), (40, 10)], ids=["convolution", "tall"])
+def test_muon_moves_every_direction_as_far(shape):
+    """The gradient's largest singular value is a hundred times its smallest, a step's at most three times."""
+    torch.manual_seed(0)
+    left, values, right = torch.linalg.svd(torch.randn(shape).flatten(1), full_matrices=False)
+    gradient = left @ torch.diag(torch.logspace(-1, 1, len(values))) @ right
+    weight = torch.nn.Parameter(torch.ones(shape))
+    weight.grad = gradient.view(shape)
+    Muon([weight], lr=0.1, weight_decay=0.5).step()
+    step = (weight.detach() - 1 + 0.05).flatten(1) / -0.1
+    assert torch.linalg.svdvals(step).min() > 0.5 and torch.linalg.svdvals(step).max() < 1.5
+    torch.testing.assert_close(
+        left.mT @ step @ right.mT, torch.diag(torch.diag(left.mT @ step @ right.mT)), atol=1e-4, rtol=0
+    )
 
 
 def test_config_round_trip(tmp_path):

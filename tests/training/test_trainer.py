@@ -102,7 +102,7 @@ def test_training_stays_within_its_kl_budget(make_trainer, tmp_path, settings):
 
 def test_the_critics_learning_rate_ends_low_also_in_a_run_made_longer(make_trainer, resume_trainer, tmp_path):
     def rate(run):
-        return run._learner._critic_optimizer.param_groups[0]["lr"]
+        return run._learner._critic_optimizers["critic_muon"].param_groups[0]["lr"]
 
     run = make_trainer(tmp_path, num_iterations=4)
     rates = [rate(run) for _ in run]
