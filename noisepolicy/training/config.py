@@ -56,7 +56,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "average_decay": 0.95,
         "num_updates": 8,
         "target_kl": 1.0,
-        "kl_budget": 12.0,
+        "kl_budget": 5.5,
         "kl_training_budget": 30.0,
         "kl_coef": 4e-3,
     },
@@ -158,7 +158,7 @@ class TrainConfig:
     std: Literal["power", "one", "learned"] | None = None
     """Standard deviation of the policy: 'power' makes room for the mean, so the noise is as loud as the prior's; 'one'
     is constant; 'learned' is learned."""
-    num_candidates: Annotated[int, Bounds(at_least=1, at_most=MAX_CANDIDATES)] = 64
+    num_candidates: Annotated[int, Bounds(at_least=1, at_most=MAX_CANDIDATES)] = 256
     """Starts that the finished policy draws for an image if it has a critic, which chooses one of them. Only that one
     is denoised. 1 leaves the critic out of the policy."""
     kl_budget: Annotated[float | None, POSITIVE_OR_INFINITE] = None
