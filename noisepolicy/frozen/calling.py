@@ -110,6 +110,8 @@ class PipelineCall:
         if max_sequence_length is not None:
             fixed["max_sequence_length"] = max_sequence_length
         size = {name: value for name, value in self.size.items() if name in self._defaults}
+        if len(size.keys() & {"height", "width"}) == 1:
+            size |= self._other_edge(*size.keys() & {"height", "width"})
         self._arguments = {**fixed, **size, **self.family.call, **(call or {})}
         self._images = {name: Image.new("RGB", (width, height), "gray") for name in image_columns}
         """Images of the prompt that the pipeline is called for."""
@@ -331,6 +333,18 @@ class PipelineCall:
             if negative is not None:
                 arguments["negative_prompt"] = [negative] * count
         return arguments
+
+    def _other_edge(self, given: str) -> dict[str, int]:
+        """Return the edge that was not given, where pipelines forget the one that was: Stable Diffusion's do."""
+        other = "width" if given == "height" else "height"
+        if self._defaults[other] is not None:
+            return {}
+        own = getattr(self.pipeline, "default_sample_size", None)
+        own = own or getattr(getattr(self.pipeline, self.denoiser_name).config, "sample_size", None)
+        factor = getattr(self.pipeline, "vae_scale_factor", None)
+        if own is None or factor is None:
+            raise ValueError(f"{self._kind} needs {other} too, where {given} is given")
+        return {other: factor * (own if isinstance(own, int) else own[other == "width"])}
 
     def _guidance_name(self) -> str | None:
         if self._defaults.get("guidance_scale", 0.0) is None and "true_cfg_scale" in self._defaults:

@@ -22,6 +22,7 @@ from noisepolicy.frozen.calling import PipelineCall, private_copy
 from noisepolicy.frozen.config import SamplerNoise
 from noisepolicy.frozen.loading import load_pipeline, place_pipeline, quiet
 from noisepolicy.frozen.loop import DenoisingLoop, can_loop, make_loop
+from noisepolicy.frozen.noise import may_draw
 from noisepolicy.frozen.recording import combined_digest, evaluating, recorded_call, timed, weights_digest
 
 if TYPE_CHECKING:
@@ -375,7 +376,8 @@ class FrozenDiffusersPipeline:
     def _learn_draws(self, num_inference_steps: int) -> None:
         """Let latents hold what the sampler draws in so many steps, if the image depends on it."""
         settings = {"num_inference_steps": num_inference_steps, "guidance_scale": 1.0}
-        if not self.draws_noise(**settings):
+        # The scheduler alone first: most draw nothing, and an image takes a while.
+        if not may_draw(self._pipeline.scheduler, num_inference_steps) or not self.draws_noise(**settings):
             return
         channels = self.latent_shape[0]
         self.call_pipeline(torch.zeros(1, *self.latent_shape), self._empty, **settings)

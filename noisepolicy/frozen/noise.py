@@ -5,6 +5,7 @@ a watched pipeline it is replaced, once and for good, by one that asks here firs
 did.
 """
 
+import copy
 import functools
 import math
 import sys
@@ -102,3 +103,18 @@ def _asking(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor
 
     randn_tensor._asks = True
     return randn_tensor
+
+
+def may_draw(scheduler: Any, num_inference_steps: int) -> bool:
+    """Tell whether a scheduler draws random numbers on its way; True too where it cannot be run by itself."""
+    walker, sample = copy.deepcopy(scheduler), torch.zeros(1, 4, 4, 4)
+    needs_shift = getattr(walker.config, "use_dynamic_shifting", False)
+    with torch.random.fork_rng(devices=[]):
+        before = torch.get_rng_state()
+        try:
+            walker.set_timesteps(num_inference_steps, **({"mu": 1.0} if needs_shift else {}))
+            for timestep in walker.timesteps:
+                sample = walker.step(torch.zeros_like(sample), timestep, sample, return_dict=False)[0]
+        except Exception:  # schedulers that want more raise almost anything
+            return True
+        return not torch.equal(before, torch.get_rng_state())

@@ -64,6 +64,7 @@ def test_a_run_from_start_to_report(run_train, tmp_path):
         "parts",
         "eval_rewards",
         "best_of_n",
+        "sampler_noise_share",
     }
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 4
     assert {path.name for path in (run / "samples").iterdir()} == {

@@ -56,6 +56,7 @@ def test_another_strength_of_a_lora_is_another_export(tiny, tmp_path, monkeypatc
 
     # And where the key misses something: the file that does not fit is made again.
     monkeypatch.setattr(to_onnx, "function_sha256", lambda module: "the same")
+    monkeypatch.setattr(FrozenDiffusersPipeline, "component_sha256", lambda frozen, name: name)
     use_engine(with_lora(tiny(), 4.0), "onnx")
     frozen = with_lora(tiny(), 0.3)
     with pytest.warns(UserWarning, match="the cached export .* does not fit this model and is made again: UNet2D"):
