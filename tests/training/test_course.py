@@ -5,7 +5,7 @@ from pathlib import Path
 
 import noisepolicy
 
-MAX_FILES = 15
+MAX_FILES = 16
 PACKAGE = Path(noisepolicy.__file__).parent
 
 

@@ -125,7 +125,7 @@ def test_a_finished_run_can_be_given_another_budget(make_trainer, resume_trainer
     kept = noisepolicy.load(tmp_path / "policy")
     embeds = resumed._task.frozen.encode(resumed._task.train_prompts).prompt_embeds
     assert 0.09 < gaussian_kl(*kept(embeds)).mean() < 0.11 < gaussian_kl(*run.policy(embeds)).mean()
-    assert (kept.num_candidates, run.policy.num_candidates) == (3, 64)
+    assert (kept.num_candidates, run.policy.num_candidates) == (3, 256)
     assert torch.equal(kept.mean.weight, run.policy.mean.weight)
 
 
