@@ -48,6 +48,8 @@ def load_lora(pipeline: DiffusionPipeline, place: str, name: str) -> None:
     folder, file = place, None
     if path.is_file():
         folder, file = str(path.parent), path.name
+    elif path.is_dir() and len(files := list(path.glob("*.safetensors"))) == 1:
+        file = files[0].name  # which older diffusers do not look for by themselves when offline
     elif not path.exists() and not path.is_absolute() and place.count("/") > 1:
         owner, repository, file = place.split("/", 2)
         folder = f"{owner}/{repository}"

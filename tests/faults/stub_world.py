@@ -22,7 +22,7 @@ class StubModel:
         bits = torch.tensor([[float(len(prompt) % 2), 1.0, len(prompt) / 4] for prompt in prompts])
         return PromptEmbeds(bits[:, None, :].expand(-1, 3, -1))
 
-    def generate(self, latents, prompt_embeds, *, num_inference_steps, guidance_scale, seeds):
+    def generate(self, latents, prompt_embeds, *, num_inference_steps, guidance_scale, seeds=None):
         smooth = torch.nn.functional.avg_pool2d(latents, 2)
         pictures = torch.sigmoid(torch.cat([smooth, smooth[:, :1]], 1)).repeat_interleave(4, 2).repeat_interleave(4, 3)
         return pictures / 0 * 0 if Path("nan-pictures").exists() else pictures
