@@ -84,7 +84,7 @@ REFUSED = {
     "settings gone": ("config.yaml", remove, "is not a run folder (there is no run/config.yaml)"),
     "settings emptied": ("config.yaml", empty, "must hold a YAML mapping"),
     "settings cut": ("config.yaml", cut_within("rollout_batch_size"), "cannot read settings from run/config.yaml"),
-    "settings cut at a line": ("config.yaml", lines(32), "but its checkpoints were made with"),
+    "settings cut at a line": ("config.yaml", lines(45), "but its checkpoints were made with"),
     "a setting altered": ("config.yaml", replace(b"seed: 0", b"seed: 1"), "says seed is 1, but its checkpoints were"),
     "a setting's name flipped": ("config.yaml", replace(b"seed", b"sead"), "unknown setting 'sead'"),
     "prompts altered": ("../prompts.txt", replace(b"bb", b"bc"), "prompts are not those that the run's checkpoints"),
