@@ -21,14 +21,12 @@ from torch import nn
 from noisepolicy.frozen.base import PromptEmbeds
 from noisepolicy.frozen.blame import failure, overflow_marked
 from noisepolicy.frozen.encoding import Encoding, PromptEncoder, answering, encodings, first_embeds, replaced
-from noisepolicy.frozen.families import family_of
+from noisepolicy.frozen.families import denoisers_among, family_of
 from noisepolicy.frozen.loading import check_call, quiet
 from noisepolicy.frozen.noise import Draws, watching
 from noisepolicy.frozen.recording import Stop, evaluating, stopping_before
 from noisepolicy.prompt import metadata_of
 
-_DENOISERS = ("transformer", "unet", "prior", "decoder")
-"""Beginnings of the names of components that are denoisers, the likeliest first."""
 _IMAGE = "image:"
 """Beginning of the names of the images among a prompt's embeddings."""
 _WATCHED_STEPS = 8  # few enough to set up quickly, enough for a strength of 0.3 to leave two
@@ -118,6 +116,8 @@ class PipelineCall:
         self._negative_prompt = negative_prompt
         self._guidance = self.family.guidance or self._guidance_name()
         self._drawn: tuple[int, ...] | None = None
+        self.num_later_draws = 0
+        """Number of draws of the last call, after the initial latents, that were as large as these."""
         self.num_draws = 1
         """Number of draws that latents hold, as many channels each: the initial one, and a sampler's if learned."""
 
@@ -164,9 +164,8 @@ class PipelineCall:
         if self.family.denoiser is not None:
             return self.family.denoiser
         names = [name for name, part in self.pipeline.components.items() if isinstance(part, nn.Module)]
-        for start in _DENOISERS:
-            if found := sorted(name for name in names if name.startswith(start)):
-                return found[0]
+        if found := denoisers_among(names):
+            return found[0]
         raise ValueError(f"{self._kind} has no component named as a denoiser; register_family can tell it")
 
     @functools.cached_property
@@ -312,8 +311,8 @@ class PipelineCall:
         return packed[0]
 
     def _up_to_the_denoiser(self, draws: Draws, prompts: list[str], arguments: dict[str, Any]) -> None:
-        components = self.pipeline.components.items()
-        denoisers = [part for name, part in components if isinstance(part, nn.Module) and name.startswith(_DENOISERS)]
+        names = [name for name, part in self.pipeline.components.items() if isinstance(part, nn.Module)]
+        denoisers = [getattr(self.pipeline, name) for name in denoisers_among(names)]
         generator = torch.Generator(self.pipeline._execution_device).manual_seed(0)
         settings = {"num_inference_steps": _WATCHED_STEPS} if "num_inference_steps" in self._defaults else {}
         try:

@@ -20,7 +20,7 @@ from noisepolicy.frozen.base import PromptEmbeds
 from noisepolicy.frozen.blame import failure, first_not_finite, not_finite
 from noisepolicy.frozen.calling import PipelineCall, private_copy
 from noisepolicy.frozen.config import SamplerNoise
-from noisepolicy.frozen.loading import load_pipeline, place_pipeline, quiet
+from noisepolicy.frozen.loading import UNUSED, load_pipeline, place_pipeline, quiet
 from noisepolicy.frozen.loop import DenoisingLoop, can_loop, make_loop
 from noisepolicy.frozen.noise import may_draw
 from noisepolicy.frozen.recording import combined_digest, evaluating, recorded_call, timed, weights_digest
@@ -108,7 +108,7 @@ class FrozenDiffusersPipeline:
             call=call,
             image_columns=image_columns,
         )
-        optional = (*type(pipeline)._optional_components, "safety_checker", "feature_extractor", "image_encoder")
+        optional = (*type(pipeline)._optional_components, *UNUSED)
         if missing := [name for name, part in pipeline.components.items() if part is None and name not in optional]:
             raise ValueError(f"the pipeline has no {' and no '.join(missing)}")
         self.device = torch.device(self._pipeline._execution_device)
@@ -125,6 +125,8 @@ class FrozenDiffusersPipeline:
         self.latent_shape = self._call.latent_shape
         if negative_prompt is not None and not self._call.is_led_away:
             raise ValueError(f"{type(pipeline).__name__} takes no negative prompt")
+        self._takes_batches = False
+        """Whether it has made several images at a time."""
         self._sampler_noise = sampler_noise
         self._checked: set[int] = set()
         self._drawing: set[int] = set()
@@ -326,16 +328,18 @@ class FrozenDiffusersPipeline:
             try:
                 images = self._unless_out_of_memory(lambda arguments=arguments: self._generate_chunk(*arguments))
             except Exception as error:  # pipelines that take one prompt alone raise almost anything
-                if rows.stop - rows.start == 1:
+                if rows.stop - rows.start == 1 or self._takes_batches or self.engine != "eager":
                     raise
                 self._put_back()
                 self.rollout_batch_size = 1
                 what = f"{type(self._pipeline).__name__} fails with {rows.stop - rows.start} images at a time"
-                warnings.warn(f"{what} ({type(error).__name__}: {error}); going on with 1", stacklevel=3)
+                text = " ".join(str(error).split())
+                warnings.warn(f"{what} ({type(error).__name__}: {text}); going on with 1", stacklevel=3)
                 continue
             if images is None:
                 self._halve(rows.stop - rows.start)
             else:
+                self._takes_batches |= len(images) > 1
                 chunks.append(images)
                 parts.append(rows)
                 begin = rows.stop

@@ -1,10 +1,9 @@
-"""What watching a pipeline's call cannot tell: a short entry for the classes that need one.
+"""Entries for the pipeline classes that need something which watching their call does not show.
 
-Every other pipeline of diffusers needs no entry. Pipelines are known by their class's name, so nothing of diffusers is
-imported here.
+Most need no entry. Pipelines are known by their class's name, so nothing of diffusers is imported here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Family:
-    """What a class of pipelines needs beyond what its call shows."""
+    """Settings for a class of pipelines. The defaults suit every class whose call shows all that is needed."""
 
     denoiser: str | None = None
     """Attribute that holds the denoiser. Default: `transformer` or `unet`, whichever there is."""
@@ -44,6 +43,8 @@ class Family:
     """Names of the results of `encode_prompt`, for a family of which `loop.py` knows all that `__call__` does."""
 
 
+_DENOISERS = ("transformer", "unet", "prior", "decoder")
+"""Beginnings of the names of components that are denoisers, the likeliest first."""
 _NO_FAMILY = Family()
 _ARRAYS = Family(output_type="np")
 # The pipelines catch their VAE's error, warn, and then miss the image.
@@ -86,6 +87,13 @@ def register_family(name: str, **fields: Any) -> None:
         TypeError: if there is no such field.
     """
     FAMILIES[name] = Family(**fields)
+
+
+def denoisers_among(components: Iterable[str]) -> list[str]:
+    """Return the names of those components that are denoisers, the main one first."""
+    others = ("encoder", "tokenizer", "scheduler", "processor")  # prior_text_encoder is one of a prior, and no prior
+    names = sorted(name for name in components if not any(other in name for other in others))
+    return [name for start in _DENOISERS for name in names if name.startswith(start)]
 
 
 def family_of(pipeline: "DiffusionPipeline") -> Family:

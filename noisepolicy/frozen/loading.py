@@ -29,7 +29,7 @@ from noisepolicy.frozen.single_file import load_denoiser, published_config
 
 _CONVOLUTIONAL = ("UNet2DConditionModel", "AutoencoderKL", "AutoencoderTiny")
 """Components that are faster with channels last."""
-_UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
+UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 """Components that play no part in making an image from a prompt and latents."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(?:/.+)?", re.ASCII)
 """Pattern of a hub id, perhaps with a file in it."""
@@ -251,7 +251,7 @@ def _read_index(model: str | Path, **version: str) -> tuple[str, dict[str, Any]]
         raise ValueError(f"diffusers {diffusers.__version__} has no {name}; install a newer release of diffusers")
     if "prompt" not in inspect.signature(getattr(diffusers, name).__call__).parameters:
         raise ValueError(f"unsupported pipeline {name}: it takes no prompt, and a policy is learned for prompts")
-    optional = (*_UNUSED, *getattr(diffusers, name)._optional_components)
+    optional = (*UNUSED, *getattr(diffusers, name)._optional_components)
     for component, parameter in inspect.signature(getattr(diffusers, name).__init__).parameters.items():
         entry = index.get(component)
         if component == "self" or parameter.default is not parameter.empty or (entry is None and component in optional):
@@ -264,7 +264,7 @@ def _read_index(model: str | Path, **version: str) -> tuple[str, dict[str, Any]]
 
 def _unused(kind: type) -> tuple[str, ...]:
     """Return the components that are not loaded. Pipelines that start from an image may look at it with the others."""
-    return _UNUSED[:1] if "image" in inspect.signature(kind.__call__).parameters else _UNUSED
+    return UNUSED[:1] if "image" in inspect.signature(kind.__call__).parameters else UNUSED
 
 
 def _only_variant(folder: Path, index: dict[str, Any]) -> str | None:
@@ -275,7 +275,7 @@ def _only_variant(folder: Path, index: dict[str, Any]) -> str | None:
     """
     variants = []
     for name, entry in index.items():
-        if isinstance(entry, list) and name not in _UNUSED:
+        if isinstance(entry, list) and name not in UNUSED:
             files = [_WEIGHTS.fullmatch(path.name) for path in (folder / name).glob("*.safetensors")]
             found = {match.group(1) for match in files if match}
             if found and None not in found:

@@ -10,7 +10,7 @@ import diffusers
 import torch
 import transformers
 
-_DENOISERS = ("unet", "transformer", "transformer_2")
+from noisepolicy.frozen.families import denoisers_among
 
 
 def quantization_configs(
@@ -51,7 +51,7 @@ def denoisers(index: Mapping[str, Any]) -> list[str]:
         ValueError: if its components do not tell.
     """
     components = [name for name, entry in index.items() if isinstance(entry, list)]
-    if found := [name for name in _DENOISERS if name in components]:
+    if found := denoisers_among(components):
         return found
     raise ValueError(f"no component is known to be the denoiser; the pipeline has {', '.join(components)}")
 

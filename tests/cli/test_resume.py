@@ -308,7 +308,7 @@ def save_lora(project):
 
 
 def test_a_policy_is_used_on_another_copy(project, command, capsys):
-    """Of its model: with a LoRA, quantised, in another dtype, with another scheduler; the run keeps its own."""
+    """A run is used with its model under a LoRA, quantised or with another scheduler, and keeps its own settings."""
     pytest.importorskip("torchao")
     save_lora(project)
     settings = (project / "run" / "config.yaml").read_text()

@@ -194,3 +194,37 @@ def test_checks_leave_random_states_alone(family_folder):
     state = torch.get_rng_state()
     assert "stochastic" in error_of(lambda: frozen.check_deterministic(2, 1.0))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_pipeline_that_takes_one_prompt_alone_is_called_for_one(family_folder):
+    pipeline = load(family_folder)
+    forward = pipeline.unet.forward
+
+    def alone(sample, *args, **kwargs):
+        if len(sample) > 1:
+            raise IndexError("one\nprompt alone")
+        return forward(sample, *args, **kwargs)
+
+    pipeline.unet.forward = alone
+    frozen = FrozenDiffusersPipeline(pipeline, **SIZE[NAME])
+    with pytest.warns(
+        UserWarning, match=r"fails with 2 images at a time \(IndexError: one prompt alone\); going on with 1"
+    ):
+        images = generate(frozen, latents := draw(frozen, 2))
+    pipeline.unet.forward = forward
+    whole = generate(FrozenDiffusersPipeline(pipeline, **SIZE[NAME]), latents)
+    torch.testing.assert_close(images, whole, rtol=0, atol=5e-5)
+
+
+def test_a_batch_that_fails_after_others_did_not_is_an_error(family_folder):
+    pipeline = load(family_folder)
+    frozen = FrozenDiffusersPipeline(pipeline, **SIZE[NAME])
+    generate(frozen, draw(frozen, 2))
+
+    def break_down(*args, **kwargs):
+        raise RuntimeError("broke down")
+
+    pipeline.unet.forward = break_down
+    with pytest.raises(RuntimeError, match="broke down"):
+        generate(frozen, draw(frozen, 2))
+    assert frozen.rollout_batch_size == 32

@@ -128,7 +128,7 @@ def test_seeds_are_named_by_the_row():
 
 
 def test_the_share_of_a_reward_that_is_the_noise():
-    """Of rewards whose parts are known: the latents alone, the noise alone, and both alike."""
+    """The share is right for rewards that are of the latents alone, of the noise alone, and of both alike."""
 
     class Model:
         latent_shape = (1, 1, 1)
