@@ -82,6 +82,12 @@ def not_finite(part: str, dtype: torch.dtype) -> str:
     return f"{part} makes NaN or infinity in {name}; {advice}"
 
 
+def is_of_scheduler(error: Exception) -> bool:
+    """Tell whether an error of a pipeline's call came from its scheduler."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return "schedul" in str(error).lower() or any("schedul" in frame.filename + frame.name for frame in frames)
+
+
 def failure(pipeline: Any, num_inference_steps: int, error: Exception) -> ValueError | RuntimeError:
     """Make the error, of one line, that the pipeline cannot be called with this many steps.
 
@@ -91,8 +97,7 @@ def failure(pipeline: Any, num_inference_steps: int, error: Exception) -> ValueE
     text = " ".join(str(error).split())
     steps = f"{num_inference_steps} step{'s' if num_inference_steps > 1 else ''}"
     message = f"{type(pipeline).__name__} with {type(scheduler).__name__} fails at {steps}"
-    frames = traceback.extract_tb(error.__traceback__)
-    if "schedul" in text.lower() or any("schedul" in frame.filename + frame.name for frame in frames):
+    if is_of_scheduler(error):
         return ValueError(f"{message} ({type(error).__name__}: {text}); choose another scheduler or step count")
     kind = RuntimeError if isinstance(error, RuntimeError) else ValueError
     return kind(f"{message} ({type(error).__name__}: {text})")

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import nn
 
 from noisepolicy.frozen.base import PromptEmbeds
-from noisepolicy.frozen.blame import failure, overflow_marked
+from noisepolicy.frozen.blame import failure, is_of_scheduler, overflow_marked
 from noisepolicy.frozen.encoding import Encoding, PromptEncoder, answering, encodings, first_embeds, replaced
 from noisepolicy.frozen.families import denoisers_among, family_of
 from noisepolicy.frozen.loading import check_call, quiet
@@ -319,7 +319,10 @@ class PipelineCall:
             with quiet(), watching(self.pipeline, draws), stopping_before(denoisers):
                 self.pipeline(prompt=list(prompts), generator=generator, **settings, **arguments)
         except Exception as error:  # pipelines raise almost anything
-            raise failure(self.pipeline, _WATCHED_STEPS, error) from error
+            if is_of_scheduler(error):
+                raise failure(self.pipeline, _WATCHED_STEPS, error) from error
+            text = " ".join(str(error).split())
+            raise ValueError(f"the call of {self._kind} fails ({type(error).__name__}: {text})") from error
 
     def _call_arguments(self, count: int, guidance_scale: float) -> dict[str, Any]:
         arguments = self._arguments | self._images

@@ -12,7 +12,7 @@ REFUSED: dict[str, tuple[str, str]] = {
     "CogView4ControlPipeline": _OWN_NOISE,
     "VideoToVideoSDPipeline": ("draws noise of shape", "draws a row of noise for each frame, not for each prompt"),
     "KandinskyV22PriorPipeline": ("draws noise of shape", "starts from a vector, not from latents with axes"),
-    "StableUnCLIPPipeline": ("draws no initial noise", "draws the noise of its prior first, in three calls"),
+    "StableUnCLIPPipeline": ("draws noise of shape", "draws the noise of its prior first, a vector, in three calls"),
     "KandinskyV22CombinedPipeline": _NO_ENCODER,
     "KandinskyV22Img2ImgCombinedPipeline": _NO_ENCODER,
     "KandinskyV22InpaintCombinedPipeline": _NO_ENCODER,
