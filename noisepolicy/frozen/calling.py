@@ -9,7 +9,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -22,11 +22,26 @@ from noisepolicy.frozen.base import PromptEmbeds
 from noisepolicy.frozen.blame import failure, is_of_scheduler, overflow_marked
 from noisepolicy.frozen.encoding import Encoding, PromptEncoder, answering, encodings, first_embeds, replaced
 from noisepolicy.frozen.families import denoisers_among, family_of
-from noisepolicy.frozen.loading import check_call, quiet
+from noisepolicy.frozen.loading import quiet, unknown
 from noisepolicy.frozen.noise import Draws, watching
 from noisepolicy.frozen.recording import Stop, evaluating, stopping_before
 from noisepolicy.prompt import metadata_of
 
+_GIVEN = {
+    "prompt": "see --prompts",
+    "negative_prompt": "see --negative-prompt",
+    "height": "see --height",
+    "width": "see --width",
+    "num_frames": "see --num-frames",
+    "num_inference_steps": "see --num-inference-steps",
+    "guidance_scale": "see --guidance-scale",
+    "max_sequence_length": "see --max-sequence-length",
+    **dict.fromkeys(
+        ("latents", "generator", "output_type", "return_dict", "num_images_per_prompt", "num_videos_per_prompt"),
+        "leave it out",
+    ),
+}
+"""Arguments of a pipeline's call that it is always given, and where to set them."""
 _IMAGE = "image:"
 """Beginning of the names of the images among a prompt's embeddings."""
 _WATCHED_STEPS = 8  # few enough to set up quickly, enough for a strength of 0.3 to leave two
@@ -103,7 +118,7 @@ class PipelineCall:
         for name, value in self.size.items():
             if value < 1:
                 raise ValueError(f"{name} must be positive, got {value}")
-        check_call(pipeline, call or {})
+        check_call(type(pipeline), call or {})
         fixed = {name: value for name, value in _FIXED.items() if name in self._defaults}
         if max_sequence_length is not None:
             fixed["max_sequence_length"] = max_sequence_length
@@ -123,12 +138,11 @@ class PipelineCall:
 
     @functools.cached_property
     def encoder(self) -> PromptEncoder:
-        options = {"names": self.family.encoded}
-        try:
-            one_at_a_time = self.family.one_at_a_time or bool(self._images)
-            return PromptEncoder(self.pipeline, self.watch, **options, one_at_a_time=one_at_a_time)
-        except (ValueError, RuntimeError):  # some encode several prompts as one, and others take one alone
-            return PromptEncoder(self.pipeline, self.watch, **options, one_at_a_time=True)
+        if not self.family.one_at_a_time and not self._images:
+            # Some encode several prompts as one, and others take one alone.
+            with suppress(ValueError, RuntimeError):
+                return PromptEncoder(self.pipeline, self.watch, names=self.family.encoded)
+        return PromptEncoder(self.pipeline, self.watch, names=self.family.encoded, one_at_a_time=True)
 
     def encode(self, prompts: Sequence[str]) -> PromptEmbeds:
         """Encode prompts, each with its images, one row each.
@@ -422,6 +436,22 @@ class PipelinePrompts:
             with evaluating(modules):
                 self._encoded[prompt] = self._call.watch([prompt], False)
         return self._encoded[prompt]
+
+
+def check_call(kind: type, call: Mapping[str, Any]) -> None:
+    """Check names of further arguments of the call of a class of pipelines.
+
+    Raises:
+        ValueError: if the call has no such argument, or something else gives it.
+    """
+    known = _call_parameters(kind)
+    for name in call:
+        if name in _GIVEN or "embeds" in name or name.endswith("attention_mask"):
+            where = _GIVEN.get(name, "leave it out")
+            raise ValueError(f"--call.{name}: noisepolicy gives this argument itself; {where}")
+        if name not in known:
+            names = sorted(known.keys() - _GIVEN.keys())
+            raise ValueError(unknown(f"the call of {kind.__name__} has no argument", name, names))
 
 
 def _call_parameters(kind: type) -> dict[str, Any]:

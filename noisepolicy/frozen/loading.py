@@ -33,21 +33,6 @@ UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 """Components that play no part in making an image from a prompt and latents."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(?:/.+)?", re.ASCII)
 """Pattern of a hub id, perhaps with a file in it."""
-_GIVEN = {
-    "prompt": "see --prompts",
-    "negative_prompt": "see --negative-prompt",
-    "height": "see --height",
-    "width": "see --width",
-    "num_frames": "see --num-frames",
-    "num_inference_steps": "see --num-inference-steps",
-    "guidance_scale": "see --guidance-scale",
-    "max_sequence_length": "see --max-sequence-length",
-    **dict.fromkeys(
-        ("latents", "generator", "output_type", "return_dict", "num_images_per_prompt", "num_videos_per_prompt"),
-        "leave it out",
-    ),
-}
-"""Arguments of a pipeline's call that it is always given, and where to set them."""
 _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|model)(?:-\d+-of-\d+)?(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors", re.ASCII
 )
@@ -345,7 +330,7 @@ def _with_options(scheduler: SchedulerMixin, options: Mapping[str, Any]) -> Sche
     known = [name for name in inspect.signature(kind.__init__).parameters if name not in ("self", "trained_betas")]
     for name in options:
         if name not in known:
-            raise ValueError(_unknown(f"scheduler {kind.__name__} has no setting", name, known))
+            raise ValueError(unknown(f"scheduler {kind.__name__} has no setting", name, known))
     try:
         with quiet():
             return kind.from_config(scheduler.config, **options)
@@ -354,29 +339,7 @@ def _with_options(scheduler: SchedulerMixin, options: Mapping[str, Any]) -> Sche
         raise ValueError(f"scheduler {kind.__name__} cannot be made with {wanted}: {error}") from error
 
 
-def check_call(pipeline: DiffusionPipeline, call: Mapping[str, Any]) -> None:
-    """Check names of further arguments of the pipeline's call.
-
-    Raises:
-        ValueError: if the call has no such argument, or something else gives it.
-    """
-    known: set[str] = set()
-    for kind in type(pipeline).__mro__:
-        if "__call__" in vars(kind):
-            parameters = inspect.signature(kind.__call__).parameters
-            known |= parameters.keys() - {"self", "args", "kwargs"}
-            if not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
-                break  # else it hands arguments on to the method that it overrides
-    kind = type(pipeline).__name__
-    for name in call:
-        if name in _GIVEN or "embeds" in name or name.endswith("attention_mask"):
-            where = _GIVEN.get(name, "leave it out")
-            raise ValueError(f"--call.{name}: noisepolicy gives this argument itself; {where}")
-        if name not in known:
-            raise ValueError(_unknown(f"the call of {kind} has no argument", name, sorted(known - _GIVEN.keys())))
-
-
-def _unknown(what: str, name: str, known: Sequence[str]) -> str:
+def unknown(what: str, name: str, known: Sequence[str]) -> str:
     """Make the message that there is nothing of this name, with the names that are near or else all."""
     near = difflib.get_close_matches(name, known, n=3)
     return f"{what} {name!r}; " + (f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(known)}")

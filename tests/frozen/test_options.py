@@ -8,7 +8,8 @@ from diffusers import DiffusionPipeline
 import noisepolicy
 from noisepolicy.cli.arguments import parse_arguments
 from noisepolicy.frozen import FrozenDiffusersPipeline
-from noisepolicy.frozen.loading import check_call, load_pipeline
+from noisepolicy.frozen.calling import check_call
+from noisepolicy.frozen.loading import load_pipeline
 from noisepolicy.training.config import TrainConfig, load_config
 
 from .tiny_pipelines import SIZE
@@ -95,8 +96,8 @@ def test_a_call_that_hands_its_arguments_on(family_folder):
             return super().__call__(*args, **kwargs)
 
     pipeline.__class__ = Passing
-    check_call(pipeline, {"guidance_rescale": 0.7, "mine": 1})
-    assert "did you mean guidance_rescale?" in error_of(check_call, pipeline, {"guidance_rescaled": 0.7})
+    check_call(type(pipeline), {"guidance_rescale": 0.7, "mine": 1})
+    assert "did you mean guidance_rescale?" in error_of(check_call, type(pipeline), {"guidance_rescaled": 0.7})
 
 
 FLAGS = ["--scheduler.timestep-spacing", "trailing", "--call.guidance_rescale=0.7", "--call.sigmas", "1,0.5,2e-1,0"]
