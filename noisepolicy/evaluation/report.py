@@ -14,7 +14,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, Template
 
 from noisepolicy.evaluation.figures import picture_bytes, sweep_plot, training_curves
-from noisepolicy.evaluation.sweep import Pair, measured_on
+from noisepolicy.evaluation.sweep import Pair, measured_on, sampler_noise_text
 from noisepolicy.rewards.registry import without_folders
 from noisepolicy.storage import write_text
 
@@ -43,6 +43,7 @@ def write_report(
     html = _template("report.html.j2", is_html=True).render(
         **common,
         pairs=[_embed(pair) for pair in shown],
+        noise_notes=[(row["num_inference_steps"], note) for row in rows if (note := sampler_noise_text(row))],
         sweep_svg=sweep_plot(rows, config["num_inference_steps"]) if rows else "",
         curves_svg=training_curves(metrics),
         config_text=yaml.safe_dump(config, sort_keys=False),

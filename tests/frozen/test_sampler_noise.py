@@ -174,6 +174,7 @@ def test_it_trains_and_resumes_to_the_same_policy(tmp_path, name):
     sweep = whole.evaluate()
     assert all(0 < row["sampler_noise_share"] <= 1 for row in sweep.rows)
     assert "the sampler's own noise makes" in str(sweep) and "the sampler's own noise makes" in sweep._repr_html_()
+    assert "At 2 steps the sampler&#39;s own noise makes" in whole.report().read_text()
 
 
 @pytest.mark.parametrize("steps", [2, 4])

@@ -181,9 +181,15 @@ def cascade() -> Components:
 def wuerstchen() -> Components:
     prior = WuerstchenPrior(c_in=2, c=16, depth=1, c_cond=WIDTH, c_r=64, nhead=2)
     decoder = WuerstchenDiffNeXt(
-        c_hidden=[8, 8], c_cond=WIDTH, nhead=[-1, 2], blocks=[1, 1], level_config=["CT", "CTA"],
-        inject_effnet=[False, True], effnet_embd=2, clip_embd=WIDTH,
-    )  # fmt: skip
+        c_hidden=[8, 8],
+        c_cond=WIDTH,
+        nhead=[-1, 2],
+        blocks=[1, 1],
+        level_config=["CT", "CTA"],
+        inject_effnet=[False, True],
+        effnet_embd=2,
+        clip_embd=WIDTH,
+    )
     return {
         **clip_text(),
         "decoder": decoder,

@@ -102,8 +102,15 @@ def controlled_xl() -> Components:
 
 
 def union_xl() -> Components:
-    net = control_net(diffusers.ControlNetUnionModel, num_control_type=6, num_trans_channel=4, num_trans_head=1,
-                      num_trans_layer=1, num_proj_channel=4, **XL_UNET)  # fmt: skip
+    net = control_net(
+        diffusers.ControlNetUnionModel,
+        num_control_type=6,
+        num_trans_channel=4,
+        num_trans_head=1,
+        num_trans_layer=1,
+        num_proj_channel=4,
+        **XL_UNET,
+    )
     return stable_diffusion_xl() | {"controlnet": net}
 
 
