@@ -12,6 +12,7 @@ import resource
 import runpy
 import signal
 import sys
+import threading
 import time
 import traceback
 import uuid
@@ -21,6 +22,7 @@ import torch
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from tqdm import tqdm
 
 import noisepolicy.cli.eval
 import noisepolicy.cli.export
@@ -121,6 +123,9 @@ def wait(pid, timeout_s):
 def serve():
     """Imports what the commands import when they run, then answers until stdin ends."""
     torch.set_num_threads(1)
+    # tqdm's own lock is one semaphore of all forks: a run killed while it holds it would stop every later one.
+    tqdm.set_lock(threading.RLock())
+    tqdm.monitor_interval = 0  # and a thread could hold this one while we fork
     quiet_loading()
     for package in (noisepolicy.training, noisepolicy.evaluation):
         for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):

@@ -125,7 +125,7 @@ class FrozenDiffusersPipeline:
         self.latent_shape = self._call.latent_shape
         if negative_prompt is not None and not self._call.is_led_away:
             raise ValueError(f"{type(pipeline).__name__} takes no negative prompt")
-        self._takes_batches = False
+        self._takes_batches: set[bool] = set()  # with guidance, without, or both
         """Whether it has made several images at a time."""
         self._sampler_noise = sampler_noise
         self._checked: set[int] = set()
@@ -328,7 +328,7 @@ class FrozenDiffusersPipeline:
             try:
                 images = self._unless_out_of_memory(lambda arguments=arguments: self._generate_chunk(*arguments))
             except Exception as error:  # pipelines that take one prompt alone raise almost anything
-                if rows.stop - rows.start == 1 or self._takes_batches or self.engine != "eager":
+                if rows.stop - rows.start == 1 or guidance_scale > 1 in self._takes_batches or self.engine != "eager":
                     raise
                 self._put_back()
                 self.rollout_batch_size = 1
@@ -339,7 +339,8 @@ class FrozenDiffusersPipeline:
             if images is None:
                 self._halve(rows.stop - rows.start)
             else:
-                self._takes_batches |= len(images) > 1
+                if len(images) > 1:
+                    self._takes_batches.add(guidance_scale > 1)
                 chunks.append(images)
                 parts.append(rows)
                 begin = rows.stop
