@@ -13,12 +13,13 @@ import torch
 from noisepolicy.benchmarks.kernels import bench as kernels
 from noisepolicy.benchmarks.latency.cases import EMBEDDED, Engine, ModelSpec, choose_engines, engine_name
 from noisepolicy.benchmarks.latency.engines import LatencyBench
+from noisepolicy.benchmarks.latency.overhead import time_overhead
 from noisepolicy.benchmarks.latency.training import time_training
 from noisepolicy.benchmarks.machine import describe_machine
 from noisepolicy.ops import available_backends
 
 BATCH_SIZES, STEP_COUNTS = (1, 4, 16, 64), (1, 2, 4, 8)
-PARTS = ("kernels", "denoiser", "rollout", "training")
+PARTS = ("kernels", "denoiser", "rollout", "general", "training")
 _TRAINED_STEPS = 2
 
 
@@ -80,6 +81,7 @@ def run(
             "kernels": [],
             "denoiser": [],
             "rollout": [],
+            "general": None,
             "training": [],
         }
         _print_machine(result)
@@ -101,6 +103,8 @@ def run(
         if "rollout" not in skip:
             result["rollout"] = bench.time_rollouts(sorted(set(step_counts)))
         result["other_jobs"] = bench.timer.other_jobs()
+        if "general" not in skip:
+            result["general"] = time_overhead(spec, min(batch_sizes), guidance_scale, seconds)
         if "training" not in skip:
             result["training"] = _time_training(bench.engines, spec)
         result["next_gain"] = next_gain(result["rollout"], result["training"])

@@ -103,7 +103,7 @@ def _add_latency(commands: Any) -> None:
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--threads", type=int, help="default: 1 on a CPU")
     add("--seconds", type=float, default=1.0, help="for each figure, longer where it is slow; default: 1")
-    add("--skip", nargs="+", default=[], metavar="PART", help="of kernels, denoiser, rollout and training")
+    add("--skip", nargs="+", default=[], metavar="PART", help="of kernels, denoiser, rollout, general and training")
     add("--compare", type=Path, metavar="OLD.json", help="exit with 1 if a median is slower than there, beyond noise")
     add("--json", type=Path, default=argparse.SUPPRESS, help="also write the result to this file")
 

@@ -3,6 +3,7 @@
 import difflib
 import importlib.util
 import inspect
+import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +16,6 @@ import torch
 import transformers
 from diffusers import ConfigMixin, DiffusionPipeline, SchedulerMixin
 from diffusers.utils import DummyObject
-from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.errors import (
     GatedRepoError,
     LocalEntryNotFoundError,
@@ -360,15 +360,16 @@ def _process_of(name: str, config: Mapping[str, Any]) -> str:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Leave only errors in the logs of diffusers and transformers."""
-    logs = (diffusers_logging, transformers.logging)
-    levels = [log.get_verbosity() for log in logs]
-    for log in logs:
-        log.set_verbosity_error()
+    # The handlers' levels, not the loggers': changing those empties a cache of every logger of the process.
+    handlers = [handler for name in ("diffusers", "transformers") for handler in logging.getLogger(name).handlers]
+    levels = [handler.level for handler in handlers]
+    for handler in handlers:
+        handler.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        for log, level in zip(logs, levels, strict=True):
-            log.set_verbosity(level)
+        for handler, level in zip(handlers, levels, strict=True):
+            handler.setLevel(level)
 
 
 @contextmanager

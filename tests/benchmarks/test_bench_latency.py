@@ -15,6 +15,7 @@ from noisepolicy.benchmarks.latency.bench import next_gain
 from noisepolicy.benchmarks.latency.cases import IMAGE_TOLERANCE, check_output
 from noisepolicy.benchmarks.latency.compare import compare_reports, read_report
 from noisepolicy.benchmarks.latency.engines import SPLIT
+from noisepolicy.benchmarks.latency.overhead import time_overhead
 from noisepolicy.benchmarks.machine import MemoryMeter
 from noisepolicy.benchmarks.report import write_report
 from noisepolicy.benchmarks.timing import Timer, measure
@@ -80,6 +81,15 @@ def test_the_numbers(result):
     assert result["backends"]["denoisers"] == available_engines(CPU)
     assert result["machine"]["threads"] == 1 and result["machine"]["versions"]["torch"] == torch.__version__
     assert result["next_gain"].startswith("a rollout of 2 images at 1 step on ")
+    assert result["general"]["difference"] == 0
+
+
+def test_the_general_way_makes_the_images_of_the_own_call():
+    row = time_overhead(cases.ModelSpec("shapes", "float32", CPU), 2, 1.5, 0.01)
+    assert row["difference"] == 0 and row["batch"] == row["num_inference_steps"] == 2
+    # The bar is 2%. A few pairs on a busy machine tell no more than this.
+    assert row["own_ms"] > 0 and row["overhead_fraction"] < 0.25
+    assert time_overhead(cases.ModelSpec("other", "float32", CPU), 2, 1.5, 0.01) is None
 
 
 @pytest.mark.slow
