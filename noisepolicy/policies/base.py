@@ -205,8 +205,9 @@ class NoisePolicy(Float32Module):
     ) -> torch.Tensor:
         """Latents for the pipeline's `latents=`, from the noise of `(seed, index)`: see `noisepolicy.noise`.
 
-        Of a policy that learned the noise that a sampler draws between steps (`--sampler-noise learned`) a pipeline's
-        `latents=` gets the initial latents alone; a `FrozenModel` gets all.
+        A policy that learned the noise that a sampler draws between steps (`--sampler-noise learned`) hands a plain
+        pipeline the initial part only: its `latents=` takes no more, and its sampler draws the rest by the generator
+        it is given. A `FrozenModel` gets all of it.
 
         A row depends on its seed, index and prompt alone, so picture k of a batch can be made again on its own. It is
         the same to the bit on one machine and to rounding on another device, where the critic may, rarely, choose

@@ -31,6 +31,7 @@ ONE_BY_ONE = (
     "PIAPipeline",
     "QwenImageEditPipeline",
     "QwenImageEditPlusPipeline",
+    "QwenImageEditInpaintPipeline",
     "QwenImageLayeredPipeline",
     "ZImageControlNetInpaintPipeline",
     "PRXPipeline",

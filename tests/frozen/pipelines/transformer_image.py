@@ -858,6 +858,10 @@ TABLE: dict[str, Entry] = {
     ),
     "QwenImageEditPipeline": (qwen_image_edit, WIDE | WIDE_PICTURE),
     "QwenImageEditPlusPipeline": (qwen_image_edit, WIDE | {"image": [WIDE_PICTURE["image"]]}),
+    "QwenImageEditInpaintPipeline": (
+        qwen_image_edit,
+        WIDE_PICTURE | {"mask_image": mask(32, 16), "strength": 0.9},
+    ),
     "QwenImageControlNetPipeline": (qwen_image_controlled, WIDE | {"control_image": WIDE_PICTURE["image"]}),
     "QwenImageControlNetInpaintPipeline": (
         functools.partial(qwen_image_controlled, extra=4),
