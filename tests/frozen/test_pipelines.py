@@ -52,6 +52,7 @@ ONE_BY_ONE = (
     "StableCascadeDecoderPipeline",
     "AceStepPipeline",
     "Kandinsky3Img2ImgPipeline",
+    "CycleDiffusionPipeline",
 )
 """Classes whose own call fails with two prompts, or with a generator for each."""
 ENCODED_ALONE = ("Kandinsky5T2IPipeline", "Kandinsky5T2VPipeline", "Kandinsky5I2VPipeline", "LattePipeline")

@@ -26,6 +26,11 @@ REFUSED: dict[str, tuple[str, str]] = {
         "makes num_frames 3 where 5 was asked for",
         "gives videos with the channels before the frames, and takes one prompt a segment",
     ),
+    "SemanticStableDiffusionPipeline": (
+        "has no encode_prompt",
+        "encodes prompts within its own call, and has no `encode_prompt`",
+    ),
+    "BriaFiboEditPipeline": ("valid edit JSON string", "takes JSON that describes an edit for its prompt"),
     "WanVACEPipeline": ("Passing a list of prompts is not yet supported", "takes no list of prompts"),
     "ChromaInpaintPipeline": (
         "has no attribute 'guidance_embeds'",

@@ -850,6 +850,7 @@ TABLE: dict[str, Entry] = {
     "LongCatImageEditPipeline": (longcat, PICTURE),
     "BriaPipeline": (bria, SIZE),
     "BriaFiboPipeline": (bria_fibo, {"height": 32, "width": 64}),
+    "BriaFiboEditPipeline": (bria_fibo, {"height": 32, "width": 64, "image": picture(64, 32)}),
     "QwenImagePipeline": (qwen_image, WIDE),
     "QwenImageImg2ImgPipeline": (qwen_image, WIDE | WIDE_PICTURE | {"strength": 0.9}),
     "QwenImageInpaintPipeline": (

@@ -644,6 +644,7 @@ TABLE: dict[str, Entry] = {
     "LTX2Pipeline": (ltx_2, LTX_2),
     "LTX2ImageToVideoPipeline": (ltx_2, LTX_2 | {"image": picture(64, 32), "image_crf": 0}),
     "LTX2ConditionPipeline": (ltx_2, LTX_2),
+    "LTX2InContextPipeline": (ltx_2, LTX_2),
     "HunyuanVideoPipeline": (hunyuan_video, HUNYUAN),
     "HunyuanSkyreelsImageToVideoPipeline": (functools.partial(hunyuan_video, in_channels=8), HUNYUAN | PICTURE),
     "HunyuanVideo15Pipeline": (hunyuan_video_15, SIZE),
