@@ -328,7 +328,7 @@ class FrozenDiffusersPipeline:
             try:
                 images = self._unless_out_of_memory(lambda arguments=arguments: self._generate_chunk(*arguments))
             except Exception as error:  # pipelines that take one prompt alone raise almost anything
-                if rows.stop - rows.start == 1 or guidance_scale > 1 in self._takes_batches or self.engine != "eager":
+                if rows.stop - rows.start == 1 or (guidance_scale > 1) in self._takes_batches or self.engine != "eager":
                     raise
                 self._put_back()
                 self.rollout_batch_size = 1
