@@ -23,13 +23,14 @@ from noisepolicy.ops import gaussian_sample
 from noisepolicy.policies import SpectralPolicy
 from noisepolicy.policies.critic import CriticShape, RewardCritic
 from noisepolicy.rewards import Reward, load_reward
+from noisepolicy.training.config import TrainConfig
 
 SPLIT = ("text_encoding", "policy", "denoiser", "scheduler", "vae", "reward")
 """The parts of a rollout; the scheduler is all of the loop that is neither denoiser nor VAE."""
 
 _BASELINE = "diffusers"
 _GPU_SPLIT_CALLS = 5
-_NUM_CANDIDATES, _CRITIC_SIZE = 8, 2  # of the default recipe
+_RECIPE = TrainConfig()
 
 
 class LatencyBench:
@@ -216,7 +217,7 @@ def _default_policy(latent_shape: tuple[int, ...], embeds: PromptEmbeds) -> Spec
     prompt_shape = tuple(embeds.prompt_embeds.shape[1:])
     policy = SpectralPolicy(latent_shape=latent_shape, prompt_shape=prompt_shape).eval()
     shape = CriticShape(prompt_shape, policy.action_shape, is_spectral=True, step_counts=(1,))
-    policy.attach_critic(RewardCritic(shape, size=_CRITIC_SIZE), _NUM_CANDIDATES)
+    policy.attach_critic(RewardCritic(shape, size=_RECIPE.critic.size), _RECIPE.num_candidates)
     return policy
 
 

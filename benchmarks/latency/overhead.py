@@ -1,6 +1,6 @@
-"""The cost of handing noise and embeddings over: any pipeline by its own call, against that call as its users make it.
+"""The cost of handing noise and embeddings over to a pipeline's own call, against that call as its users make it.
 
-Both are called in turns, and the overhead is the median difference of a pair, so other jobs slow both alike.
+The two take turns, and the overhead is the median difference of a pair, so other jobs slow both alike.
 """
 
 import statistics
@@ -24,12 +24,16 @@ _GENERAL = {"eta": 0.0}
 
 @torch.no_grad()
 def time_overhead(spec: ModelSpec, batch: int, guidance_scale: float, seconds: float) -> dict[str, Any] | None:
-    """Time the general way and the pipeline's own call for the same images; None unless it is the embedded model.
+    """Time the general way and the pipeline's own call for the same images.
+
+    Returns:
+        The figures, or None for another model than the embedded one, whose own call we know how to make.
 
     Raises:
         RuntimeError: if the images differ.
     """
     if spec.model != EMBEDDED:
+        print("\nany pipeline: measured on the embedded model alone")
         return None
     frozen = FrozenDiffusersPipeline.from_pretrained(
         spec.source, device=spec.device, rollout_batch_size=batch, call=_GENERAL, **spec.options()

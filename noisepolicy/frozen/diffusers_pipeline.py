@@ -125,8 +125,8 @@ class FrozenDiffusersPipeline:
         self.latent_shape = self._call.latent_shape
         if negative_prompt is not None and not self._call.is_led_away:
             raise ValueError(f"{type(pipeline).__name__} takes no negative prompt")
-        self._takes_batches: set[bool] = set()  # with guidance, without, or both
-        """Whether it has made several images at a time."""
+        self._takes_batches: set[bool] = set()
+        """Guidance (on, off) with which it has made several images at a time."""
         self._sampler_noise = sampler_noise
         self._checked: set[int] = set()
         self._drawing: set[int] = set()

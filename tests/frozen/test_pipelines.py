@@ -79,12 +79,14 @@ PROVED = [name for name in TABLE if name not in REFUSED]
 class Tiny:
     """A tiny pipeline, its frozen model, and its own call from given noise."""
 
-    def __init__(self, name):
+    def __init__(self, name, scheduler=None):
         self.name = name
         self.pipeline, self.call = build(name)
+        if scheduler is not None:
+            self.pipeline.scheduler = scheduler
         named = {key: value for key, value in self.call.items() if key in NAMED}
-        call = {key: value for key, value in self.call.items() if key not in named}
-        self.frozen = FrozenDiffusersPipeline(self.pipeline, **named, call=call)
+        self.options = {**named, "call": {key: value for key, value in self.call.items() if key not in named}}
+        self.frozen = FrozenDiffusersPipeline(self.pipeline, **self.options)
 
     def own(self, noise, prompts, guidance_scale):
         """Call the pipeline as its users do, with `noise` for the first that it draws."""

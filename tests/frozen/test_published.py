@@ -1,13 +1,12 @@
-"""Schedulers as published beside few-step models: pictures as by the pipeline's own call, and a policy that trains."""
+"""Schedulers with settings like published ones: pictures as by the pipeline's own call, and few steps that train."""
 
 import diffusers
 import pytest
 import torch
 
 import noisepolicy
-from noisepolicy.frozen import FrozenDiffusersPipeline
 
-from .test_pipelines import NAMED, PROMPTS, Tiny
+from .test_pipelines import PROMPTS, Tiny
 
 _SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 _DISTILLED = {**_SD, "clip_sample": False, "set_alpha_to_one": False, "timestep_spacing": "leading"}
@@ -30,21 +29,14 @@ SCHEDULERS = {
 }
 
 
-class Published(Tiny):
-    """A tiny pipeline with a published scheduler."""
-
-    def __init__(self, name):
-        pipeline, scheduler, config = SCHEDULERS[name]
-        super().__init__(pipeline)
-        self.pipeline.scheduler = getattr(diffusers, scheduler)(**config)
-        size = {key: value for key, value in self.call.items() if key in NAMED}
-        self.options = {**size, "call": {key: value for key, value in self.call.items() if key not in size}}
-        self.frozen = FrozenDiffusersPipeline(self.pipeline, **self.options)
+def tiny_with(name):
+    pipeline, scheduler, config = SCHEDULERS[name]
+    return Tiny(pipeline, getattr(diffusers, scheduler)(**config))
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_pictures_are_those_of_the_own_call(name):
-    tiny = Published(name)
+    tiny = tiny_with(name)
     noise = tiny.noise(2)
     own, made = tiny.own(noise, PROMPTS, 4.0), tiny.made(noise, PROMPTS, 4.0)
     torch.testing.assert_close(made, own, rtol=0, atol=1e-4)
@@ -53,7 +45,7 @@ def test_pictures_are_those_of_the_own_call(name):
 @pytest.mark.parametrize("name", ["SDXL-Turbo", "LCM", "TCD", "SANA-Sprint"])
 @pytest.mark.parametrize("steps", [2, 4])
 def test_few_steps_train_and_are_evaluated(name, steps, tmp_path):
-    tiny = Published(name)
+    tiny = tiny_with(name)
     run = noisepolicy.train(
         tiny.pipeline,
         **tiny.options,
@@ -72,4 +64,4 @@ def test_few_steps_train_and_are_evaluated(name, steps, tmp_path):
         output_dir=tmp_path,
     )
     assert [row["iteration"] for row in run.metrics] == [1, 2]
-    assert run.evaluate(steps=(steps,))
+    assert [row["num_inference_steps"] for row in run.evaluate(steps=(steps,)).rows] == [steps]

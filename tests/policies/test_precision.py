@@ -55,6 +55,7 @@ def make_policies():
         shape = CriticShape(PROMPT_SHAPE, policy.action_shape, policy.kind == "spectral", (1, 4))
         policy.attach_critic(RewardCritic(shape, size=2, channels=8, hidden_width=16), 3)
         for parameter in policy.parameters():
+            # Small enough that a learned std does not overflow the critic.
             parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
     return policies
 
