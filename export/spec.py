@@ -17,6 +17,7 @@ from diffusers.models.activations import GEGLU
 from torch import nn
 from torch.nn import functional as F
 
+from noisepolicy.export.calls import ADAPTERS, CALLS, EXPORTED
 from noisepolicy.frozen import FrozenDiffusersPipeline
 from noisepolicy.policies import NoisePolicy
 
@@ -63,13 +64,27 @@ DENOISERS: dict[str, Mapping[str, Axes]] = {
         "txt_ids": ("batch", None, None),
         "img_ids": ("batch", "image_tokens", None),
     },
+    "QwenImageTransformer2DModel": {
+        "hidden_states": ("batch", "image_tokens", None),
+        "timestep": ("batch",),
+        "encoder_hidden_states": ("batch", "text_tokens", None),
+        "encoder_hidden_states_mask": ("batch", "text_tokens"),
+        "image_positions": ("image_tokens", None),
+    },
+    "ZImageTransformer2DModel": {
+        "x": ("batch", None, None, None, None),
+        "t": ("batch",),
+        "cap_feats": ("batch", "text_tokens", None),
+        "cap_lengths": ("batch",),
+    },
 }
 """Inputs of each denoiser class and their axes; axes that always have the same size have no name."""
 
-FLOAT32_INPUTS = ("timestep", "guidance")
+FLOAT32_INPUTS = ("timestep", "guidance", "t", "image_positions", "cap_lengths")
 """Inputs that stay float32 whatever the module computes in."""
 _ADDED = "added_cond_kwargs"
 """Argument that holds further inputs of some denoisers."""
+_ALWAYS_DYNAMIC = ("batch", "text_tokens")
 _WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.bool)
 """Dtypes that buffers may have beside those of weights, e.g. for the positions of tokens."""
@@ -136,7 +151,13 @@ class Part:
         Args:
             rows: Numbers of rows in a batch; guidance doubles the number of a pipeline's images.
             scale: Factors of the picture's edges, if they are dynamic.
+
+        Raises:
+            ValueError: if the length of the text is dynamic too.
         """
+
+        if "text_tokens" in self.dynamic:
+            raise ValueError(f"{self.name} takes texts of any length, for which no TensorRT engine is built; use onnx")
 
         def shape(name: str, count: int, factor: float) -> Shape:
             of_axis = {"batch": lambda _: count, "image_tokens": lambda size: round(size * factor**2)}
@@ -165,9 +186,9 @@ def denoiser_part(frozen: FrozenDiffusersPipeline, *, guidance_scale: float = 1.
     if kind not in DENOISERS:
         raise ValueError(f"the denoiser {kind} cannot be exported; those that can: {', '.join(DENOISERS)}")
     _check_weights(denoiser)
-    parameters = tuple(inspect.signature(type(denoiser).forward).parameters)[1:]
+    parameters = call_parameters(type(denoiser))
     args, kwargs = frozen.record_denoiser_call(guidance_scale=guidance_scale)
-    inputs = flat_inputs(parameters, args, kwargs)
+    inputs = flat_inputs(type(denoiser), args, kwargs)
     if unknown := inputs.keys() - DENOISERS[kind].keys():
         raise ValueError(f"{kind} is called with {', '.join(sorted(unknown))}, which no export knows")
     inputs = {
@@ -175,23 +196,30 @@ def denoiser_part(frozen: FrozenDiffusersPipeline, *, guidance_scale: float = 1.
         for name, tensor in inputs.items()
     }
     axes = {name: _kept(DENOISERS[kind][name], dynamic_size) for name in inputs}
+    if dynamic_size and not {axis for named in axes.values() for axis in named} - {None, *_ALWAYS_DYNAMIC}:
+        raise ValueError(f"{kind} is exported for one size of pictures only")
     sample = next(iter(inputs))
-    module = _Denoiser(denoiser, axes, parameters, kwargs.get(_ADDED) or {}).eval()
+    called = denoiser
+    if kind in ADAPTERS:
+        called, parameters = ADAPTERS[kind](denoiser, kwargs), tuple(inputs)
+    module = _Denoiser(called, axes, parameters, kwargs.get(_ADDED) or {}).eval()
     return Part(kind, module, inputs, axes, "out_sample", axes[sample], denoiser.config)
 
 
-def flat_inputs(parameters: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def flat_inputs(kind: type[nn.Module], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Return the tensors of a denoiser's call by name; tensors in `added_cond_kwargs` keep their own names.
 
     Args:
-        parameters: Names of the parameters of the denoiser's `forward`, in order.
+        kind: Class of the denoiser.
 
     Raises:
-        ValueError: if an argument is neither a tensor nor None.
+        ValueError: if the export takes no such call, or an argument is neither a tensor nor None.
     """
-    named = {**dict(zip(parameters, args, strict=False)), **kwargs}
+    named = {**dict(zip(call_parameters(kind), args, strict=False)), **kwargs}
     named.pop("return_dict", None)
     named |= named.pop(_ADDED, None) or {}
+    if kind.__name__ in CALLS:
+        named = CALLS[kind.__name__](named)
     tensors = {}
     for name, value in named.items():
         if isinstance(value, torch.Tensor):
@@ -203,6 +231,11 @@ def flat_inputs(parameters: Sequence[str], args: Sequence[Any], kwargs: Mapping[
     return tensors
 
 
+def call_parameters(kind: type[nn.Module]) -> tuple[str, ...]:
+    """Return the names of the parameters of `forward`, in order."""
+    return tuple(inspect.signature(kind.forward).parameters)[1:]
+
+
 def vae_decoder_part(frozen: FrozenDiffusersPipeline, *, dynamic_size: bool = False) -> Part:
     """Return the image model's VAE decoder as a part, from `latents`, as `decode` takes them, to `images` in [-1, 1].
 
@@ -212,7 +245,7 @@ def vae_decoder_part(frozen: FrozenDiffusersPipeline, *, dynamic_size: bool = Fa
     Raises:
         ValueError: for the decoder of a video model, and for one whose weights are quantised.
     """
-    if len(frozen.latent_shape) != 3:
+    if decodes_video(frozen):
         raise ValueError("the decoder of a video model cannot be exported")
     _check_weights(frozen.vae)
     vae = copy.copy(frozen.vae)  # with the same weights
@@ -228,6 +261,11 @@ def vae_decoder_part(frozen: FrozenDiffusersPipeline, *, dynamic_size: bool = Fa
         output_axes = ("batch", None, "image_height", "image_width")
     module = _Decoder(vae).eval()
     return Part(type(vae).__name__, module, {"latents": latents}, {"latents": axes}, "images", output_axes, vae.config)
+
+
+def decodes_video(frozen: FrozenDiffusersPipeline) -> bool:
+    """Tell whether the decoder makes frames, as that of Qwen-Image does even for one picture."""
+    return len(frozen.latent_shape) != 3 or "temperal_downsample" in frozen.vae.config
 
 
 def policy_part(policy: NoisePolicy) -> Part:
@@ -270,7 +308,7 @@ def _unscaled(latents: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
 
 
 def _kept(axes: Axes, dynamic_size: bool) -> Axes:
-    return axes if dynamic_size else tuple(axis if axis == "batch" else None for axis in axes)
+    return axes if dynamic_size else tuple(axis if axis in _ALWAYS_DYNAMIC else None for axis in axes)
 
 
 class _Denoiser(nn.Module):
@@ -285,9 +323,11 @@ class _Denoiser(nn.Module):
 
     def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
         named = dict(zip(self._axes, tensors, strict=True))
-        batches = [tensor.shape[0] for name, tensor in named.items() if "batch" in self._axes[name]]
-        for batch in batches[1:]:
-            torch._check(batch == batches[0])  # the exporter takes each input's for a size of its own
+        sizes: dict[str, int] = {}
+        for name, tensor in named.items():
+            for axis, size in zip(self._axes[name], tensor.shape, strict=True):
+                if axis in _ALWAYS_DYNAMIC:
+                    torch._check(size == sizes.setdefault(axis, size))  # the exporter takes each input's for its own
         own = {name: tensor for name, tensor in named.items() if name in self._parameters_of_call}
         if _ADDED in self._parameters_of_call:
             nested = {name: tensor for name, tensor in named.items() if name not in own}
@@ -333,11 +373,12 @@ class _SplitGEGLU(nn.Module):
 @contextmanager
 def prepared_for_export(module: nn.Module) -> Iterator[None]:
     """Temporarily replace modules with equivalents that engines support or run faster."""
+    equivalents = {GEGLU: _SplitGEGLU, **EXPORTED}
     replaced = [
         (parent, name, child)
         for parent in module.modules()
         for name, child in parent.named_children()
-        if isinstance(child, GEGLU)
+        if type(child) in equivalents
     ]
     # SDXL's time ids come out in float32 and are joined to the text's; ONNX joins tensors of one type only.
     handles = [
@@ -348,7 +389,7 @@ def prepared_for_export(module: nn.Module) -> Iterator[None]:
     ]
     try:
         for parent, name, child in replaced:
-            setattr(parent, name, _SplitGEGLU(child))
+            setattr(parent, name, equivalents[type(child)](child))
         yield
     finally:
         for handle in handles:

@@ -5,7 +5,6 @@ The stand-ins are called as the pipeline calls its own parts:
 compared with PyTorch before it makes an image.
 """
 
-import inspect
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
 from noisepolicy.export.cache import Entry
-from noisepolicy.export.spec import Part, denoiser_part, flat_inputs, vae_decoder_part
+from noisepolicy.export.spec import Part, decodes_video, denoiser_part, flat_inputs, vae_decoder_part
 from noisepolicy.export.verify import VerificationError, verify
 from noisepolicy.frozen import FrozenDiffusersPipeline
 from noisepolicy.frozen.diffusers_pipeline import StandIn
@@ -79,7 +78,7 @@ def open_exported(
 def moves_vae(frozen: FrozenDiffusersPipeline) -> bool:
     """Tell whether the decoder moves to another engine. Sliced, tiled and video decoders stay."""
     is_cut = any(getattr(frozen.vae, option, False) for option in ("use_slicing", "use_tiling"))
-    return len(frozen.latent_shape) == 3 and not is_cut
+    return not decodes_video(frozen) and not is_cut
 
 
 def checked_engine(
@@ -113,6 +112,8 @@ class EngineStandIn(StandIn):
         self.register_buffer("_placed_as", torch.empty(0, dtype=like.dtype, device=like.device), persistent=False)
         if hasattr(like, "add_embedding"):  # SDXL's pipeline reads its width
             self.add_embedding = like.add_embedding
+        if "in_channels" in vars(like):  # Z-Image's pipeline reads it here, and not from `config`
+            self.in_channels = like.in_channels
 
     @property
     def dtype(self) -> torch.dtype:
@@ -138,7 +139,7 @@ class EngineDenoiser(EngineStandIn):
     def __init__(self, engine: Engine, like: nn.Module) -> None:
         super().__init__(like)
         self.engine = engine
-        self._parameters_of_call = tuple(inspect.signature(type(like).forward).parameters)[1:]
+        self._kind = type(like)
 
     def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
         """Compute the denoiser's prediction, shaped and typed as the original's.
@@ -146,7 +147,7 @@ class EngineDenoiser(EngineStandIn):
         Raises:
             ValueError: if the inputs are not those that the denoiser was exported with.
         """
-        inputs = flat_inputs(self._parameters_of_call, args, kwargs)
+        inputs = flat_inputs(self._kind, args, kwargs)
         if inputs.keys() != set(self.engine.input_names):
             raise ValueError(
                 f"the exported denoiser takes {', '.join(self.engine.input_names)}; it was called with "

@@ -62,18 +62,23 @@ def test_every_family_exports_and_runs_in_its_pipeline(tiny, tmp_path, name):
 
 
 @pytest.mark.slow
-def test_flux_2_exports_and_runs_in_its_pipeline(tmp_path):
-    pipeline, call = build("Flux2KleinPipeline")
-    own = {name: call.pop(name) for name in ("height", "width", "max_sequence_length")}
+@pytest.mark.parametrize("name", ["Flux2KleinPipeline", "QwenImagePipeline", "ZImagePipeline"])
+def test_transformers_with_tokens_export_and_run_in_their_pipelines(tmp_path, name):
+    pipeline, call = build(name)
+    own = {key: call.pop(key) for key in ("height", "width", "max_sequence_length") if key in call}
     eager, frozen = (FrozenDiffusersPipeline(pipeline, call=call, **own) for _ in range(2))
     part = denoiser_part(frozen, guidance_scale=4.0)
+    if name != "Flux2KleinPipeline":
+        with pytest.raises(ValueError, match="texts of any length, for which no TensorRT engine is built"):
+            part.profile((1, 2, 4))
     export_onnx(part, tmp_path / "denoiser.onnx")
     engine = OnnxEngine(tmp_path / "denoiser.onnx", device=CPU)
     verify(part, engine.run, batches=(1, 2, 7))
     frozen.replace(denoiser=EngineDenoiser(engine, frozen.denoiser))
     latents = torch.randn(2, *eager.latent_shape, generator=torch.Generator().manual_seed(0))
     settings = {"num_inference_steps": 2, "guidance_scale": 4.0}
-    images = [model.generate(latents, model.encode(["a cat", "a red circle"]), **settings) for model in (eager, frozen)]
+    prompts = ["a cat", "a red circle" + " and a blue square" * 3]  # of other lengths than the sample's
+    images = [model.generate(latents, model.encode(prompts), **settings) for model in (eager, frozen)]
     torch.testing.assert_close(*images, rtol=0, atol=1e-3)
 
 
