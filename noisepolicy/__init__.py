@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from noisepolicy.frozen import FrozenModel, PromptEmbeds
     from noisepolicy.frozen.families import register_family
     from noisepolicy.policies import NoisePolicy
+    from noisepolicy.policies.attaching import attach, detach
     from noisepolicy.prior import noise
     from noisepolicy.rewards import Reward
     from noisepolicy.training.config import CriticConfig, EvalConfig, ModelConfig, TrainConfig
@@ -28,6 +29,8 @@ _PLACES = {
     "Reward": "noisepolicy.rewards",
     "Run": "noisepolicy.training.run",
     "TrainConfig": "noisepolicy.training.config",
+    "attach": "noisepolicy.policies.attaching",
+    "detach": "noisepolicy.policies.attaching",
     "noise": "noisepolicy.prior",
     "register_family": "noisepolicy.frozen.families",
     "resume": "noisepolicy.training.run",
@@ -44,6 +47,8 @@ __all__ = [
     "Reward",
     "Run",
     "TrainConfig",
+    "attach",
+    "detach",
     "load",
     "noise",
     "register_family",

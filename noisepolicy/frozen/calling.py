@@ -54,12 +54,14 @@ count (SANA-Sprint's default of the last is refused unless there are two)."""
 def private_copy(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     """Return a pipeline of the same modules, whose scheduler, progress bar and safety checker are its own.
 
+    No policy is attached to it.
+
     Raises:
         ValueError: if it is no pipeline.
     """
-    if not isinstance(pipeline, DiffusionPipeline):
-        raise ValueError(f"a diffusers pipeline is needed, got {type(pipeline).__name__}")
+    kind = unattached_class(pipeline)
     own = copy.copy(pipeline)
+    own.__class__ = kind
     if getattr(pipeline, "scheduler", None) is not None:
         own.scheduler = copy.deepcopy(pipeline.scheduler)  # it keeps state
     own.set_progress_bar_config(disable=True)
@@ -68,6 +70,17 @@ def private_copy(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     # Offloading's hooks belong to the caller's pipeline, which puts new ones in their place after every call.
     own.maybe_free_model_hooks = pipeline.maybe_free_model_hooks
     return own
+
+
+def unattached_class(pipeline: DiffusionPipeline) -> type:
+    """Return the class that a pipeline has without a policy that `noisepolicy.attach` attached.
+
+    Raises:
+        ValueError: if it is no pipeline.
+    """
+    if not isinstance(pipeline, DiffusionPipeline):
+        raise ValueError(f"a diffusers pipeline is needed, got {type(pipeline).__name__}")
+    return getattr(type(pipeline), "unattached_class", type(pipeline))
 
 
 class PipelineCall:
@@ -99,7 +112,7 @@ class PipelineCall:
     ) -> None:
         self.pipeline, self.family = pipeline, family_of(pipeline)
         self._kind = type(pipeline).__name__
-        self._defaults = _call_parameters(type(pipeline))
+        self._defaults = call_parameters(type(pipeline))
         if "prompt" not in self._defaults:
             raise ValueError(f"{self._kind} takes no prompt, and a policy is learned for prompts")
         self.size = {"height": height, "width": width, "num_frames": num_frames}
@@ -444,7 +457,7 @@ def check_call(kind: type, call: Mapping[str, Any]) -> None:
     Raises:
         ValueError: if the call has no such argument, or something else gives it.
     """
-    known = _call_parameters(kind)
+    known = call_parameters(kind)
     for name in call:
         if name in _GIVEN or "embeds" in name or name.endswith("attention_mask"):
             where = _GIVEN.get(name, "leave it out")
@@ -454,7 +467,7 @@ def check_call(kind: type, call: Mapping[str, Any]) -> None:
             raise ValueError(unknown(f"the call of {kind.__name__} has no argument", name, names))
 
 
-def _call_parameters(kind: type) -> dict[str, Any]:
+def call_parameters(kind: type) -> dict[str, Any]:
     """Return the defaults of the arguments of `__call__`; those that it passes on are of the class it derives from."""
     found: dict[str, Any] = {}
     for base in kind.__mro__:
