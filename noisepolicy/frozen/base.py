@@ -110,12 +110,11 @@ def as_frozen_model(
     """
     options = {name: value for name, value in options.items() if value is not None}
     if sys.modules.get("diffusers") is not None:  # otherwise `model` is no pipeline
-        from diffusers import DiffusionPipeline
-
+        from noisepolicy.frozen.calling import is_pipeline
         from noisepolicy.frozen.diffusers_pipeline import FrozenDiffusersPipeline
 
         frozen = model
-        if isinstance(model, DiffusionPipeline):
+        if is_pipeline(model):
             frozen, options = FrozenDiffusersPipeline(model, **options), {}
         if isinstance(frozen, FrozenDiffusersPipeline):
             _refuse(options, model)

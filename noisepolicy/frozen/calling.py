@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModularPipeline
 from PIL import Image
 from torch import nn
 
@@ -22,7 +22,8 @@ from noisepolicy.frozen.base import PromptEmbeds
 from noisepolicy.frozen.blame import failure, is_of_scheduler, overflow_marked
 from noisepolicy.frozen.encoding import Encoding, PromptEncoder, answering, encodings, first_embeds, replaced
 from noisepolicy.frozen.families import denoisers_among, family_of
-from noisepolicy.frozen.loading import quiet, unknown
+from noisepolicy.frozen.loading import UNUSED, quiet, unknown
+from noisepolicy.frozen.modular import as_pipeline
 from noisepolicy.frozen.noise import Draws, watching
 from noisepolicy.frozen.recording import Stop, evaluating, stopping_before
 from noisepolicy.prompt import metadata_of
@@ -51,6 +52,11 @@ _FIXED = {"output_type": "pt", "use_resolution_binning": False, "intermediate_ti
 count (SANA-Sprint's default of the last is refused unless there are two)."""
 
 
+def is_pipeline(model: Any) -> bool:
+    """Tell whether something is a pipeline of diffusers, of Modular Diffusers too."""
+    return isinstance(model, DiffusionPipeline | ModularPipeline)
+
+
 def private_copy(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     """Return a pipeline of the same modules, whose scheduler, progress bar and safety checker are its own.
 
@@ -59,16 +65,20 @@ def private_copy(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     Raises:
         ValueError: if it is no pipeline.
     """
-    kind = unattached_class(pipeline)
-    own = copy.copy(pipeline)
-    own.__class__ = kind
+    if isinstance(pipeline, ModularPipeline):
+        own = as_pipeline(pipeline)
+    else:
+        kind = unattached_class(pipeline)
+        own = copy.copy(pipeline)
+        own.__class__ = kind
     if getattr(pipeline, "scheduler", None) is not None:
         own.scheduler = copy.deepcopy(pipeline.scheduler)  # it keeps state
     own.set_progress_bar_config(disable=True)
     if getattr(pipeline, "safety_checker", None) is not None:
         own.safety_checker = None  # it would black out images which the reward then scores
-    # Offloading's hooks belong to the caller's pipeline, which puts new ones in their place after every call.
-    own.maybe_free_model_hooks = pipeline.maybe_free_model_hooks
+    if isinstance(pipeline, DiffusionPipeline):
+        # Offloading's hooks belong to the caller's pipeline, which puts new ones in their place after every call.
+        own.maybe_free_model_hooks = pipeline.maybe_free_model_hooks
     return own
 
 
@@ -141,6 +151,8 @@ class PipelineCall:
         self._arguments = {**fixed, **size, **self.family.call, **(call or {})}
         self._images = {name: Image.new("RGB", (width, height), "gray") for name in image_columns}
         """Images of the prompt that the pipeline is called for."""
+        if missing := self._missing_components():
+            raise ValueError(f"the pipeline has no {' and no '.join(missing)}")
         self._negative_prompt = negative_prompt
         self._guidance = self.family.guidance or self._guidance_name()
         self._drawn: tuple[int, ...] | None = None
@@ -362,6 +374,13 @@ class PipelineCall:
             if negative is not None:
                 arguments["negative_prompt"] = [negative] * count
         return arguments
+
+    def _missing_components(self) -> list[str]:
+        if isinstance(self.pipeline, DiffusionPipeline):
+            needed = self.pipeline.components.keys() - {*type(self.pipeline)._optional_components, *UNUSED}
+        else:
+            needed = self.pipeline.components_for(self._arguments | self._images)
+        return [name for name, part in self.pipeline.components.items() if part is None and name in needed]
 
     def _other_edge(self, given: str) -> dict[str, int]:
         """Return the edge that was not given, where pipelines forget the one that was: Stable Diffusion's do."""

@@ -20,7 +20,7 @@ from noisepolicy.frozen.base import PromptEmbeds
 from noisepolicy.frozen.blame import failure, first_not_finite, not_finite
 from noisepolicy.frozen.calling import PipelineCall, private_copy
 from noisepolicy.frozen.config import SamplerNoise
-from noisepolicy.frozen.loading import UNUSED, load_pipeline, place_pipeline, quiet
+from noisepolicy.frozen.loading import load_pipeline, place_pipeline, quiet
 from noisepolicy.frozen.loop import DenoisingLoop, can_loop, make_loop
 from noisepolicy.frozen.noise import may_draw
 from noisepolicy.frozen.recording import combined_digest, evaluating, recorded_call, timed, weights_digest
@@ -108,9 +108,6 @@ class FrozenDiffusersPipeline:
             call=call,
             image_columns=image_columns,
         )
-        optional = (*type(pipeline)._optional_components, *UNUSED)
-        if missing := [name for name, part in pipeline.components.items() if part is None and name not in optional]:
-            raise ValueError(f"the pipeline has no {' and no '.join(missing)}")
         self.device = torch.device(self._pipeline._execution_device)
         """Device that the pipeline runs on. Latents and embeddings may be on any device."""
         self._family = self._call.family
@@ -164,7 +161,7 @@ class FrozenDiffusersPipeline:
         # Nobody else has this pipeline, so its modules stay as they were placed. Its method would keep it alive, and
         # with it text encoders that are dropped.
         frozen._is_shared = False
-        del frozen._pipeline.maybe_free_model_hooks
+        vars(frozen._pipeline).pop("maybe_free_model_hooks", None)
         return frozen
 
     @property

@@ -7,14 +7,14 @@ import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 import transformers
-from diffusers import ConfigMixin, DiffusionPipeline, SchedulerMixin
+from diffusers import ConfigMixin, DiffusionPipeline, ModularPipeline, SchedulerMixin
 from diffusers.utils import DummyObject
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -33,6 +33,7 @@ UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 """Components that play no part in making an image from a prompt and latents."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(?:/.+)?", re.ASCII)
 """Pattern of a hub id, perhaps with a file in it."""
+_INDEX = "model_index.json"
 _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|model)(?:-\d+-of-\d+)?(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors", re.ASCII
 )
@@ -59,7 +60,8 @@ def load_pipeline(
     """Load a pipeline as `DiffusionPipeline.from_pretrained` does, from safetensors only and without safety checker.
 
     Args:
-        model: a folder, a hub id, or a .safetensors file with all weights of a model.
+        model: a folder, a hub id, or a .safetensors file with all weights of a model. One that holds a pipeline of
+            Modular Diffusers alone, whose blocks are in diffusers, will do.
         dtype: dtype of the weights.
         variant: variant of the weight files, e.g. "fp16". A folder with files of a single variant needs none.
         revision: branch, tag or commit of a hub id.
@@ -79,6 +81,13 @@ def load_pipeline(
         OSError: if there is no such model, it cannot be loaded, or the hub cannot be reached or refuses it; one line.
         ValueError: if the pipeline is unsupported, or an option does not apply to it; one line.
     """
+    finish = {
+        "scheduler_options": scheduler_options,
+        "lora": lora,
+        "fuse_lora": fuse_lora,
+        "vae_slicing": vae_slicing,
+        "vae_tiling": vae_tiling,
+    }
     # The index comes first, so that an unsupported model is refused before its weights are fetched.
     is_file = Path(model).is_file()
     place = _config_of(Path(model), single_file_config) if is_file else model
@@ -87,6 +96,17 @@ def load_pipeline(
     if revision is not None and (is_file or Path(model).exists()):
         raise ValueError(f"revision is for hub ids, and {model} is here")
     version = {} if revision is None else {"revision": revision}
+    if not is_file and _is_modular(model, **version):
+        others = {
+            "denoiser_file": denoiser_file,
+            "scheduler": scheduler,
+            "quantize": quantize,
+            "quantize_parts": tuple(quantize_parts) or None,
+        }
+        if given := [name for name, value in others.items() if value is not None]:
+            raise ValueError(f"{given[0]} does not go with {model}, which is a modular pipeline")
+        pipeline = _load_modular(model, dtype=dtype, variant=variant, **version)
+        return _finish(pipeline, **finish)
     name, index = _read_index(place, **version)
     parameters = inspect.signature(getattr(diffusers, name).__init__).parameters
     options: dict[str, Any] = {
@@ -137,6 +157,19 @@ def load_pipeline(
             )
     if replacement is not None:
         pipeline.scheduler = replacement if pipeline.scheduler is None else pipeline.scheduler
+    return _finish(pipeline, **finish)
+
+
+def _finish(
+    pipeline: DiffusionPipeline,
+    *,
+    scheduler_options: Mapping[str, Any] | None,
+    lora: Sequence[str],
+    fuse_lora: bool,
+    vae_slicing: bool,
+    vae_tiling: bool,
+) -> DiffusionPipeline:
+    """Change what is loaded as `load_pipeline` was asked to."""
     if scheduler_options:
         pipeline.scheduler = _with_options(pipeline.scheduler, scheduler_options)
     _add_loras(pipeline, lora, fuse=fuse_lora)
@@ -145,6 +178,42 @@ def load_pipeline(
             if not hasattr(pipeline.vae, method):
                 raise ValueError(f"the VAE {type(pipeline.vae).__name__} has no {method.removeprefix('enable_')}")
             getattr(pipeline.vae, method)()
+    return pipeline
+
+
+def _is_modular(model: str | Path, **version: str) -> bool:
+    """Tell whether a folder or hub id holds a pipeline of Modular Diffusers alone."""
+    if Path(model).is_dir():
+        return not (Path(model) / _INDEX).exists() and (Path(model) / ModularPipeline.config_name).exists()
+    if Path(model).exists() or not _HUB_ID.fullmatch(str(model)):
+        return False
+    with quiet(), suppress(Exception):  # its cause is told where the index is read
+        ModularPipeline.load_config(str(model), **version)
+        try:
+            DiffusionPipeline.load_config(str(model), **version)
+        except OSError:
+            return True
+    return False
+
+
+def _load_modular(model: str | Path, *, dtype: torch.dtype, variant: str | None, **version: str) -> ModularPipeline:
+    """Load a pipeline of Modular Diffusers whose blocks are in diffusers, and those components that it says where from.
+
+    Raises:
+        OSError: if it cannot be loaded; one line.
+    """
+    with _one_line(model), quiet(logging.CRITICAL), _whole_weights(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
+        pipeline = ModularPipeline.from_pretrained(str(model), trust_remote_code=False, **version)
+        for name in pipeline.pretrained_component_names:
+            spec = pipeline.get_component_spec(name)
+            if spec.pretrained_model_name_or_path is None:
+                continue
+            is_module = spec.type_hint is None or issubclass(spec.type_hint, torch.nn.Module)
+            options = {"torch_dtype": dtype, "use_safetensors": True} if is_module else {}
+            if variant is not None and is_module:
+                options["variant"] = variant
+            pipeline.register_components(**{name: spec.load(**options)})
     return pipeline
 
 
@@ -184,6 +253,8 @@ def place_pipeline(pipeline: DiffusionPipeline, device: torch.device, *, cpu_off
     if cpu_offload:
         if device.type == "cpu":
             raise ValueError("cpu_offload needs an accelerator; the device is cpu")
+        if isinstance(pipeline, ModularPipeline):
+            raise ValueError("cpu_offload does not go with a modular pipeline; its ComponentsManager offloads")
         pipeline.enable_model_cpu_offload(device=device)
         return
     for name, module in modules.items():
@@ -358,13 +429,13 @@ def _process_of(name: str, config: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Leave only errors in the logs of diffusers and transformers."""
+def quiet(level: int = logging.ERROR) -> Iterator[None]:
+    """Leave only what is as grave as `level` in the logs of diffusers and transformers."""
     # The handlers' levels, not the loggers': changing those empties a cache of every logger of the process.
     handlers = [handler for name in ("diffusers", "transformers") for handler in logging.getLogger(name).handlers]
     levels = [handler.level for handler in handlers]
     for handler in handlers:
-        handler.setLevel(logging.ERROR)
+        handler.setLevel(level)
     try:
         yield
     finally:

@@ -83,7 +83,7 @@ class Draws:
 def watching(pipeline: "DiffusionPipeline", draws: Draws) -> Iterator[None]:
     """Let `draws` see what the pipeline draws within this context, in this thread alone."""
     scheduler = getattr(pipeline, "scheduler", None)
-    for kind in (*type(pipeline).__mro__, *type(scheduler).__mro__):
+    for kind in (*type(pipeline).__mro__, *type(scheduler).__mro__, *getattr(pipeline, "block_kinds", ())):
         module = sys.modules.get(kind.__module__)
         original = getattr(module, _NAME, None)
         if original is not None and not hasattr(original, "_asks"):

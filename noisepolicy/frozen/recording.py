@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 
-class Stop(Exception):  # noqa: N818  nothing went wrong
+class Stop(BaseException):
     """Raised to end a pipeline's call early, within `stopping_before`."""
 
 
