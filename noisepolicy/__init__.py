@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from noisepolicy.rewards import Reward
     from noisepolicy.training.config import CriticConfig, EvalConfig, ModelConfig, TrainConfig
     from noisepolicy.training.run import Run, resume, train
+    from noisepolicy.training.search import search
 
 _PLACES = {
     "CriticConfig": "noisepolicy.training.config",
@@ -34,6 +35,7 @@ _PLACES = {
     "noise": "noisepolicy.prior",
     "register_family": "noisepolicy.frozen.families",
     "resume": "noisepolicy.training.run",
+    "search": "noisepolicy.training.search",
     "train": "noisepolicy.training.run",
 }
 
@@ -53,6 +55,7 @@ __all__ = [
     "noise",
     "register_family",
     "resume",
+    "search",
     "train",
 ]
 

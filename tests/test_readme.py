@@ -54,7 +54,7 @@ def test_links_lead_somewhere(page):
     [
         ("README.md", ["picture.png", "runs/first/report.html", "runs/first/policy/README.md"]),
         ("docs/python.md", ["third.png", "runs/red/report.html", "runs/throws/report.html"]),
-        ("docs/integrations.md", ["attached.png"]),
+        ("docs/integrations.md", ["attached.png", "found.png"]),
     ],
 )
 def test_the_examples_run(page, made, tmp_path, monkeypatch):

@@ -33,10 +33,13 @@ from noisepolicy.storage import write_json
 from noisepolicy.training.config import TrainConfig
 from noisepolicy.training.rollout import stream_seed
 from noisepolicy.training.run import Run, resume
+from noisepolicy.training.search import search_states
 from noisepolicy.training.task import Task
 from noisepolicy.worlds.shapes import model_folder
 
 _BEST_OF = (2, 4, 8, 16)
+_POPULATION = 40
+"""Images of a caption between two states of a search."""
 
 
 @dataclass
@@ -268,19 +271,18 @@ def _search(
     config: TrainConfig,
     measured: int,
 ) -> Iterator[_Point]:
-    from noisepolicy.benchmarks.algorithms import cross_entropy, random_search
-
     prompts, frozen = world.prompts(method), world.task.frozen
     embeds = world.embeds[: len(prompts)].prompt_embeds
     table = TablePolicy(latent_shape=frozen.latent_shape, prompt_shape=tuple(embeds.shape[1:]), prompts=prompts)
     table.learn_keys(embeds)
     table.to(world.device)
-    module = {"cross_entropy": cross_entropy, "random_search": random_search}[method.kind]
-    states = module.search(
+    states = search_states(
         frozen,
         world.task.reward,
         prompts,
-        num_images=max(round(method.images * world.scale.share), 40),
+        method="cem" if method.kind == "cross_entropy" else "random",
+        budget=max(round(method.images * world.scale.share), _POPULATION),
+        population_size=_POPULATION,
         num_inference_steps=NUM_INFERENCE_STEPS,
         guidance_scale=GUIDANCE_SCALE,
         seed=seed,
@@ -288,8 +290,10 @@ def _search(
     seconds, start = 0.0, time.perf_counter()
     for state in states:
         seconds += time.perf_counter() - start
-        # Log-probs of a single point are none, but it can be drawn from.
-        table.set_distribution(state.mean, state.log_std.clamp(min=-20.0))
+        if method.kind == "cross_entropy":
+            table.set_distribution(state.mean, state.log_std)
+        else:  # one start; log-probs of a single point are none, but it can be drawn from
+            table.set_distribution(state.latents, torch.full_like(state.latents, -20.0))
         yield _Point(state.num_images, seconds / len(prompts), lambda: (table, frozen))
         start = time.perf_counter()
 

@@ -20,6 +20,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, help="denoising steps (default: the first the run was trained at)")
     parser.add_argument("--guidance-scale", type=float, help="classifier-free guidance (default: the run's)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
+    parser.add_argument("--best-of", type=int, default=1, help="images of which the best is kept (default: 1)")
+    parser.add_argument("--reward", help="reward that --best-of chooses by (default: the run's)")
     parser.add_argument("--compare", action="store_true", help="also write the base model's images, and a grid of both")
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: the run's)")
     add_engine_arguments(parser)
@@ -44,6 +46,8 @@ def _generate(arguments: argparse.Namespace, copy: dict[str, Any]) -> None:
     if arguments.model:
         config = config.replace(model=arguments.model)
     config.check()
+    if arguments.reward is not None and arguments.best_of == 1:
+        raise ValueError("--reward chooses among several images; say how many with --best-of")
     folder.check_model_is_there(config)
     run = Run.open(folder, with_engine(config, arguments), device=arguments.device)
     images = run.generate_tensors(
@@ -52,6 +56,8 @@ def _generate(arguments: argparse.Namespace, copy: dict[str, Any]) -> None:
         num_images_per_prompt=arguments.num_images,
         num_inference_steps=arguments.steps,
         guidance_scale=arguments.guidance_scale,
+        best_of=arguments.best_of,
+        reward=arguments.reward,
         compare=arguments.compare,
     )
     output = arguments.output_dir or folder.within("generated")

@@ -97,6 +97,18 @@ def to_pil(image: torch.Tensor, size: int | None = None) -> Image.Image:
     return picture if size is None else picture.resize((size, size), Image.Resampling.NEAREST)
 
 
+def are_pictures(images: torch.Tensor) -> bool:
+    """Tell whether images are `(batch, 3, height, width)`, or clips of such frames."""
+    return images.ndim in (4, 5) and images.shape[-3] == 3
+
+
+def as_pictures(images: torch.Tensor) -> Any:
+    """Return PIL images, or lists of frames for clips; what is neither stays a tensor."""
+    if not are_pictures(images):
+        return images
+    return [to_pil(image) if image.ndim == 3 else [to_pil(frame) for frame in image] for image in images]
+
+
 def png(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG")

@@ -197,6 +197,13 @@ class PipelineCall:
         except OSError as error:
             raise ValueError(f"cannot read the image {path} of the prompt {str(prompt)!r:.80}: {error}") from error
 
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Step count and guidance scale of the pipeline's own `__call__`, if it has them."""
+        names = {"num_inference_steps": "num_inference_steps", "guidance_scale": self._guidance}
+        found = {name: self._defaults.get(own) for name, own in names.items()}
+        return {name: value for name, value in found.items() if value is not None}
+
     @functools.cached_property
     def denoiser_name(self) -> str:
         """Attribute of the pipeline that holds the denoiser."""

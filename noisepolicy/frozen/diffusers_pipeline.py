@@ -175,6 +175,11 @@ class FrozenDiffusersPipeline:
         return getattr(self._pipeline, self._call.vae_name) if self._call.vae_name is not None else None
 
     @property
+    def call_defaults(self) -> dict[str, Any]:
+        """`num_inference_steps` and `guidance_scale` that the pipeline's `__call__` takes where none are given."""
+        return self._call.defaults
+
+    @property
     def upcasts_vae(self) -> bool:
         """Whether the pipeline decodes in float32 although the VAE's weights may be float16, which would overflow."""
         return self._family.upcasts_vae and bool(getattr(self.vae.config, "force_upcast", False))

@@ -24,14 +24,14 @@ from typing import Any
 import torch
 
 from noisepolicy.evaluation import Sweep, evaluate_sweep, measured_on, write_model_card, write_report
-from noisepolicy.evaluation.figures import before_after, image_grid, to_pil
+from noisepolicy.evaluation.figures import are_pictures, as_pictures, before_after, image_grid
 from noisepolicy.frozen import FrozenModel, PromptEmbeds
 from noisepolicy.frozen.base import row_seeds
 from noisepolicy.frozen.recording import weights_digest
 from noisepolicy.ops import gaussian_sample
 from noisepolicy.policies import NoisePolicy
 from noisepolicy.policies.networks import plain_arithmetic
-from noisepolicy.rewards import Reward
+from noisepolicy.rewards import Reward, load_reward
 from noisepolicy.settings import settings_of, with_names
 from noisepolicy.storage import DamagedFileError, write_bytes, write_json
 from noisepolicy.training.checkpoint import (
@@ -74,6 +74,7 @@ from noisepolicy.training.task import (
     find_object,
     load_model,
     load_task,
+    refuse_object,
     reward_name,
 )
 from noisepolicy.training.trust import refuse_outside_code
@@ -81,6 +82,7 @@ from noisepolicy.worlds import WORLDS
 
 _NUM_SAMPLES = 8
 _PYTHON_NAMES = {
+    "--best-of": "best_of",
     "--num-images": "num_images_per_prompt",
     "--steps": "num_inference_steps",
     "go on with --resume ": "go on with noisepolicy.resume: ",
@@ -741,6 +743,8 @@ class Run:
         num_images_per_prompt: int = 1,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        best_of: int = 1,
+        reward: str | Reward | Callable[..., Any] | None = None,
         compare: bool = False,
     ) -> Any:
         """Make images from the policy's starts.
@@ -751,6 +755,8 @@ class Run:
             num_images_per_prompt: Number of images of each prompt, next to each other.
             num_inference_steps: Number of denoising steps. Default: the first that the run was trained at.
             guidance_scale: Guidance scale. Default: the run's.
+            best_of: Number of images of which each is the one with the highest reward.
+            reward: Reward to choose by. Default: the run's.
             compare: Also make the base model's images from the same seed.
 
         Returns:
@@ -764,9 +770,11 @@ class Run:
                 num_images_per_prompt=num_images_per_prompt,
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
+                best_of=best_of,
+                reward=reward,
                 compare=compare,
             )
-        sides = [[_as_pil(image) for image in batch] for batch in images.values()]
+        sides = [as_pictures(batch) for batch in images.values()]
         return tuple(sides) if compare else sides[0]
 
     def generate_tensors(
@@ -777,10 +785,13 @@ class Run:
         num_images_per_prompt: int = 1,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        best_of: int = 1,
+        reward: str | Reward | Callable[..., Any] | None = None,
         compare: bool = False,
     ) -> dict[str, torch.Tensor]:
         """Make images in [0, 1], `(batch, 3, height, width)`, by "policy" and, before it, "base"; see `generate`."""
-        for name, value, least in (("--seed", seed, 0), ("--num-images", num_images_per_prompt, 1)):
+        at_least = {"--seed": (seed, 0), "--num-images": (num_images_per_prompt, 1), "--best-of": (best_of, 1)}
+        for name, (value, least) in at_least.items():
             if value < least:
                 raise ValueError(f"{name} must be {least} or more, got {value}")
         if num_inference_steps is not None and num_inference_steps < 1:
@@ -791,13 +802,14 @@ class Run:
         self.config.check_schedule([steps])
         guidance = self.config.guidance_scale if guidance_scale is None else guidance_scale
         frozen, policy = self._frozen, self.policy
-        embeds = self._encode([prompt for prompt in prompts for _ in range(num_images_per_prompt)])
+        texts = [prompt for prompt in prompts for _ in range(num_images_per_prompt * best_of)]
+        embeds = self._encode(texts)
         starts = {}
         if compare:
             prior = torch.zeros(len(embeds), *policy.latent_shape, device=self._accelerator.device)
             starts["base"] = gaussian_sample(prior, prior.new_zeros(()), seed=seed)[0]
         starts["policy"] = policy.choose(embeds.prompt_embeds, seed=seed, num_inference_steps=steps)
-        return {
+        images = {
             side: frozen.generate(
                 latents,
                 embeds,
@@ -807,6 +819,21 @@ class Run:
             )
             for side, latents in starts.items()
         }
+        if best_of == 1:
+            return images
+        by = self._reward_to_choose_by(reward)
+        return {side: _best_of(batch, by(batch, texts), best_of) for side, batch in images.items()}
+
+    def _reward_to_choose_by(self, reward: str | Reward | Callable[..., Any] | None) -> Reward:
+        if reward is None:
+            if self._task is not None:
+                return self._task.reward
+            if self._given.reward is not None:
+                return self._given.reward
+            refuse_object(self.config.reward, "--reward")
+            refuse_outside_code(self.folder, reward=self.config.reward)
+            reward = self.config.reward
+        return load_reward(reward, device=self.device) if isinstance(reward, str) else as_reward(reward, "reward")
 
     def finish(self) -> None:
         """Evaluate on the held-out prompts, then write `summary.json`, `report.html` and the policy's model card."""
@@ -898,7 +925,7 @@ class Run:
             guidance_scale=self.config.guidance_scale,
             seeds=row_seeds(self.config.seed, range(len(latents))),
         )
-        if _are_pictures(images):
+        if are_pictures(images):
             picture = image_grid(list(images), len(self._sample_prompts))
             write_bytes(self._folder.samples / f"iteration_{iteration:06d}.png", picture)
 
@@ -1046,13 +1073,10 @@ def _split_objects(
     return settings, Given(**objects)
 
 
-def _are_pictures(images: torch.Tensor) -> bool:
-    """Tell whether images are `(batch, 3, height, width)`, or clips of such frames."""
-    return images.ndim in (4, 5) and images.shape[-3] == 3
-
-
-def _as_pil(image: torch.Tensor) -> Any:
-    return to_pil(image) if image.ndim == 3 else [to_pil(frame) for frame in image]
+def _best_of(images: torch.Tensor, rewards: torch.Tensor, count: int) -> torch.Tensor:
+    """Keep the best of every `count` images that are next to each other."""
+    best = rewards.reshape(-1, count).argmax(1)
+    return images[(torch.arange(len(best)) * count + best).to(images.device)]
 
 
 def _make_board(is_wanted: bool) -> Any:

@@ -141,7 +141,7 @@ def load_model(model: ModelConfig, device: torch.device, given: Any = None, *, s
         RuntimeError: if the engine does not run here, or gives wrong results.
     """
     if given is None:
-        _refuse_object(model.name, "--model")
+        refuse_object(model.name, "--model")
     if given is None and is_model_object(model.name):
         given = _import_model(model)
     if given is not None:
@@ -322,10 +322,11 @@ def _refuse_missing_objects(config: TrainConfig, given: Given) -> None:
     }
     for argument, texts in names.items():
         for text in texts:
-            _refuse_object(text, argument)
+            refuse_object(text, argument)
 
 
-def _refuse_object(name: str, argument: str) -> None:
+def refuse_object(name: str, argument: str) -> None:
+    """Raise `ValueError` if settings name an object from Python, which cannot be loaded."""
     if name.startswith(FROM_PYTHON):
         raise ValueError(
             f"this run was made in Python with {name.removeprefix(FROM_PYTHON)}, which cannot be loaded by its name; "

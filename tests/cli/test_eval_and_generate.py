@@ -90,6 +90,20 @@ def test_generate_writes_pictures_beside_the_base_models(run_command, run_folder
     assert (other / "0000.png").read_bytes() != (tmp_path / "0000.png").read_bytes()
 
 
+def test_generate_keeps_the_best_by_a_reward(run_command, run_folder, tmp_path):
+    def pictures(*flags):
+        folder = tmp_path / "-".join(flags)
+        done = run_command("generate", run_folder, PROMPT, *flags, "--output-dir", folder)
+        assert done.returncode == 0, done.stderr
+        return [np.asarray(Image.open(path)).astype(float) for path in sorted(folder.iterdir())]
+
+    eight, two = pictures("--num-images", "8"), pictures("--num-images", "2", "--best-of", "4", "--reward", "red")
+    redness = [picture[..., 0].mean() - picture[..., 1:].mean() for picture in eight]
+    for first, best in zip((0, 4), two, strict=True):
+        assert np.array_equal(best, eight[first + int(np.argmax(redness[first : first + 4]))])
+    assert len(pictures("--best-of", "2")) == 1, "by the run's reward"
+
+
 def test_model_card_has_the_runs_numbers(run_folder):
     card = (run_folder / "policy" / "README.md").read_text()
     assert 'license: "mit"' in card and "library_name: noisepolicy" in card
@@ -107,6 +121,9 @@ def test_model_card_has_the_runs_numbers(run_folder):
         ("eval", ["RUN", "--num-prompts", "0"], "--num-prompts must be positive, got 0"),
         ("generate", ["nothing", "a prompt"], "not a run folder"),
         ("generate", ["RUN", "a prompt", "--num-images", "0"], "--num-images must be 1 or more"),
+        ("generate", ["RUN", "a prompt", "--best-of", "0"], "--best-of must be 1 or more, got 0"),
+        ("generate", ["RUN", "a prompt", "--reward", "red"], "say how many with --best-of"),
+        ("generate", ["RUN", "a prompt", "--best-of", "2", "--reward", "beauty"], "unknown reward 'beauty'"),
     ],
 )
 def test_bad_input_is_one_line(run_command, run_folder, module, arguments, message):
