@@ -228,8 +228,11 @@ class TrainConfig:
     """Iterations between sample images."""
     license: str = ""
     """Licence of the policy for its model card, as the hub writes it, e.g. 'apache-2.0'."""
+    trackers: tuple[str, ...] = ()
+    """Trackers that follow the run, by Accelerate's names: tensorboard (in RUN/tensorboard), trackio, wandb, mlflow,
+    comet_ml, aim, clearml, dvclive, swanlab. Their packages must be installed."""
     tensorboard: bool = False
-    """Also write TensorBoard events to RUN/tensorboard (needs the extra 'tensorboard')."""
+    """Short for 'tensorboard' among the trackers (needs the extra 'tensorboard')."""
 
     @classmethod
     def of(cls, **settings: Any) -> "TrainConfig":
@@ -278,6 +281,11 @@ class TrainConfig:
             reward=None if self.reward is None else _absolute_reward(self.reward),
             eval_rewards=tuple(map(_absolute_reward, self.evaluation.rewards)),
         )
+
+    @property
+    def all_trackers(self) -> tuple[str, ...]:
+        """Names of the trackers, each once."""
+        return tuple(dict.fromkeys((*self.trackers, *(["tensorboard"] if self.tensorboard else []))))
 
     @property
     def has_schedule(self) -> bool:

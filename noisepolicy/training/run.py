@@ -77,6 +77,7 @@ from noisepolicy.training.task import (
     refuse_object,
     reward_name,
 )
+from noisepolicy.training.trackers import Trackers, check_trackers
 from noisepolicy.training.trust import refuse_outside_code
 from noisepolicy.worlds import WORLDS
 
@@ -237,7 +238,8 @@ class Run:
         )
         self.config = config = config.with_absolute_paths().resolved(len(task.train_prompts))
         config.check()
-        self._board = _make_board(config.tensorboard)
+        check_trackers(config.all_trackers)
+        self._trackers: Trackers | None = None
         if resumed is None:
             chosen = RunFolder.choose(config, is_temporary=self._is_of_python) if processes.is_main else None
             self._folder = processes.broadcast("'name the run folder'", chosen)
@@ -326,7 +328,6 @@ class Run:
                 "an iteration of this run was cut short; go on from its last checkpoint with "
                 f"noisepolicy.resume({str(self.folder)!r})"
             )
-        board = self._board(str(self._folder.tensorboard)) if self._board and is_main else None
         progress = tqdm(
             total=config.num_iterations,
             initial=self.iteration,
@@ -340,11 +341,12 @@ class Run:
                 self._prompts.keep(self._folder.prompts)
                 config.save(self._folder.config)
                 self._learner.begin()
+            self._open_trackers()
             try:
                 while self.iteration < config.num_iterations:
                     with signals.put_off:
                         metrics = self._iterate()
-                        self._show(metrics, progress, board)
+                        self._show(metrics, progress)
                         if self._is_signalled(signals):
                             raise KeyboardInterrupt(
                                 f"stopped after iteration {self.iteration}; go on with "
@@ -356,8 +358,8 @@ class Run:
                     self.save()
                 raise
             finally:
-                if board:
-                    board.close()
+                if self.iteration < config.num_iterations:  # otherwise `finish` has more to show
+                    self._close_trackers()
 
     def train(self) -> "Run":
         """Train to the last iteration, then evaluate and write the summary, the model card and the report."""
@@ -415,7 +417,17 @@ class Run:
             **{f"reward/{name}": mean for name, mean in means.items()},
         }
 
-    def _show(self, metrics: dict[str, Any], progress: Any, board: Any) -> None:
+    def _open_trackers(self) -> None:
+        if self.config.all_trackers and self.processes.is_main and self._trackers is None:
+            config = self.config
+            self._trackers = Trackers(self._accelerator, config.all_trackers, self.folder, config.plain())
+
+    def _close_trackers(self) -> None:
+        if self._trackers is not None:
+            self._trackers.close()
+            self._trackers = None
+
+    def _show(self, metrics: dict[str, Any], progress: Any) -> None:
         progress.set_postfix(
             images=metrics["images"],
             reward=f"{metrics['reward']:.3f}",
@@ -424,9 +436,8 @@ class Run:
             refresh=False,
         )
         progress.update()
-        if board:
-            for name, value in metrics.items():
-                board.add_scalar(name, value, metrics["images"])
+        if self._trackers is not None:
+            self._trackers.log(metrics, metrics["images"])
         if self.processes.is_main and metrics["iteration"] % self.config.sample_every == 0:
             self._write_samples(metrics["iteration"])
 
@@ -837,6 +848,12 @@ class Run:
 
     def finish(self) -> None:
         """Evaluate on the held-out prompts, then write `summary.json`, `report.html` and the policy's model card."""
+        try:
+            self._finish()
+        finally:
+            self._close_trackers()
+
+    def _finish(self) -> None:
         self._sha256_after = self._frozen.weights_sha256()
         if self._sha256_after != self._frozen_sha256:
             raise RuntimeError("the frozen model's weights changed during training; the run is not to be trusted")
@@ -860,6 +877,12 @@ class Run:
                 write_bytes(self._folder.policy / "before_after.png", picture)
             write_model_card(self._folder.policy, config=config.plain(), summary=summary)
             self._write_report(self._folder.report, sweep, summary)
+            self._open_trackers()
+            if self._trackers is not None:
+                self._trackers.log_picture(
+                    "before_after", self._folder.samples / "before_after.png", self.images_trained
+                )
+                self._trackers.log_result(sweep, self._folder.report, self.images_trained)
 
     def report(self, output_dir: str | Path | None = None) -> Path:
         """Write the report with the newest evaluation.
@@ -927,7 +950,10 @@ class Run:
         )
         if are_pictures(images):
             picture = image_grid(list(images), len(self._sample_prompts))
-            write_bytes(self._folder.samples / f"iteration_{iteration:06d}.png", picture)
+            path = self._folder.samples / f"iteration_{iteration:06d}.png"
+            write_bytes(path, picture)
+            if self._trackers is not None:
+                self._trackers.log_picture("samples", path, iteration * self.config.batch_size)
 
     def __repr__(self) -> str:
         if self._learner is None:
@@ -1077,16 +1103,3 @@ def _best_of(images: torch.Tensor, rewards: torch.Tensor, count: int) -> torch.T
     """Keep the best of every `count` images that are next to each other."""
     best = rewards.reshape(-1, count).argmax(1)
     return images[(torch.arange(len(best)) * count + best).to(images.device)]
-
-
-def _make_board(is_wanted: bool) -> Any:
-    """Return TensorBoard's writer class, or None if it is not wanted."""
-    if not is_wanted:
-        return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ValueError(
-            "--tensorboard needs the package tensorboard: pip install 'noisepolicy[tensorboard]'"
-        ) from error
-    return SummaryWriter

@@ -34,7 +34,7 @@ _PROMPT_FIELD = "noisepolicy:prompt"  # no other field of a record has this name
 OF_THE_RESULT = ("kl_budget", "num_candidates")
 """Settings of what is made of a run's weights at its end."""
 MAY_CHANGE_ON_RESUME = {
-    *("num_iterations", "checkpoint_every", "sample_every", "tensorboard", "timeout", "license"),
+    *("num_iterations", "checkpoint_every", "sample_every", "trackers", "tensorboard", "timeout", "license"),
     *("device", "engine", "cuda_graph", "cpu_offload", "vae_slicing", "overlap"),
     *("rollout_batch_size", "gradient_accumulation_steps"),
     *("eval_steps", "eval_num_prompts", "eval_group_size", "eval_rewards", "eval_prompts"),
