@@ -1,11 +1,15 @@
-"""Schedulers with settings like published ones: pictures as by the pipeline's own call, and few steps that train."""
+"""Configurations of published pipelines: pictures as by the pipeline's own call, and few steps that train."""
+
+import sys
 
 import diffusers
 import pytest
 import torch
 
 import noisepolicy
+from noisepolicy.frozen import FrozenDiffusersPipeline
 
+from .published import PUBLISHED, build_published
 from .test_pipelines import PROMPTS, Tiny
 
 _SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
@@ -65,3 +69,53 @@ def test_few_steps_train_and_are_evaluated(name, steps, tmp_path):
     )
     assert [row["iteration"] for row in run.metrics] == [1, 2]
     assert [row["num_inference_steps"] for row in run.evaluate(steps=(steps,)).rows] == [steps]
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("published")
+    for name in PUBLISHED:
+        build_published(name, folder / name)
+    return folder
+
+
+def size_of(name):
+    return {"height": 64, "width": 64} | ({"num_frames": 2} if "video" in name else {})
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_folders_make_the_pictures_of_their_own_call(name, published, monkeypatch):
+    frozen = FrozenDiffusersPipeline.from_pretrained(published / name, **size_of(name))
+    options = {} if "SD 1" not in name and "SD 2" not in name else {"safety_checker": None, "feature_extractor": None}
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(published / name, **options)
+    pipeline.set_progress_bar_config(disable=True)
+    noise = torch.randn(2, *frozen.latent_shape, generator=torch.Generator().manual_seed(5))
+    draw = lambda shape, *args, **kwargs: noise.reshape(shape).clone()  # noqa: E731
+    monkeypatch.setattr(sys.modules[type(pipeline).__module__], "randn_tensor", draw)
+    for steps in (1, 2, 4):
+        for guidance_scale in (1.0, 4.0):
+            settings = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
+            made = frozen.generate(noise, frozen.encode(PROMPTS), **settings)
+            own = pipeline(prompt=list(PROMPTS), output_type="pt", **settings, **size_of(name))[0]
+            assert own.isfinite().all() and own.std() > 0
+            torch.testing.assert_close(made, own, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_folders_train(name, published, tmp_path):
+    run = noisepolicy.train(
+        str(published / name),
+        **size_of(name),
+        reward=lambda images, prompts: images.flatten(1).mean(1),
+        prompts=PROMPTS,
+        num_inference_steps=(2,),
+        bands=2,
+        batch_size=2,
+        num_iterations=2,
+        critic_warmup=2,
+        critic_updates=1,
+        critic_batch_size=2,
+        eval_num_prompts=0,
+        output_dir=tmp_path,
+    )
+    assert [row["iteration"] for row in run.metrics] == [1, 2]
