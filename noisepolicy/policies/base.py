@@ -133,6 +133,7 @@ class NoisePolicy(Float32Module):
     def attach_critic(self, critic: RewardCritic, num_candidates: int) -> None:
         """Make `choose` draw `num_candidates` starts for each row and keep the one that `critic` thinks best."""
         self.critic, self.num_candidates = critic.eval().requires_grad_(False), num_candidates
+        self.critic.sketch.in_bfloat16 = False  # or the choice would depend on the machine more often than it must
 
     @torch.no_grad()
     @without_autocast

@@ -150,6 +150,8 @@ class _Sketch(nn.Module):
 
     def __init__(self, shape: CriticShape, channels: int, hidden_width: int) -> None:
         super().__init__()
+        self.in_bfloat16 = False
+        """Whether layers multiply in bfloat16: enough to learn by, and twice as fast where the device has it."""
         self._is_spectral = shape.is_spectral
         first, *self._extent = shape.action_shape
         convolution = nn.Conv3d if len(self._extent) == 3 else nn.Conv2d
@@ -166,8 +168,11 @@ class _Sketch(nn.Module):
         self.films = nn.Linear(hidden_width, (self._NUM_BLOCKS + 1) * 2 * channels)
         self.last = convolution(channels, 3 * _SKETCH_SCALE**2, 3, padding=1)
 
-    @without_autocast
     def forward(self, prompt_embeds: torch.Tensor, action: torch.Tensor, step_index: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(action.device.type, torch.bfloat16, enabled=self.in_bfloat16):
+            return self._sketch(prompt_embeds, action, step_index).float()
+
+    def _sketch(self, prompt_embeds: torch.Tensor, action: torch.Tensor, step_index: torch.Tensor) -> torch.Tensor:
         prompt = self.reader(prompt_embeds) + self.steps(step_index)
         count = len(action) // len(prompt)  # rows of each prompt
         layout = _tile(self.layout(prompt).reshape(-1, *self._layout), count)

@@ -36,6 +36,13 @@ def plain_arithmetic() -> Iterator[None]:
         yield
 
 
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Tell whether a device has instructions for products of bfloat16; elsewhere they are slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
 @contextmanager
 def float32_by_default() -> Iterator[None]:
     """Make float32 the default dtype, and leave inference mode, for the tensors that are made within."""

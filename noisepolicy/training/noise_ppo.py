@@ -19,7 +19,7 @@ from noisepolicy.ops import gaussian_kl, gaussian_log_prob, ppo_clip_loss
 from noisepolicy.policies import NoisePolicy
 from noisepolicy.policies.base import make_policy
 from noisepolicy.policies.critic import CriticShape, RewardCritic
-from noisepolicy.policies.networks import averaged, plain_arithmetic
+from noisepolicy.policies.networks import averaged, multiplies_bfloat16, plain_arithmetic
 from noisepolicy.rewards.base import RewardScale
 from noisepolicy.storage import load_optimizer_tensors, optimizer_tensors
 from noisepolicy.training.checkpoint import with_prefix, without_prefix
@@ -87,6 +87,7 @@ class NoisePpo:
             # A clip's convolutions go over three axes; with fewer channels they take no longer than a picture's.
             channels = 48 if len(self.policy.action_shape) == 4 else 64
             self._critic = RewardCritic(self.critic_shape, size=config.critic.size, channels=channels).to(device)
+        self._critic.sketch.in_bfloat16 = multiplies_bfloat16(device)
         # The critic that is asked; the other one is taught. An average foresees more than any of its members.
         self._critic_average = copy.deepcopy(self._critic).eval().requires_grad_(False)
         convolutions = [layer.weight for layer in self._critic.sketch.convolutions]
