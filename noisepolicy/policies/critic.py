@@ -169,7 +169,8 @@ class _Sketch(nn.Module):
         self.last = convolution(channels, 3 * _SKETCH_SCALE**2, 3, padding=1)
 
     def forward(self, prompt_embeds: torch.Tensor, action: torch.Tensor, step_index: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(action.device.type, torch.bfloat16, enabled=self.in_bfloat16):
+        # Inside another autocast, even one that is off, cached casts would outlive a step of the optimizer.
+        with torch.autocast(action.device.type, torch.bfloat16, enabled=self.in_bfloat16, cache_enabled=False):
             return self._sketch(prompt_embeds, action, step_index).float()
 
     def _sketch(self, prompt_embeds: torch.Tensor, action: torch.Tensor, step_index: torch.Tensor) -> torch.Tensor:

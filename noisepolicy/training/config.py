@@ -211,7 +211,8 @@ class TrainConfig:
     max_log_ratio: Annotated[float, POSITIVE_OR_INFINITE] = 1.0
     """Largest distance from 0 of the log-ratio of an image of an earlier iteration that FIND still uses."""
     gradient_accumulation_steps: Annotated[int, COUNT] = 1
-    """Parts of a batch that PPO's gradient is summed over, to save memory. The step is the same but for rounding."""
+    """Parts of an update's rows that its gradient is summed over: to save memory, or to share the update among as many
+    processes. There are more parts where one would have over 96 rows."""
     overlap: bool = False
     """Score each chunk of images while the next is generated, for rewards that are slow and run elsewhere."""
     seed: Annotated[int, NOT_NEGATIVE] = 0
@@ -318,11 +319,8 @@ class TrainConfig:
             )
         if self.init_policy is not None and self.algorithm != "find":
             raise ValueError(f"--init-policy is for --algorithm find, not {self.algorithm}")
-        if self.gradient_accumulation_steps > 1 and self.algorithm != "ppo":
-            raise ValueError(
-                "--gradient-accumulation-steps is for --algorithm ppo, whose gradient is summed over a batch, not for "
-                + self.algorithm
-            )
+        if self.gradient_accumulation_steps > 1 and self.algorithm == "find":
+            raise ValueError("--gradient-accumulation-steps is for the algorithms critic and ppo, not for find")
         ceiling = self.kl_training_budget or recipe["kl_training_budget"]
         if self.kl_budget is not None and ceiling < self.kl_budget < math.inf and self.algorithm != "find":
             raise ValueError(

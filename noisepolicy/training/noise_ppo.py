@@ -2,18 +2,20 @@
 
 `NoisePpo.learn` is what one iteration learns from its images, top to bottom: the reward's scale, the critic if there
 is one, the policy. `run.py` calls it, `rollout.py` makes the images. Nothing is back-propagated through the frozen
-model or the reward. Every process of a run holds the whole batch and makes the same update, a thousandth of the
-images' cost.
+model or the reward. Every process of a run holds the whole batch. What an update makes of it does not grow with the
+batch, or is cut into parts that the processes share: see `_set_gradient`.
 """
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import pairwise, starmap
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from noisepolicy.ops import gaussian_kl, gaussian_log_prob, ppo_clip_loss
 from noisepolicy.policies import NoisePolicy
@@ -25,17 +27,20 @@ from noisepolicy.storage import load_optimizer_tensors, optimizer_tensors
 from noisepolicy.training.checkpoint import with_prefix, without_prefix
 from noisepolicy.training.config import TrainConfig
 from noisepolicy.training.muon import Muon
+from noisepolicy.training.processes import Processes
 from noisepolicy.training.rollout import Rollout, draw_noise, stream_generator, stream_seed
 from noisepolicy.training.rows import History, PromptStore
 from noisepolicy.training.task import Task
 
-_NUM_FRESH = 64  # samples of the policy in each of its gradient steps along the critic
+_NUM_FRESH = 32  # prompts in each gradient step along the critic, with two samples each
 _CRITIC_AVERAGE_DECAY = 0.995
 _MUON_SHARE = 16  # Muon's learning rate, in those of AdamW
 _DECAY_SHARE = 0.3  # of the run, at its end, over which the critic's learning rate falls to 0
 _DIVERSITY_COEF_RATE = 0.5
 _MAX_MISSING_VARIETY = 0.2
 _NUM_BUDGET_PROMPTS = 256
+_NUM_TRIED = 256  # prompts or rows of a batch on which a mean is measured: enough for any batch
+_PART_ROWS = 96  # of an update, at most
 _MAX_ADVANTAGE = 5.0  # one outlier must not outweigh the rest of the batch
 _MAX_LOG_PROB_DRIFT = 1e-2
 _MAX_ATTEMPTS = 10
@@ -48,6 +53,7 @@ class NoisePpo:
         config: Resolved settings.
         task: The frozen model, the reward and the prompts.
         prompts: Embeddings of the prompts met so far.
+        processes: The processes of the run, which share large updates.
         history_folder: RUN/history, or None for a process that is not the main one.
         device: Device of the policy and the critic.
     """
@@ -58,11 +64,13 @@ class NoisePpo:
         config: TrainConfig,
         task: Task,
         prompts: PromptStore,
+        processes: Processes,
         *,
         history_folder: Path | None,
         device: torch.device,
     ) -> None:
         self._config, self._prompts, self._num_prompts = config, prompts, len(task.train_prompts)
+        self._processes = processes
         self.policy = make_config_policy(config, task.frozen.latent_shape, prompts.shape)
         self.policy.num_draws = task.frozen.num_draws
         self.policy.to(device)
@@ -130,10 +138,11 @@ class NoisePpo:
         """Measure how well the critic predicts the batch, add the batch to the history, and train the critic."""
         for critic in (self._critic, self._critic_average):
             critic.set_scale(self._scale.spread.center, self._scale.spread.total)
-        reward = self._scale.standardise(rollout.parts)
+        reward = self._scale.standardise(rollout.parts)[:_NUM_TRIED]
         with torch.no_grad():
-            embeds = self._prompts[rollout.prompt_row].prompt_embeds.float()
-            foreseen = self._critic_average(embeds, rollout.action, rollout.step_index).mean(0)
+            embeds = self._prompts[rollout.prompt_row[:_NUM_TRIED]].prompt_embeds.float()
+            tried = rollout.action[:_NUM_TRIED], rollout.step_index[:_NUM_TRIED]
+            foreseen = self._critic_average(embeds, *tried).mean(0)
         self._history.append(
             prompt_row=rollout.prompt_row,
             step_index=rollout.step_index,
@@ -162,15 +171,8 @@ class NoisePpo:
                 group["lr"] = optimizer.defaults["lr"] * min(share_left / _DECAY_SHARE, 1.0)
         for update in range(number * settings.updates, (number + 1) * settings.updates):
             rows = self._history.draw(settings.batch_size, generator)
-            loss, error = self._critic.loss(
-                self._prompts[rows["prompt_row"]].prompt_embeds.float(),
-                rows["action"],
-                rows["step_index"],
-                rows["picture"].float(),
-                self._scale.standardise(rows["parts"]),
-            )
-            self._critic.zero_grad()
-            loss.backward()
+            loss_of = partial(self._critic_part_loss, rows)
+            error = self._set_gradient("'teach the critic'", self._critic, settings.batch_size, loss_of, 1)
             # Without it, one bad batch late in a run can undo the critic and the policy that follows it.
             torch.nn.utils.clip_grad_norm_(self._critic.parameters(), self._config.max_grad_norm)
             for optimizer in self._critic_optimizers.values():
@@ -178,6 +180,17 @@ class NoisePpo:
             averaged(self._critic_average, self._critic, _CRITIC_AVERAGE_DECAY, update)
             total = total + error
         return float(total) / settings.updates * self._scale.spread.total**2
+
+    def _critic_part_loss(self, rows: dict[str, torch.Tensor], part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the critic's loss on some of the rows drawn from the history, and its error, `(1,)`."""
+        loss, error = self._critic.loss(
+            self._prompts[rows["prompt_row"][part]].prompt_embeds.float(),
+            rows["action"][part],
+            rows["step_index"][part],
+            rows["picture"][part].float(),
+            self._scale.standardise(rows["parts"][part]),
+        )
+        return loss, error[None]
 
     def _take_ppo_steps(self, rollout: Rollout) -> dict[str, float]:
         """Take clipped PPO steps on the batch: `loss = ppo_clip_loss(advantages) + kl_coef * KL(policy, prior)`.
@@ -187,44 +200,45 @@ class NoisePpo:
         twice as much, which a single step can come to.
         """
         config, policy = self._config, self.policy
-        embeds = self._prompts[rollout.prompt_row].prompt_embeds.float()
+        batch = len(rollout.reward)
+        parts = self._mine(self._parts(batch))
+        embeds = {part.start: self._prompts[rollout.prompt_row[part]].prompt_embeds.float() for part in parts}
         with torch.no_grad():
-            old_mean, old_log_std = policy(embeds)
-            # Taken anew by the op that the loss uses, so the first ratio is 1 (to the bit where the batch is one part);
-            # float32 log-probs of hundreds of dimensions are exact to 1e-4 only.
-            old_log_prob = gaussian_log_prob(rollout.action, old_mean, old_log_std)
-        if (drift := (old_log_prob - rollout.log_prob).abs().max().item()) > _MAX_LOG_PROB_DRIFT:
-            raise RuntimeError(f"log-probs of the rollout and of its update differ by {drift:.3g}; the ratio would lie")
-        advantages = leave_one_out(self._scale.standardise(rollout.parts), config.group_size, self._scale.within_share)
-        # For memory: the graph of a part of the batch at a time. Slices are views, where indices would copy embeddings.
-        batch, num_parts = len(rollout.reward), config.gradient_accumulation_steps
-        parts = list(starmap(slice, pairwise(batch * number // num_parts for number in range(num_parts + 1))))
-        start = [parameter.detach().clone() for parameter in policy.parameters()]
-        for _ in range(config.num_updates):
-            self._policy_optimizer.zero_grad()
-            step_kl, clip_fraction = [], 0.0
-            for rows in parts:
-                mean, log_std = policy(embeds[rows])
-                with torch.no_grad():
-                    before = old_mean[rows], old_log_std[rows] if old_log_std.ndim else old_log_std
-                    step_kl.append(gaussian_kl(*before, mean, log_std))
-                loss, stats = ppo_clip_loss(
-                    rollout.action[rows],
-                    mean,
-                    log_std,
-                    old_log_prob[rows],
-                    advantages[rows],
-                    clip_range=config.clip_range,
-                    kl_coef=config.kl_coef,
+            old = {part.start: policy(embeds[part.start]) for part in parts}
+            # Taken anew by the op that the loss uses, so the first ratio is 1 to the bit; float32 log-probs of hundreds
+            # of dimensions are exact to 1e-4 only.
+            old_log_prob = {part.start: gaussian_log_prob(rollout.action[part], *old[part.start]) for part in parts}
+        for part in parts:
+            drift = (old_log_prob[part.start] - rollout.log_prob[part]).abs().max().item()
+            if drift > _MAX_LOG_PROB_DRIFT:
+                raise RuntimeError(
+                    f"log-probs of the rollout and of its update differ by {drift:.3g}; the ratio would lie"
                 )
-                share = (rows.stop - rows.start) / batch
-                clip_fraction = clip_fraction + share * stats.clip_fraction
-                (share * loss).backward()
-            if torch.cat(step_kl).mean().item() > config.target_kl:
+        advantages = leave_one_out(self._scale.standardise(rollout.parts), config.group_size, self._scale.within_share)
+
+        def loss_of(part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+            mean, log_std = policy(embeds[part.start])
+            loss, stats = ppo_clip_loss(
+                rollout.action[part],
+                mean,
+                log_std,
+                old_log_prob[part.start],
+                advantages[part],
+                clip_range=config.clip_range,
+                kl_coef=config.kl_coef,
+            )
+            with torch.no_grad():
+                step_kl = gaussian_kl(*old[part.start], mean, log_std).mean()
+            return loss, torch.stack([step_kl, stats.clip_fraction])
+
+        step = self._begin_step(rollout)
+        for _ in range(config.num_updates):
+            step_kl, clip_fraction = self._set_gradient("'climb the reward'", policy, batch, loss_of, 2).tolist()
+            if step_kl > config.target_kl:
                 break
             torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
             self._policy_optimizer.step()
-        return {**self._end_step(start, embeds, old_mean, old_log_std), "clip_fraction": float(clip_fraction)}
+        return {**self._end_step(step), "clip_fraction": clip_fraction}
 
     def _climb_critic(self, rollout: Rollout, generator: torch.Generator) -> dict[str, float]:
         """Take steps along the critic's gradient on fresh samples of the policy; no image is made for them.
@@ -236,22 +250,17 @@ class NoisePpo:
         Args:
             generator: Generator of prompts and noise.
         """
-        config, policy = self._config, self.policy
-        groups = slice(None, None, config.group_size)  # rows of a group have the same prompt and step count
-        embeds = self._prompts[rollout.prompt_row[groups]].prompt_embeds.float()
-        with torch.no_grad():
-            old_mean, old_log_std = policy(embeds)
-        start = [parameter.detach().clone() for parameter in policy.parameters()]
+        config, policy, step = self._config, self.policy, self._begin_step(rollout)
         for _ in range(config.num_updates):
-            self._policy_optimizer.zero_grad()
-            self._critic_loss(generator).backward()
+            loss_of = partial(self._climb_loss, self._draw_fresh(generator))
+            self._set_gradient("'climb the critic'", policy, _NUM_FRESH, loss_of, 0)
             torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
             self._policy_optimizer.step()
             with torch.no_grad():
-                if gaussian_kl(old_mean, old_log_std, *policy(embeds)).mean().item() > config.target_kl:
+                if gaussian_kl(*step.old, *policy(step.embeds)).mean().item() > config.target_kl:
                     break
-        kls = self._end_step(start, embeds, old_mean, old_log_std)
-        kept = self._diversity_kept(embeds, rollout.step_index[groups], generator)
+        kls = self._end_step(step)
+        kept = self._diversity_kept(step, generator)
         metrics = {**kls, "diversity_kept": kept, "diversity_coef": self._diversity_coef}
         # Raised while the policy keeps less variety than its target, lowered above it.
         missing = min(max(config.diversity_target - kept, -_MAX_MISSING_VARIETY), _MAX_MISSING_VARIETY)
@@ -259,33 +268,96 @@ class NoisePpo:
         return metrics
 
     @torch.no_grad()
-    def _end_step(
-        self, start: list[torch.Tensor], embeds: torch.Tensor, old_mean: torch.Tensor, old_log_std: torch.Tensor
-    ) -> dict[str, float]:
+    def _begin_step(self, rollout: Rollout) -> "_Step":
+        """Remember the policy as it is, on the first prompts of a batch."""
+        groups = slice(None, _NUM_TRIED * self._config.group_size, self._config.group_size)
+        embeds = self._prompts[rollout.prompt_row[groups]].prompt_embeds.float()
+        weights = [parameter.detach().clone() for parameter in self.policy.parameters()]
+        return _Step(weights, embeds, rollout.step_index[groups], self.policy(embeds))
+
+    @torch.no_grad()
+    def _end_step(self, step: "_Step") -> dict[str, float]:
         """Draw the policy back to its trust region and into its KL budget, and return both KLs."""
         config = self._config
-        _draw_back(self.policy, start, embeds, old_mean, old_log_std, config.target_kl)
-        self.policy.contract_to(config.kl_training_budget, embeds)
-        mean, log_std = self.policy(embeds)
+        _draw_back(self.policy, step, config.target_kl)
+        self.policy.contract_to(config.kl_training_budget, step.embeds)
+        mean, log_std = self.policy(step.embeds)
         return {
             "kl_to_prior": gaussian_kl(mean, log_std).mean().item(),
-            "step_kl": gaussian_kl(old_mean, old_log_std, mean, log_std).mean().item(),
+            "step_kl": gaussian_kl(*step.old, mean, log_std).mean().item(),
         }
 
-    def _critic_loss(self, generator: torch.Generator) -> torch.Tensor:
-        """Compute the critic's term of the policy's loss, including KL and variety, on fresh samples of the policy."""
+    def _set_gradient(
+        self,
+        phase: str,
+        network: nn.Module,
+        num_rows: int,
+        loss_of: Callable[[slice], tuple[torch.Tensor, torch.Tensor]],
+        num_statistics: int,
+    ) -> torch.Tensor:
+        """Set a network's gradient to that of the mean loss over some rows.
+
+        The rows are cut into parts, whose number depends on the settings alone. Each part is computed whole by one
+        process, and the gradients are summed in the order of the parts: no bit depends on the number of processes.
+
+        Args:
+            phase: What the processes do here, for an error.
+            loss_of: Computes the mean loss over a part, and statistics of it `(num_statistics,)`, which are means too.
+
+        Returns:
+            The statistics' means over all rows.
+        """
+        parts, parameters = self._parts(num_rows), list(network.parameters())
+        shares = [(part.stop - part.start) / num_rows for part in parts]
+        sizes = [*(parameter.numel() for parameter in parameters), num_statistics]
+        total, mine = 0.0, [parameters[0].new_empty(0, sum(sizes))]
+        network.zero_grad()
+        for part, share in zip(self._mine(parts), self._mine(shares), strict=True):
+            loss, statistics = loss_of(part)
+            (share * loss).backward()
+            total = total + share * statistics
+            if self._is_shared(parts):
+                values = [parameter.grad.flatten() for parameter in parameters]
+                mine.append(torch.cat([*values, share * statistics])[None])
+                network.zero_grad()
+        if not self._is_shared(parts):
+            return total
+        *gradients, statistics = self._processes.sum_parts(phase, torch.cat(mine), len(parts)).split(sizes)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient.view_as(parameter)
+        return statistics
+
+    def _parts(self, num_rows: int) -> list[slice]:
+        """Cut rows into parts of nearly the same size, as many as the settings ask for, or more if they are large."""
+        count = max(min(self._config.gradient_accumulation_steps, num_rows // 2), -(-num_rows // _PART_ROWS))
+        return list(starmap(slice, pairwise(num_rows * number // count for number in range(count + 1))))
+
+    def _is_shared(self, parts: list[Any]) -> bool:
+        """Tell whether each process computes some of the parts of an update; of a single one, all compute the same."""
+        return min(len(parts), self._processes.count) > 1
+
+    def _mine(self, parts: list[Any]) -> list[Any]:
+        """Return the parts that this process computes."""
+        return parts[self._processes.index :: self._processes.count] if self._is_shared(parts) else parts
+
+    def _draw_fresh(self, generator: torch.Generator) -> "_Fresh":
+        """Draw prompts, step counts and noise for one step along the critic's gradient, the same in all processes."""
+        rows = torch.randint(len(self._prompts), (_NUM_FRESH,), generator=generator)
+        step_index = torch.randint(len(self._config.num_inference_steps), (_NUM_FRESH,), generator=generator)
+        noise = torch.randn(2, _NUM_FRESH, *self.policy.action_shape, generator=generator)
+        return _Fresh(rows, step_index, noise)
+
+    def _climb_loss(self, fresh: "_Fresh", part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the critic's term of the policy's loss, including KL and variety, on some fresh samples."""
         config, policy = self._config, self.policy
-        # Two samples of each prompt, to see how far apart their pictures are.
-        count = _NUM_FRESH // 2
-        rows = torch.randint(len(self._prompts), (count,), generator=generator)
-        step_index = torch.randint(len(config.num_inference_steps), (count,), generator=generator)
-        fresh = self._prompts[rows].prompt_embeds.float()
-        mean, log_std = policy(fresh)
-        action = torch.cat([mean + log_std.exp() * draw_noise(mean, generator) for _ in range(2)])
-        value, sketch = self._critic_average.lower_bound(fresh, action, step_index.to(mean.device))
+        embeds = self._prompts[fresh.rows[part]].prompt_embeds.float()
+        mean, log_std = policy(embeds)
+        action = torch.cat([mean + log_std.exp() * noise.to(mean.device) for noise in fresh.noise[:, part]])
+        value, sketch = self._critic_average.lower_bound(embeds, action, fresh.step_index[part].to(mean.device))
         distance = _distance(*sketch.chunk(2))
         gain = value.mean() / self._scale.within_share if self._scale.within_share else 0.0
-        return config.kl_coef * gaussian_kl(mean, log_std).mean() - gain - self._diversity_coef * distance.mean()
+        loss = config.kl_coef * gaussian_kl(mean, log_std).mean() - gain - self._diversity_coef * distance.mean()
+        return loss, loss.new_empty(0)
 
     @plain_arithmetic()
     def kept_policy(self) -> NoisePolicy:
@@ -298,12 +370,12 @@ class NoisePpo:
         return kept
 
     @torch.no_grad()
-    def _diversity_kept(self, embeds: torch.Tensor, step_index: torch.Tensor, generator: torch.Generator) -> float:
+    def _diversity_kept(self, step: "_Step", generator: torch.Generator) -> float:
         """Compute the distance of two pictures of a prompt, by their sketches, as a share of the prior's."""
-        mean, log_std = self.policy(embeds)
+        mean, log_std = self.policy(step.embeds)
         noise = [draw_noise(mean, generator) for _ in range(2)]
         actions = torch.cat([*(mean + log_std.exp() * draw for draw in noise), *noise])
-        sketches = self._critic_average.sketch(embeds, actions, step_index).chunk(4)
+        sketches = self._critic_average.sketch(step.embeds, actions, step.step_index).chunk(4)
         return (_distance(*sketches[:2]).mean() / _distance(*sketches[2:]).mean()).item()
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -362,23 +434,35 @@ def leave_one_out(rewards: torch.Tensor, group_size: int, spread: float) -> torc
     return ((groups - others).reshape(-1) / spread).clamp(-_MAX_ADVANTAGE, _MAX_ADVANTAGE)
 
 
-def _draw_back(
-    policy: NoisePolicy,
-    start: list[torch.Tensor],
-    embeds: torch.Tensor,
-    old_mean: torch.Tensor,
-    old_log_std: torch.Tensor,
-    target_kl: float,
-) -> None:
-    """Move the weights back towards `start` until KL(old, new) is at most twice its target.
+class _Fresh(NamedTuple):
+    """Draws for one step along the critic's gradient; two samples of each prompt show how far apart pictures are."""
+
+    rows: torch.Tensor
+    step_index: torch.Tensor
+    noise: torch.Tensor
+    """`(2, prompts, *action_shape)`, on the CPU."""
+
+
+class _Step(NamedTuple):
+    """Where an update of the policy starts: its weights, and on some prompts its distributions."""
+
+    weights: list[torch.Tensor]
+    embeds: torch.Tensor
+    step_index: torch.Tensor
+    old: tuple[torch.Tensor, torch.Tensor]
+    """Mean and log-std."""
+
+
+def _draw_back(policy: NoisePolicy, step: _Step, target_kl: float) -> None:
+    """Move the weights back towards the start of a step until KL(old, new) is at most twice its target.
 
     KL is nearly quadratic in the distance, so one or two attempts suffice.
     """
     for _ in range(_MAX_ATTEMPTS):
-        step_kl = gaussian_kl(old_mean, old_log_std, *policy(embeds)).mean().item()
+        step_kl = gaussian_kl(*step.old, *policy(step.embeds)).mean().item()
         if not step_kl > 2 * target_kl:
             return
-        for parameter, old in zip(policy.parameters(), start, strict=True):
+        for parameter, old in zip(policy.parameters(), step.weights, strict=True):
             parameter.copy_(old.lerp(parameter, math.sqrt(target_kl / step_kl)))
 
 

@@ -299,7 +299,7 @@ class Run:
             self._learner: Learner | None = Find(config, task, self._prompts, start_copy=start_copy, device=device)
         else:
             history = self._folder.history if self.processes.is_main else None
-            self._learner = NoisePpo(config, task, self._prompts, history_folder=history, device=device)
+            self._learner = NoisePpo(config, task, self._prompts, self.processes, history_folder=history, device=device)
         self._rollouts = RolloutMaker(config, task, self._prompts, self.processes, self._clock)
         self._warn_of_idle_processes()
 

@@ -6,6 +6,7 @@ import torch
 
 from noisepolicy.policies import SpectralPolicy
 from noisepolicy.policies.critic import CriticShape, RewardCritic
+from noisepolicy.policies.networks import plain_arithmetic
 
 PROMPT_SHAPE = (5, 16)
 
@@ -36,6 +37,15 @@ def test_weights_and_gradients_stay_float32():
     critic(*inputs()).sum().backward()
     gradients = [parameter.grad for parameter in critic.parameters() if parameter.grad is not None]
     assert gradients and all(gradient.dtype == torch.float32 for gradient in gradients)
+
+
+def test_a_changed_weight_is_seen():
+    critic = make_critic()
+    critic.sketch.in_bfloat16 = True
+    with plain_arithmetic():
+        before = critic.sketch(*inputs())
+        critic.sketch.first.weight.data *= 2
+        assert not torch.equal(critic.sketch(*inputs()), before)
 
 
 def test_a_policy_chooses_in_float32():

@@ -26,6 +26,10 @@ SETTINGS = {
 }
 
 
+SETTINGS["critic, shared"] = SETTINGS["critic"] | {"gradient_accumulation_steps": 3}
+SETTINGS["ppo, shared"] = SETTINGS["ppo"] | {"gradient_accumulation_steps": 4}
+
+
 class RoundingModel(BlobModel):
     """Its last digits depend on how many rows it is called with, as a large network's do."""
 

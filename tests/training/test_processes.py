@@ -20,7 +20,8 @@ def errors_of(result):
 
 @pytest.mark.slow
 def test_any_number_of_processes_learns_the_same_to_the_bit(mutants, run_command, tmp_path):
-    """8 iterations with a critic and two step counts, of plain PPO, and of FIND; shares are uneven in all of them."""
+    """8 iterations with a critic and two step counts, of plain PPO, and of FIND; shares are uneven in all of them, and
+    two share the updates too."""
     runs = []
     for num_processes in (1, 2, 3, 4) if mutants else (1, 3):
         folder = tmp_path / str(num_processes)
@@ -32,7 +33,7 @@ def test_any_number_of_processes_learns_the_same_to_the_bit(mutants, run_command
                     (folder / name / "metrics.jsonl").read_text(),
                     read_tensors(folder / name / "policy" / "policy.safetensors"),
                 )
-                for name in ("critic", "ppo", "find")
+                for name in ("critic", "ppo", "find", "critic, shared", "ppo, shared")
             }
         )
     for name, (expected_metrics, expected) in runs[0].items():
@@ -67,6 +68,13 @@ def test_rows_come_back_in_order():
     rows = torch.tensor([2, 0, 1])
     values, pictures = one_process().gather_rows("'test'", rows, [rows.float(), rows[:, None].half()], counts=[3])
     assert values.tolist() == [0, 1, 2] and pictures.tolist() == [[0], [1], [2]]
+
+
+def test_parts_are_summed_in_their_order():
+    parts = torch.tensor([[1e8, 1.0], [1.0, 2.0], [-1e8, 3.0]])
+    total = one_process().sum_parts("'test'", parts, 3)
+    assert total.tolist() == [0.0, 6.0]  # in another order the first would be 1
+    assert parts[0].tolist() == [1e8, 1.0]
 
 
 @pytest.mark.parametrize(
