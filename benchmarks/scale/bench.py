@@ -1,7 +1,8 @@
 """`noisepolicy-bench scale`: images/s of several processes on this machine, and the bytes that they exchange.
 
 Each number of processes is a real torchrun of the default recipe on the embedded model, one thread a process. A rollout
-(images, rewards, gathering) is what processes share; an iteration has the updates too, which each process makes whole.
+(images, rewards, gathering) is what processes always share; an iteration has the updates too, which they share if
+their rows are cut into parts.
 Then what checkpoints, resuming and a slow reward take in the first of these runs.
 """
 
@@ -15,19 +16,25 @@ from pathlib import Path
 from typing import Any
 
 
-def run(process_counts: Sequence[int], num_iterations: int) -> dict[str, Any]:
+def run(process_counts: Sequence[int], num_iterations: int, num_parts: int) -> dict[str, Any]:
     """Print a table and return its numbers.
+
+    Args:
+        num_parts: `--gradient-accumulation-steps` of the runs.
 
     Raises:
         ValueError: if a count is not positive.
         RuntimeError: if a run fails.
     """
-    if min(*process_counts, num_iterations) < 1:
-        raise ValueError(f"--processes and --iterations must be positive, got {list(process_counts)}, {num_iterations}")
+    if min(*process_counts, num_iterations, num_parts) < 1:
+        raise ValueError(
+            "--processes, --iterations and --gradient-accumulation-steps must be positive, got "
+            f"{list(process_counts)}, {num_iterations} and {num_parts}"
+        )
     print("processes | rollout: images/s, of the first | iteration: images/s, of the first | bytes gathered by each")
     rows: list[dict[str, Any]] = []
     for count in process_counts:
-        rows.append(row := {"processes": count, **_measure(count, num_iterations)})
+        rows.append(row := {"processes": count, **_measure(count, num_iterations, num_parts)})
         for name in ("rollout", "iteration"):
             row[f"{name}_speedup"] = row[f"{name}_images_per_s"] / rows[0][f"{name}_images_per_s"]
         print(
@@ -45,10 +52,10 @@ def run(process_counts: Sequence[int], num_iterations: int) -> dict[str, Any]:
             f"with a reward as slow as generation ({overlap['generation_s']:.2f} s) a rollout takes "
             f"{overlap['in_turn_s']:.2f} s, with --overlap {overlap['overlapped_s']:.2f} s"
         )
-    return {"iterations": num_iterations, "scale": rows}
+    return {"iterations": num_iterations, "gradient_accumulation_steps": num_parts, "scale": rows}
 
 
-def _measure(num_processes: int, num_iterations: int) -> dict[str, Any]:
+def _measure(num_processes: int, num_iterations: int, num_parts: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         command = [
@@ -62,6 +69,7 @@ def _measure(num_processes: int, num_iterations: int) -> dict[str, Any]:
             "noisepolicy.benchmarks.scale.worker",
             str(result),
             str(num_iterations),
+            str(num_parts),
         ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""One process of `noisepolicy-bench scale`, started by torchrun: `worker.py RESULT.json ITERATIONS`."""
+"""One process of `noisepolicy-bench scale`, started by torchrun: `worker.py RESULT.json ITERATIONS PARTS`."""
 
 import statistics
 import sys
@@ -17,7 +17,7 @@ from noisepolicy.training.config import TrainConfig
 from noisepolicy.training.run import Run
 
 
-def main(result: Path, num_iterations: int) -> None:
+def main(result: Path, num_iterations: int, num_parts: int) -> None:
     """Time iterations of the default recipe, with the policy learning from the start: medians after one that warms up.
 
     Then time a checkpoint and resuming from it, and, in one process, what overlapping hides of a slow reward.
@@ -27,6 +27,7 @@ def main(result: Path, num_iterations: int) -> None:
     config = TrainConfig.of(
         num_iterations=num_iterations + 2,
         critic_warmup=0,
+        gradient_accumulation_steps=num_parts,
         checkpoint_every=10**6,
         eval_num_prompts=0,
         device="cpu",
@@ -95,4 +96,4 @@ def _seconds(call: Callable[[], Any]) -> float:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))

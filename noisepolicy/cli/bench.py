@@ -174,7 +174,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.command == "scale":
         from noisepolicy.benchmarks.scale import bench
 
-        return bench.run(arguments.processes, arguments.iterations)
+        return bench.run(arguments.processes, arguments.iterations, arguments.gradient_accumulation_steps)
     if arguments.command == "sharing":
         from noisepolicy.benchmarks.scale import sharing
 

@@ -40,6 +40,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     scale = commands.add_parser("scale", help="images/s of several processes on the embedded model, a thread each")
     scale.add_argument("--processes", type=int, nargs="+", default=[1, 2], metavar="N", help="default: 1 2")
     scale.add_argument("--iterations", type=int, default=5, help="that are timed for each; default: 5")
+    scale.add_argument(
+        "--gradient-accumulation-steps",
+        type=int,
+        default=1,
+        metavar="N",
+        help="parts of an update's rows, which the processes share; default: 1, every process makes the whole update",
+    )
     sharing = commands.add_parser(
         "sharing", help="seconds of a short training run beside a busy process, or with less CPU time than it sees"
     )

@@ -34,7 +34,7 @@ class Processes:
     def __init__(self, accelerator: Accelerator, timeout_s: float) -> None:
         self.index, self.count = accelerator.process_index, accelerator.num_processes
         self.bytes_received = 0
-        """Bytes received by `gather_rows`, from all processes including this one."""
+        """Bytes of rows and gradients received from all processes, including this one."""
         self._timeout_s = timeout_s
         self._num_meetings = 0
         if self.count == 1:
@@ -124,6 +124,7 @@ class Processes:
             dist.all_gather(list(totals), total, group=group)
 
         self._meet(phase, exchange)
+        self.bytes_received += (received.numel() + totals.numel()) * mine.element_size()
         return totals.flatten()[: mine.shape[1]]
 
     def check_same_weights(self, module: torch.nn.Module, phase: str) -> None:
