@@ -25,16 +25,22 @@ class Exported:
             for path in folder.glob("*.onnx")
         }
 
-    def start(self, prompt_embeds: np.ndarray, seed: int = 0) -> np.ndarray:
-        """Return the policy's latents: the low band is the policy's, the rest the prior's."""
-        shape = (len(prompt_embeds), *self.settings["latent_shape"])
-        noise = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
-        if "policy" not in self._sessions:
+    def start(self, prompt_embeds: np.ndarray, steps: int, seed: int = 0) -> np.ndarray:
+        """Return the policy's latents: the action is the candidate that its critic chooses, the rest the prior's."""
+        random, batch = np.random.default_rng(seed), len(prompt_embeds)
+        noise = random.standard_normal((batch, *self.settings["latent_shape"]), dtype=np.float32)
+        if self.settings["policy"] is None:
             return noise
-        mean, log_std = np.moveaxis(self._run("policy", prompt_embeds=prompt_embeds), 1, 0)
+        shape = (batch, self.settings["num_candidates"], *self.settings["action_shape"])
+        inputs = {"prompt_embeds": prompt_embeds, "noise": random.standard_normal(shape, dtype=np.float32)}
+        step_index = self.settings["steps"][str(steps)]["step_index"]
+        if step_index is not None:
+            inputs["step_index"] = np.array(step_index)
+        action = self._run("policy", **inputs)
+        if self.settings["policy"] != "spectral":
+            return action
         spectrum = dctn(noise, axes=(-2, -1), norm="ortho")
-        band = (..., slice(mean.shape[-2]), slice(mean.shape[-1]))
-        spectrum[band] = mean + np.exp(log_std) * spectrum[band]
+        spectrum[..., : action.shape[-2], : action.shape[-1]] = action
         return idctn(spectrum, axes=(-2, -1), norm="ortho").astype(np.float32)
 
     def generate(self, latents: np.ndarray, prompt_embeds: np.ndarray, steps: int) -> np.ndarray:
@@ -72,4 +78,4 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=2)
     arguments = parser.parse_args()
     model, prompts = Exported(arguments.folder), np.load(arguments.prompt_embeds)
-    np.save(arguments.output, model.generate(model.start(prompts), prompts, arguments.steps))
+    np.save(arguments.output, model.generate(model.start(prompts, arguments.steps), prompts, arguments.steps))

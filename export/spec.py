@@ -80,11 +80,11 @@ DENOISERS: dict[str, Mapping[str, Axes]] = {
 }
 """Inputs of each denoiser class and their axes; axes that always have the same size have no name."""
 
-FLOAT32_INPUTS = ("timestep", "guidance", "t", "image_positions", "cap_lengths")
+FLOAT32_INPUTS = ("timestep", "guidance", "t", "image_positions", "cap_lengths", "step_index")
 """Inputs that stay float32 whatever the module computes in."""
 _ADDED = "added_cond_kwargs"
 """Argument that holds further inputs of some denoisers."""
-_ALWAYS_DYNAMIC = ("batch", "text_tokens")
+_ALWAYS_DYNAMIC = ("batch", "text_tokens", "candidates")
 _WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.bool)
 """Dtypes that buffers may have beside those of weights, e.g. for the positions of tokens."""
@@ -269,15 +269,24 @@ def decodes_video(frozen: FrozenDiffusersPipeline) -> bool:
 
 
 def policy_part(policy: NoisePolicy) -> Part:
-    """Return a policy's network as a part, from `prompt_embeds` to `mean_and_log_std`, `(batch, 2, *action_shape)`."""
+    """Return a policy and its critic as a part: what `NoisePolicy.choose` does with noise that is given.
+
+    Its inputs are `prompt_embeds` and `noise`, `(batch, candidates, *action_shape)` of N(0, 1). Its output is `action`,
+    `(batch, *action_shape)`: the candidate that the critic thinks best or, without a critic, the first. A critic takes
+    a further input, `step_index`: the index of the number of denoising steps among those it was trained at.
+    """
     generator = torch.Generator().manual_seed(0)
-    embeds = torch.randn(2, *policy.prompt_shape, generator=generator)
-    axes: dict[str, Axes] = {"prompt_embeds": ("batch", None, None)}
-    output_axes = ("batch", *[None] * (len(policy.action_shape) + 1))
-    module = _Policy(policy).eval()
-    return Part(
-        f"{policy.kind}-policy", module, {"prompt_embeds": embeds}, axes, "mean_and_log_std", output_axes, policy.config
-    )
+    action_axes = (None,) * len(policy.action_shape)
+    inputs = {
+        "prompt_embeds": torch.randn(2, *policy.prompt_shape, generator=generator),
+        "noise": torch.randn(2, 8, *policy.action_shape, generator=generator),
+    }
+    axes: dict[str, Axes] = {"prompt_embeds": ("batch", None, None), "noise": ("batch", "candidates", *action_axes)}
+    if policy.critic is not None:
+        inputs["step_index"], axes["step_index"] = torch.zeros(()), ()
+    config = {**policy.config, "critic": policy.critic and policy.critic.config}
+    module = _Start(policy).eval()
+    return Part(f"{policy.kind}-policy", module, inputs, axes, "action", ("batch", *action_axes), config)
 
 
 def _check_weights(module: nn.Module) -> None:
@@ -344,14 +353,24 @@ class _Decoder(nn.Module):
         return self.vae.decode(tensors[0], return_dict=False)[0]
 
 
-class _Policy(nn.Module):
+class _Start(nn.Module):
+    """The action to start from, by a policy's network and its critic's choice."""
+
     def __init__(self, policy: NoisePolicy) -> None:
         super().__init__()
         self.policy = policy
 
     def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
-        mean, log_std = self.policy(tensors[0])
-        return torch.stack([mean, log_std.expand_as(mean)], 1)
+        prompt_embeds, noise, *step_index = tensors
+        torch._check(len(prompt_embeds) == len(noise))
+        mean, log_std = self.policy(prompt_embeds)
+        actions = mean + log_std.exp() * noise.transpose(0, 1)
+        if self.policy.critic is None:
+            return actions[0]
+        steps = step_index[0].long().expand(len(prompt_embeds))
+        values, _ = self.policy.critic.lower_bound(prompt_embeds, actions.flatten(0, 1), steps)
+        best = values.unflatten(0, actions.shape[:2]).argmax(0)
+        return actions[best, torch.arange(len(prompt_embeds), device=best.device)]
 
 
 class _SplitGEGLU(nn.Module):

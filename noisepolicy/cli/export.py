@@ -164,6 +164,7 @@ def _write_loop(
             "input_scales": loop.schedule.input_scales,
             "first": loop.schedule.first,
             "weights": loop.schedule.weights,
+            "step_index": policy.critic.shape.nearest_step_index(steps) if policy and policy.critic else None,
         }
         for steps, loop in loops.items()
     }
@@ -176,7 +177,9 @@ def _write_loop(
         "latent_shape": frozen.latent_shape,
         "guidance_scale": guidance_scale,
         "scaling_factor": config.scaling_factor,
-        "action_shape": policy.action_shape if policy is not None else None,
+        "policy": None if policy is None else policy.kind,
+        "action_shape": None if policy is None else policy.action_shape,
+        "num_candidates": None if policy is None else policy.num_candidates,
         "steps": steps,
     }
     write_json(arguments.output_dir / "loop.json", settings)

@@ -251,4 +251,4 @@ class _Readers(nn.Module):
 
 def _tile(tensor: torch.Tensor, count: int, dim: int = 0) -> torch.Tensor:
     """Lay `count` copies of a tensor one after another."""
-    return torch.cat([tensor] * count, dim) if count > 1 else tensor
+    return tensor.unsqueeze(dim).expand(*tensor.shape[:dim], count, *tensor.shape[dim:]).flatten(dim, dim + 1)

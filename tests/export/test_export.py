@@ -22,7 +22,9 @@ from noisepolicy.export.spec import denoiser_part, policy_part, vae_decoder_part
 from noisepolicy.export.to_onnx import export_onnx
 from noisepolicy.export.verify import OutputMismatch, ShapeMismatch, verify
 from noisepolicy.frozen import FrozenDiffusersPipeline
+from noisepolicy.ops import dct_basis
 from noisepolicy.policies import SpectralPolicy
+from noisepolicy.policies.critic import CriticShape, RewardCritic
 
 from ..frozen.pipelines import build
 from ..frozen.tiny_pipelines import SIZE
@@ -214,12 +216,39 @@ def test_a_users_own_pipeline_takes_it(tiny, family_folder, tmp_path):
     torch.testing.assert_close(*images, rtol=0, atol=1e-3)
 
 
-def test_policy_exports(tmp_path):
+@pytest.mark.parametrize("has_critic", [False, True])
+def test_policy_exports(tmp_path, has_critic):
     policy = SpectralPolicy(latent_shape=(4, 8, 8), prompt_shape=(5, 6), bands=3)
     torch.nn.init.normal_(policy.mean.weight)
+    if has_critic:
+        shape = CriticShape((5, 6), policy.action_shape, is_spectral=True, step_counts=(1, 4))
+        policy.attach_critic(RewardCritic(shape, size=2, channels=8, hidden_width=16), 8)
     part = policy_part(policy)
     export_onnx(part, tmp_path / "policy.onnx")
-    assert verify(part, OnnxEngine(tmp_path / "policy.onnx", device=CPU).run) < 1e-5
+    engine = OnnxEngine(tmp_path / "policy.onnx", device=CPU)
+    assert verify(part, engine.run) < 1e-5
+    noise, embeds = torch.randn(3, 50, *policy.action_shape), torch.randn(3, 5, 6)
+    inputs = {"prompt_embeds": embeds, "noise": noise} | ({"step_index": torch.tensor(1.0)} if has_critic else {})
+    torch.testing.assert_close(engine.run(inputs), part.module(*inputs.values()))
+
+
+def test_the_exported_choice_is_the_policys_own():
+    policy = SpectralPolicy(latent_shape=(4, 8, 8), prompt_shape=(5, 6), bands=8)
+    shape = CriticShape((5, 6), policy.action_shape, is_spectral=True, step_counts=(1, 4))
+    policy.attach_critic(RewardCritic(shape, size=2, channels=8, hidden_width=16), 6)
+    embeds, draws = torch.randn(3, 5, 6), []
+    draw = policy.draw
+
+    def watched(*arguments, **options):
+        draws.append(draw(*arguments, **options))
+        return draws[-1]
+
+    policy.draw = watched
+    chosen = policy.choose(embeds, seed=3, num_inference_steps=4)
+    noise = torch.stack([sample.action for sample in draws], 1)  # the untrained policy's actions are the prior's
+    action = policy_part(policy).module(embeds, noise, torch.tensor(1.0))
+    basis = dct_basis(8, 8, CPU)
+    torch.testing.assert_close(basis.T @ action @ basis, chosen)
 
 
 def test_no_space_is_said_before_the_work(decoder, tmp_path, monkeypatch):
@@ -345,7 +374,9 @@ def test_the_command_and_what_runs_without_torch(run_train, tmp_path, frozen, pr
         images = model.generate(latents.numpy(), embeds.prompt_embeds.numpy(), steps)
         expected = frozen.generate(latents, embeds, num_inference_steps=steps, guidance_scale=1.5)
         np.testing.assert_allclose(images, expected.numpy(), atol=1e-3)
-    assert model.start(embeds.prompt_embeds.numpy()).shape == latents.shape
+    starts = model.start(embeds.prompt_embeds.numpy(), 2)
+    assert starts.shape == latents.shape and 0.8 < starts.std() < 1.2
+    assert model.settings["num_candidates"] == 256 and model.settings["steps"]["2"]["step_index"] == 0
 
 
 @pytest.mark.parametrize(
