@@ -22,4 +22,4 @@ def test_images_and_bytes_of_one_and_two_processes(capsys):
 
 def test_no_processes_are_refused(capsys):
     assert main(["scale", "--processes", "0"]) == 2
-    assert "--processes and --iterations must be positive" in capsys.readouterr().err
+    assert "--processes, --iterations and --gradient-accumulation-steps must be positive" in capsys.readouterr().err
