@@ -31,7 +31,8 @@ class LearnedNoise:
         num_candidates: int | None = None,
     ) -> None:
         self.seed = seed
-        self._policy, self._rows = policy, self._fit(conditioning[0][0], policy)
+        embeds = policy.fit_tokens(conditioning[0][0])
+        self._policy, self._embeds = policy, embeds.to(next(policy.parameters()).device)
         self._options = {"num_inference_steps": num_inference_steps, "num_candidates": num_candidates}
 
     def generate_noise(self, input_latent: dict[str, Any]) -> torch.Tensor:
@@ -53,32 +54,7 @@ class LearnedNoise:
                 f"channels, and these have {channels}: it is of another model"
             )
         index = input_latent.get("batch_index") or range(count)
-        model = _Prompt(self._rows, (self._policy.latent_shape[0], *extent))
-        texts = [str(number % len(self._rows)) for number in range(count)]
-        latents = self._policy.latents(model, texts, seed=self.seed, index=list(index), **self._options)
+        embeds = self._embeds[torch.arange(count) % len(self._embeds)]
+        shape = (self._policy.latent_shape[0], *extent)
+        latents = self._policy.latents(embeds, seed=self.seed, index=list(index), latent_shape=shape, **self._options)
         return latents[:, :channels].reshape(samples.shape).to("cpu", samples.dtype)
-
-    @staticmethod
-    def _fit(embeds: torch.Tensor, policy: NoisePolicy) -> torch.Tensor:
-        """Bring embeddings to the number of tokens that the policy knows: zeros follow a short prompt, as in training.
-
-        A prompt that is longer is cut, which the policy's own text encoder would have done too.
-        """
-        tokens, width = policy.prompt_shape
-        if embeds.shape[2] != width:
-            raise ValueError(
-                f"the policy was trained on prompt embeddings {width} wide, and this CONDITIONING has "
-                f"{embeds.shape[2]}: connect the text encoder of the policy's model"
-            )
-        rows = torch.nn.functional.pad(embeds[:, :tokens], (0, 0, 0, max(0, tokens - embeds.shape[1])))
-        return rows.to(next(policy.parameters()).device)
-
-
-class _Prompt:
-    """What a policy asks of a model: embeddings by name, here the number of their row, and the latents' shape."""
-
-    def __init__(self, rows: torch.Tensor, latent_shape: tuple[int, ...]) -> None:
-        self._rows, self.latent_shape = rows, latent_shape
-
-    def encode(self, names: list[str]) -> torch.Tensor:
-        return self._rows[[int(name) for name in names]]

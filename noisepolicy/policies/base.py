@@ -203,6 +203,7 @@ class NoisePolicy(Float32Module):
         width: int | None = None,
         num_frames: int | None = None,
         max_sequence_length: int | None = None,
+        latent_shape: Sequence[int] | None = None,
     ) -> torch.Tensor:
         """Latents for the pipeline's `latents=`, from the noise of `(seed, index)`: see `noisepolicy.noise`.
 
@@ -224,6 +225,7 @@ class NoisePolicy(Float32Module):
             num_candidates: Number of starts that the critic chooses among: more follow the prompt better and differ
                 less. 1 takes every draw as it comes. Default: as in training.
             height, width, num_frames, max_sequence_length: As given to the pipeline. Default: the pipeline's own.
+            latent_shape: Shape of a row of latents, where embeddings are given. Default: that of training.
 
         Returns:
             `(batch, *latent_shape)`; as a pipeline takes them, or float32.
@@ -241,6 +243,7 @@ class NoisePolicy(Float32Module):
         rows, shape, pack = self._encode(
             pipeline_or_embeds,
             prompts,
+            latent_shape=latent_shape,
             height=height,
             width=width,
             num_frames=num_frames,
@@ -271,6 +274,7 @@ class NoisePolicy(Float32Module):
         model: Any,
         prompts: str | Sequence[str] | None,
         *,
+        latent_shape: Sequence[int] | None,
         max_sequence_length: int | None,
         **sizes: int | None,
     ) -> tuple[list[torch.Tensor], tuple[int, ...], Callable[[torch.Tensor], torch.Tensor]]:
@@ -280,6 +284,8 @@ class NoisePolicy(Float32Module):
         for name, value in {**sizes, "max_sequence_length": max_sequence_length}.items():
             if value is not None and not is_pipeline:
                 raise ValueError(f"{name} can be given with a diffusers pipeline only, got {type(model).__name__}")
+        if latent_shape is not None and texts is not None:
+            raise ValueError("latent_shape can be given with embeddings only; a model has its own")
         if texts is not None and not texts:
             raise ValueError("prompts must hold at least one prompt")
         pack: Callable[[torch.Tensor], torch.Tensor] = lambda latents: latents  # noqa: E731
@@ -287,7 +293,7 @@ class NoisePolicy(Float32Module):
             embeds = getattr(model, "prompt_embeds", model)
             if not isinstance(embeds, torch.Tensor):
                 raise ValueError(f"prompts are missing; only embeddings go without, got {type(model).__name__}")
-            rows, shape = list(embeds.split(1)), self.latent_shape
+            rows, shape = list(embeds.split(1)), tuple(latent_shape or self.latent_shape)
             if not rows:
                 raise ValueError("prompts must hold at least one prompt")
         else:
@@ -306,17 +312,35 @@ class NoisePolicy(Float32Module):
                     embeds = {text: model.encode([text]) for text in dict.fromkeys(texts)}
                     rows = [getattr(embeds[text], "prompt_embeds", embeds[text]) for text in texts]  # or plain tensors
                     shape = tuple(model.latent_shape)
-            if shape[0] != self.latent_shape[0] or len(shape) != len(self.latent_shape):
-                raise ValueError(
-                    f"the policy was trained on latents of shape {self.latent_shape}, but {type(model).__name__} here "
-                    f"has {shape}: it must be a model of as many latent channels"
-                )
+        if shape[0] != self.latent_shape[0] or len(shape) != len(self.latent_shape):
+            given = f"{type(model).__name__} here has {shape}" if texts is not None else f"latent_shape is {shape}"
+            raise ValueError(
+                f"the policy was trained on latents of shape {self.latent_shape}, but {given}: it must be a model of "
+                "as many latent channels"
+            )
         if tuple(rows[0].shape[1:]) != self.prompt_shape:
             raise ValueError(
                 f"the policy was trained on prompt embeddings of shape {self.prompt_shape}, but "
                 f"{'these have' if texts is None else 'this model gives'} {tuple(rows[0].shape[1:])}"
             )
         return rows, shape, pack
+
+    def fit_tokens(self, prompt_embeds: torch.Tensor) -> torch.Tensor:
+        """Bring embeddings `(batch, tokens, width)` of another program to the tokens that the policy knows.
+
+        Zeros follow those of a short prompt, as in training; a long one is cut, as the text encoder would have done.
+
+        Raises:
+            ValueError: if they are of another width, and so of another text encoder.
+        """
+        tokens, width = self.prompt_shape
+        if prompt_embeds.shape[2] != width:
+            raise ValueError(
+                f"the policy was trained on prompt embeddings {width} wide, and these are {prompt_embeds.shape[2]}: "
+                "they must come from the text encoder of the policy's model"
+            )
+        missing = max(0, tokens - prompt_embeds.shape[1])
+        return nn.functional.pad(prompt_embeds[:, :tokens], (0, 0, 0, missing))
 
     def sample_latents(
         self,

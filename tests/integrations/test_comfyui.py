@@ -85,7 +85,7 @@ def test_shapes_of_prompts_and_latents(learned_noise, embeds):
     assert clip.shape == (1, 4, 5, 8, 8)
     several = learned_noise(plain, [[torch.rand(2, 20, 128), {}]], 3)
     assert several.generate_noise({"samples": torch.zeros(3, 8, 8, 8)}).shape == (3, 8, 8, 8)
-    with pytest.raises(ValueError, match="prompt embeddings 128 wide, and this CONDITIONING has 768"):
+    with pytest.raises(ValueError, match="prompt embeddings 128 wide, and these are 768"):
         learned_noise(plain, [[torch.zeros(1, 77, 768), {}]], 3)
     with pytest.raises(ValueError, match="latents of 8 channels, and these have 4: it is of another model"):
         several.generate_noise({"samples": torch.zeros(1, 4, 8, 8)})

@@ -105,6 +105,23 @@ def test_other_sizes_have_noise_of_their_own(pipeline, policy):
     assert torch.equal(alone, batch[2:])
 
 
+def test_embeddings_of_other_sizes_and_lengths(pipeline, policy):
+    embeds = FrozenDiffusersPipeline(pipeline).encode(PROMPTS[:2]).prompt_embeds
+    wide = policy.latents(embeds, seed=7, latent_shape=(8, 12, 16))
+    assert torch.equal(wide[1:], policy.latents(embeds[1:], seed=7, index=1, latent_shape=(8, 12, 16)))
+    assert torch.equal(policy.latents(embeds, seed=7, latent_shape=(8, 8, 8)), policy.latents(embeds, seed=7))
+    assert torch.equal(policy.fit_tokens(torch.cat([embeds, embeds], 1)), embeds)
+    short = policy.fit_tokens(embeds[:, :5])
+    assert torch.equal(short[:, :5], embeds[:, :5]) and not short[:, 5:].any() and short.shape == embeds.shape
+    for call, message in (
+        (lambda: policy.latents(embeds, seed=7, latent_shape=(4, 8, 8)), r"latent_shape is \(4, 8, 8\)"),
+        (lambda: policy.latents(pipeline, "a", seed=7, latent_shape=(8, 8, 8)), "with embeddings only"),
+        (lambda: policy.fit_tokens(embeds[..., :64]), "embeddings 128 wide, and these are 64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
 def test_any_object_with_encode_and_latent_shape(policy):
     class Model:
         latent_shape = (8, 8, 8)
