@@ -33,7 +33,7 @@ test-lowest test-newest: test-%:
 	$(VENV)-$*/bin/pytest $(PARALLEL) -m "not slow" $(LEFT_OUT) $(QUICK_TESTS)
 	$(VENV)-$*/bin/pytest $(TRAINING_RUN)
 
-SOURCES := setup.py pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc noisepolicy export benchmarks -type f -not -path '*__pycache__*' -not -name '*.so')
+SOURCES := setup.py pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc noisepolicy export benchmarks integrations -type f -not -path '*__pycache__*' -not -name '*.so')
 
 # pip's remarks on its own version and on root, which are not about this package.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

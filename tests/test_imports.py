@@ -4,10 +4,11 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = {"noisepolicy": "", "export": "export", "benchmarks": "benchmarks"}
+FOLDERS = {"noisepolicy": "", "export": "export", "benchmarks": "benchmarks", "integrations": "integrations"}
 LAYERS = (
     {"__init__"},
     {"cli"},
+    {"integrations"},
     {"benchmarks"},
     {"training"},
     {"evaluation"},

@@ -1,0 +1,1 @@
+"""Programs that noisepolicy plugs into, each in a folder of its own."""
