@@ -3,6 +3,7 @@
 latents ~ pi(. | prompt) = N(mean(prompt), std(prompt)^2) over the action; N(0, I) exactly at initialisation
 """
 
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import nn
 
-from noisepolicy.ops import gaussian_kl
+from noisepolicy.ops import gaussian_kl, num_counters
 from noisepolicy.policies.critic import RewardCritic
 from noisepolicy.policies.loading import MAX_CANDIDATES, checked, fill, read_config
 from noisepolicy.policies.networks import Float32Module, float32_by_default, without_autocast
@@ -21,8 +22,10 @@ from noisepolicy.storage import file_within, read_tensors, write_json, write_ten
 Std = Literal["power", "one", "learned"]
 """Kind of a policy's standard deviation: as in `power_preserving`, always 1, or an output of the network."""
 
-_CANDIDATE_STRIDE = 2**48  # of the counter; no run draws as many
+_OWN_COUNTERS = 2**47  # a row's own draw is made of counters below; no run draws as many
+_FIRST_CANDIDATE = 2**63  # counter; a row's further candidates follow one another, MAX_CANDIDATES times its own later
 _CRITIC_ROWS = 64
+_DRAWN_AT_ONCE = 2**24  # numbers
 _CONFIG, _WEIGHTS = "config.json", "policy.safetensors"
 _CARD_FILES = ("README.md", "before_after.png")
 
@@ -149,45 +152,59 @@ class NoisePolicy(Float32Module):
     ) -> torch.Tensor:
         """Return latents to start from, float32 `(batch, *latent_shape)`: a sample, or the critic's choice of several.
 
-        The first candidate is `sample`'s own draw; the others lie far beyond it on the same seed's counter.
+        The first candidate is `sample`'s own draw; the others lie far beyond it on the same seed's counter. Each row is
+        chosen on its own, so it does not depend on the batch.
 
         Args:
             num_inference_steps: Number of denoising steps that the model will take. The critic uses the nearest number
                 that it was trained at.
             num_candidates: Number of starts to choose among. Default: the policy's own.
         """
-        if self.critic is None:
+        latent_shape = latent_shape or self.latent_shape
+        if self.critic is None or (num_candidates or self.num_candidates) == 1:
             return self.sample(prompt_embeds, seed=seed, offset=offset, latent_shape=latent_shape).latents
-        step_index = torch.full(
-            (len(prompt_embeds),),
-            self.critic.shape.nearest_step_index(num_inference_steps),
-            device=prompt_embeds.device,
-        )
-        mean, log_std = self(prompt_embeds)
-        latents = best = None
-        # The critic reads several candidates at once, where a batch is too small to be worth a call.
-        at_once = max(1, _CRITIC_ROWS // max(1, len(prompt_embeds)))
-        for numbers in torch.arange(num_candidates or self.num_candidates).split(at_once):
-            samples = [
-                self.draw(
-                    mean,
-                    log_std,
-                    seed=seed,
-                    offset=(offset + number * _CANDIDATE_STRIDE) % 2**64,
-                    latent_shape=latent_shape or self.latent_shape,
-                )
-                for number in numbers.tolist()
-            ]
-            values, _ = self.critic.lower_bound(
-                prompt_embeds, torch.cat([sample.action for sample in samples]), step_index
+        steps = self.critic.shape.nearest_step_index(num_inference_steps)
+        rows = [
+            self._choose_one(
+                embeds,
+                torch.full((1,), steps, device=embeds.device),
+                num_candidates or self.num_candidates,
+                seed=seed,
+                offset=offset + number * num_counters(latent_shape),
+                latent_shape=latent_shape,
             )
-            for sample, value in zip(samples, values.chunk(len(samples)), strict=True):
-                if best is None:
-                    latents, best = sample.latents, value
-                    continue
-                is_better = (value > best).reshape(-1, *[1] * (sample.latents.ndim - 1))
-                latents, best = torch.where(is_better, sample.latents, latents), torch.maximum(best, value)
-        return latents
+            for number, embeds in enumerate(prompt_embeds.split(1))
+        ]
+        return torch.cat(rows) if rows else prompt_embeds.new_empty(0, *latent_shape, dtype=torch.float32)
+
+    def _choose_one(
+        self,
+        prompt_embeds: torch.Tensor,
+        step_index: torch.Tensor,
+        num_candidates: int,
+        *,
+        seed: int,
+        offset: int,
+        latent_shape: tuple[int, ...],
+    ) -> torch.Tensor:
+        """Choose among the candidates of one row. Many are drawn and read at once; the best goes on to the next lot."""
+        mean, log_std = self(prompt_embeds)
+        best = self.draw(mean, log_std, seed=seed, offset=offset, latent_shape=latent_shape)
+        first = _FIRST_CANDIDATE + offset % _OWN_COUNTERS * MAX_CANDIDATES
+        at_once = max(1, min(_CRITIC_ROWS, _DRAWN_AT_ONCE // math.prod(latent_shape)))
+        for numbers in torch.arange(1, num_candidates).split(at_once):
+            further = self.draw(
+                mean.expand(len(numbers), *mean.shape[1:]),
+                log_std.expand(len(numbers), *log_std.shape[1:]) if log_std.ndim else log_std,
+                seed=seed,
+                offset=first + int(numbers[0]) * num_counters(latent_shape),
+                latent_shape=latent_shape,
+            )
+            drawn = PolicySample(*map(torch.cat, zip(best, further, strict=True)))
+            values, _ = self.critic.lower_bound(prompt_embeds, drawn.action, step_index)
+            index = values.argmax(0, keepdim=True)
+            best = PolicySample(*(tensor.index_select(0, index) for tensor in drawn))
+        return best.latents
 
     @without_autocast
     def latents(
@@ -254,13 +271,12 @@ class NoisePolicy(Float32Module):
             raise ValueError(f"index must have one number for each of the {len(rows)} prompts, got {len(indices)}")
         with torch.inference_mode(False):  # or the weights could not be trained any more once they have moved
             self.to(rows[0].device)
-        # One row at a time: in a batch the networks round differently, and a choice between two starts of nearly equal
-        # value could go the other way. It costs some tens of milliseconds a picture.
+        # One row at a time: in a batch the networks round differently.
         starts = [
             self.choose(
                 row,
                 seed=seed,
-                offset=first_counter(number, shape, _CANDIDATE_STRIDE),
+                offset=first_counter(number, shape, _OWN_COUNTERS),
                 num_inference_steps=num_inference_steps,
                 num_candidates=num_candidates,
                 latent_shape=shape,

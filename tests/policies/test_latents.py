@@ -136,7 +136,7 @@ def test_any_object_with_encode_and_latent_shape(policy):
 
 def test_errors_name_the_argument(pipeline, policy):
     embeds = torch.zeros(2, 20, 128)
-    last = 2**48 // num_counters((8, 8, 8)) - 1
+    last = 2**47 // num_counters((8, 8, 8)) - 1
     for call, message in (
         (lambda: policy.latents(pipeline, seed=1), "prompts are missing.*got StableDiffusionPipeline"),
         (lambda: policy.latents(pipeline, [], seed=1), "prompts must hold at least one"),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from noisepolicy.ops import dct_basis, gaussian_kl, gaussian_log_prob, gaussian_sample
+from noisepolicy.ops import dct_basis, gaussian_kl, gaussian_log_prob, gaussian_sample, num_counters
 from noisepolicy.policies import DensePolicy, NoisePolicy, SpectralPolicy
 from noisepolicy.policies.critic import CriticShape, RewardCritic
 from noisepolicy.policies.networks import power_preserving
@@ -68,10 +68,15 @@ def test_critic_is_saved_with_the_policy(policy, embeds, tmp_path):
     )
     policy.attach_critic(RewardCritic(shape, size=2, channels=8, hidden_width=16), 3)
     latents = policy.choose(embeds, seed=7, num_inference_steps=8)
-    draws = [policy.sample(embeds, seed=7, offset=number * 2**48) for number in range(3)]
-    values = torch.stack([policy.critic.lower_bound(embeds, d.action, torch.ones(3).long())[0] for d in draws])
-    for row, best in enumerate(values.argmax(0).tolist()):
-        assert torch.equal(latents[row], draws[best].latents[row])
+    for row in range(3):
+        own = row * num_counters(policy.latent_shape)
+        further = [2**63 + own * 65536 + number * num_counters(policy.latent_shape) for number in (1, 2)]
+        draws = [policy.sample(embeds[row : row + 1], seed=7, offset=offset) for offset in (own, *further)]
+        values = [
+            policy.critic.lower_bound(embeds[row : row + 1], draw.action, torch.ones(1).long())[0] for draw in draws
+        ]
+        best = torch.cat(values).argmax()
+        torch.testing.assert_close(latents[row], draws[best].latents[0])
     policy.save_pretrained(tmp_path)
     assert torch.equal(NoisePolicy.from_pretrained(tmp_path).choose(embeds, seed=7, num_inference_steps=8), latents)
 
