@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from diffusers.models.activations import GEGLU
+from diffusers.models.transformers.transformer_chroma import ChromaCombinedTimestepTextProjEmbeddings
 from torch import nn
 from torch.nn import functional as F
 
@@ -55,6 +56,14 @@ DENOISERS: dict[str, Mapping[str, Axes]] = {
         "pooled_projections": ("batch", None),
         "txt_ids": (None, None),
         "img_ids": ("image_tokens", None),
+    },
+    "ChromaTransformer2DModel": {
+        "hidden_states": ("batch", "image_tokens", None),
+        "timestep": ("batch",),
+        "encoder_hidden_states": ("batch", None, None),
+        "txt_ids": (None, None),
+        "img_ids": ("image_tokens", None),
+        "attention_mask": ("batch", None),
     },
     "Flux2Transformer2DModel": {
         "hidden_states": ("batch", "image_tokens", None),
@@ -389,10 +398,25 @@ class _SplitGEGLU(nn.Module):
         return value * F.gelu(gate)
 
 
+class _ChromaTime(nn.Module):
+    """Chroma's embedding of the timestep, whose guidance of zero the original makes by the number of rows in Python."""
+
+    def __init__(self, original: ChromaCombinedTimestepTextProjEmbeddings) -> None:
+        super().__init__()
+        self.original = original
+
+    def forward(self, timestep: torch.Tensor) -> torch.Tensor:
+        own = self.original
+        parts = [own.time_proj(timestep), own.guidance_proj(torch.zeros_like(timestep))]
+        of_rows = torch.cat(parts, 1).to(timestep.dtype)[:, None].expand(-1, own.mod_proj.shape[0], -1)
+        of_layers = own.mod_proj.to(timestep).expand(timestep.shape[0], -1, -1)
+        return torch.cat([of_rows, of_layers], -1)
+
+
 @contextmanager
 def prepared_for_export(module: nn.Module) -> Iterator[None]:
     """Temporarily replace modules with equivalents that engines support or run faster."""
-    equivalents = {GEGLU: _SplitGEGLU, **EXPORTED}
+    equivalents = {GEGLU: _SplitGEGLU, ChromaCombinedTimestepTextProjEmbeddings: _ChromaTime, **EXPORTED}
     replaced = [
         (parent, name, child)
         for parent in module.modules()

@@ -64,7 +64,7 @@ def _export(arguments: argparse.Namespace) -> None:
     quiet_loading()
     import torch
 
-    from noisepolicy.export.spec import denoiser_part, policy_part, vae_decoder_part
+    from noisepolicy.export.spec import decodes_video, denoiser_part, policy_part, vae_decoder_part
     from noisepolicy.policies import NoisePolicy
     from noisepolicy.training.config import TrainConfig
     from noisepolicy.training.devices import make_accelerator, with_mixed_precision
@@ -92,11 +92,18 @@ def _export(arguments: argparse.Namespace) -> None:
     rows = 2 * arguments.max_batch if guidance > 1 else arguments.max_batch
     # All parts before any is built: what cannot be exported is told at once.
     denoiser = denoiser_part(frozen, guidance_scale=guidance, dynamic_size=arguments.dynamic_size)
-    decoder = vae_decoder_part(frozen, dynamic_size=arguments.dynamic_size)
+    has_decoder = not decodes_video(frozen)
+    decoder = vae_decoder_part(frozen, dynamic_size=arguments.dynamic_size) if has_decoder else None
+    if arguments.engine is not None:
+        denoiser.profile((1, rows, rows), (1.0, 1.0, 1.0))
     _export_part(denoiser, "denoiser", dtype, rows, arguments)
-    # A decoder that the model's own pipeline runs in float32 gives NaN in float16.
-    decoder_dtype = torch.float32 if dtype == torch.float16 and frozen.upcasts_vae else dtype
-    _export_part(decoder, "vae_decoder", decoder_dtype, arguments.max_batch, arguments)
+    if decoder is not None:
+        # A decoder that the model's own pipeline runs in float32 gives NaN in float16.
+        decoder_dtype = torch.float32 if dtype == torch.float16 and frozen.upcasts_vae else dtype
+        _export_part(decoder, "vae_decoder", decoder_dtype, arguments.max_batch, arguments)
+    else:
+        kind = type(frozen.vae).__name__
+        print(f"no vae_decoder.onnx: {kind} decodes videos, or pictures as videos, and stays in PyTorch", flush=True)
     if policy is not None:
         _export_part(policy_part(policy), "policy", torch.float32, arguments.max_batch, arguments)
     _write_loop(frozen, policy, arguments, guidance)

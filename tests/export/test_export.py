@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
+import noisepolicy
 from noisepolicy.cli import export as export_command
 from noisepolicy.engines.exported import EngineDenoiser
 from noisepolicy.engines.onnx_engine import OnnxEngine
@@ -26,7 +27,7 @@ from noisepolicy.ops import dct_basis
 from noisepolicy.policies import SpectralPolicy
 from noisepolicy.policies.critic import CriticShape, RewardCritic
 
-from ..frozen.pipelines import build
+from ..frozen.pipelines import build, build_pipeline
 from ..frozen.tiny_pipelines import SIZE
 
 FAMILIES = [
@@ -64,13 +65,13 @@ def test_every_family_exports_and_runs_in_its_pipeline(tiny, tmp_path, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["Flux2KleinPipeline", "QwenImagePipeline", "ZImagePipeline"])
+@pytest.mark.parametrize("name", ["ChromaPipeline", "Flux2KleinPipeline", "QwenImagePipeline", "ZImagePipeline"])
 def test_transformers_with_tokens_export_and_run_in_their_pipelines(tmp_path, name):
     pipeline, call = build(name)
     own = {key: call.pop(key) for key in ("height", "width", "max_sequence_length") if key in call}
     eager, frozen = (FrozenDiffusersPipeline(pipeline, call=call, **own) for _ in range(2))
     part = denoiser_part(frozen, guidance_scale=4.0)
-    if name != "Flux2KleinPipeline":
+    if name in ("QwenImagePipeline", "ZImagePipeline"):
         with pytest.raises(ValueError, match="texts of any length, for which no TensorRT engine is built"):
             part.profile((1, 2, 4))
     export_onnx(part, tmp_path / "denoiser.onnx")
@@ -82,6 +83,44 @@ def test_transformers_with_tokens_export_and_run_in_their_pipelines(tmp_path, na
     prompts = ["a cat", "a red circle" + " and a blue square" * 3]  # of other lengths than the sample's
     images = [model.generate(latents, model.encode(prompts), **settings) for model in (eager, frozen)]
     torch.testing.assert_close(*images, rtol=0, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_run_of_z_image_trains_on_an_engine_and_is_exported(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("NOISEPOLICY_CACHE", str(tmp_path / "cache"))
+    build_pipeline("ZImagePipeline", tmp_path / "model")
+    noisepolicy.train(
+        str(tmp_path / "model"),
+        engine="onnx",
+        height=16,
+        width=24,
+        reward="brightness",
+        prompts=["a red circle", "a blue square and a red circle"],
+        num_inference_steps=(2,),
+        bands=2,
+        batch_size=2,
+        num_iterations=2,
+        critic_warmup=2,
+        critic_updates=1,
+        critic_batch_size=2,
+        eval_num_prompts=0,
+        output_dir=tmp_path / "run",
+    )
+    arguments = [str(tmp_path / "run"), "--output-dir", str(tmp_path / "out"), "--dtype", "float16"]
+    assert export_command.main(arguments) == 0
+    said = capsys.readouterr().out
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["denoiser.onnx", "policy.onnx", "vae_decoder.onnx"]
+    assert said.count("differs from PyTorch by") == 3 and "denoiser.onnx  float16" in said
+
+
+@pytest.mark.slow
+def test_a_decoder_of_videos_is_left_out_of_an_export(tmp_path, capsys):
+    build_pipeline("QwenImagePipeline", tmp_path / "model")
+    assert export_command.main([str(tmp_path / "model"), "--output-dir", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["denoiser.onnx"]
+    assert "no vae_decoder.onnx: AutoencoderKLQwenImage decodes videos, or pictures as videos" in said
 
 
 @pytest.mark.slow
