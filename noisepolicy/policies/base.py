@@ -206,6 +206,41 @@ class NoisePolicy(Float32Module):
             best = PolicySample(*(tensor.index_select(0, index) for tensor in drawn))
         return best.latents
 
+    @torch.no_grad()
+    @without_autocast
+    def candidates(
+        self,
+        prompt_embeds: torch.Tensor,
+        count: int,
+        *,
+        seed: int,
+        num_inference_steps: int = 1,
+        latent_shape: tuple[int, ...] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the first starts that `choose` chooses among for one prompt, and the rewards that the critic foresees.
+
+        Args:
+            prompt_embeds: `(1, tokens, width)`.
+            count: Number of starts.
+
+        Returns:
+            Latents, float32 `(count, *latent_shape)`, and lower bounds of their rewards in the reward's own units,
+            `(count,)`; None if the policy has no critic.
+        """
+        samples = [
+            self.sample(prompt_embeds, seed=seed, offset=number * _CANDIDATE_STRIDE % 2**64, latent_shape=latent_shape)
+            for number in range(count)
+        ]
+        latents = torch.cat([sample.latents for sample in samples])
+        if self.critic is None:
+            return latents, None
+        step_index = torch.tensor(
+            [self.critic.shape.nearest_step_index(num_inference_steps)], device=prompt_embeds.device
+        )
+        actions = torch.cat([sample.action for sample in samples])
+        values, _ = self.critic.lower_bound(prompt_embeds, actions, step_index)
+        return latents, self.critic.in_reward_units(values)
+
     @without_autocast
     def latents(
         self,

@@ -615,6 +615,11 @@ class Run:
         return self.processes.is_main
 
     @property
+    def model(self) -> FrozenModel:
+        """The frozen model."""
+        return self._frozen
+
+    @property
     def evaluation(self) -> Sweep:
         """The newest evaluation; empty before there is one."""
         return self._sweep or Sweep([], [])
