@@ -3,10 +3,11 @@
 # make test-all: the suite with every planted bug and every long parametrisation, and the fault tests and fuzzers for hours.
 # make test-lowest, test-newest: the quick tests with the lowest versions that pyproject.toml allows, which uv reads there,
 #   and with the newest released ones; each in an environment of its own, made anew.
+# make docs: the documentation site in site/, with its tutorials run; docs-serve: the same at 127.0.0.1:8000, not run.
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: train test test-all test-lowest test-newest
+.PHONY: train test test-all test-lowest test-newest docs docs-serve
 train: $(VENV)/train.stamp
 	@$(VENV)/bin/noisepolicy-train
 
@@ -15,6 +16,12 @@ test: $(VENV)/test.stamp
 
 test-all: $(VENV)/test.stamp
 	$(VENV)/bin/pytest $(PARALLEL) --mutants --soak
+
+docs: $(VENV)/docs.stamp
+	NOISEPOLICY_DOCS_EXECUTE=true $(VENV)/bin/mkdocs build --strict
+
+docs-serve: $(VENV)/docs.stamp
+	$(VENV)/bin/mkdocs serve
 
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal -o faulthandler_exit_on_timeout=true
 QUICK_TESTS := tests/ops tests/policies tests/frozen tests/worlds/shapes/test_model.py
@@ -57,4 +64,9 @@ $(VENV)/train.stamp: $(VENV)/torch.stamp $(SOURCES)
 $(VENV)/test.stamp: $(VENV)/torch.stamp $(SOURCES)
 	@echo "installing noisepolicy and what its tests need, and compiling its kernels"
 	@$(VENV)/bin/pip install --quiet -c constraints.txt '.[dev]'
+	@touch $@
+
+$(VENV)/docs.stamp: $(VENV)/torch.stamp $(SOURCES)
+	@echo "installing noisepolicy and what its documentation needs, and compiling its kernels"
+	@$(VENV)/bin/pip install --quiet -c constraints.txt '.[docs]'
 	@touch $@

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/**/*.md"))
 
 
 def layout() -> list[str]:
@@ -42,7 +43,7 @@ def test_commands_of_the_readme_are_in_the_makefile():
         assert re.search(rf"^{command}:", makefile, re.MULTILINE)
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))])
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *PAGES])
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\((?!https?://|#)([^)#]+)", (ROOT / page).read_text("utf-8"))
     assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []
@@ -53,6 +54,7 @@ def test_links_lead_somewhere(page):
     ("page", "made"),
     [
         ("README.md", ["picture.png", "runs/first/report.html", "runs/first/policy/README.md"]),
+        ("docs/start/python.md", ["picture.png", "runs/first/report.html"]),
         ("docs/python.md", ["third.png", "runs/red/report.html", "runs/throws/report.html"]),
         ("docs/integrations.md", ["attached.png", "found.png"]),
     ],
