@@ -18,6 +18,8 @@ from mkdocs.structure.files import File, Files
 _ROOT = Path(__file__).parents[1]
 _LINK = re.compile(r"(!?)\[([^]]*)]\((\.\./[^)#]+)\)")
 _COPIES = "files"
+_BLOCK = re.compile(r"\||- |\d+\. ")
+_BLOCK_GOES_ON = re.compile(r"\||- |\d+\. |\s")
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -48,12 +50,24 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
             return match[0]
         return f"{mark}[{label}]({up}{_COPIES}/{name})" if (_ROOT / name).is_file() else f"`{name}`"
 
-    markdown = _LINK.sub(to_copy, markdown)
+    markdown = _with_blank_lines(_LINK.sub(to_copy, markdown))
     if page.file.src_uri.startswith("reference/"):
         markdown = re.sub("<!-- settings -->", lambda _: _settings(), markdown)
         markdown = re.sub("<!-- recipes -->", lambda _: _recipes(), markdown)
         markdown = re.sub("<!-- help: (.+) -->", lambda match: _help(match[1]), markdown)
     return markdown
+
+
+def _with_blank_lines(markdown: str) -> str:
+    """Put the blank line before tables and lists that this Markdown wants and GitHub's does not."""
+    lines, before, is_code = [], "", False
+    for line in markdown.splitlines():
+        if not is_code and _BLOCK.match(line) and before.strip() and not _BLOCK_GOES_ON.match(before):
+            lines.append("")
+        is_code ^= line.startswith("```")
+        lines.append(line)
+        before = line
+    return "\n".join(lines)
 
 
 def _settings() -> str:
