@@ -227,19 +227,24 @@ class NoisePolicy(Float32Module):
             Latents, float32 `(count, *latent_shape)`, and lower bounds of their rewards in the reward's own units,
             `(count,)`; None if the policy has no critic.
         """
-        samples = [
-            self.sample(prompt_embeds, seed=seed, offset=number * _CANDIDATE_STRIDE % 2**64, latent_shape=latent_shape)
-            for number in range(count)
-        ]
-        latents = torch.cat([sample.latents for sample in samples])
+        mean, log_std = self(prompt_embeds)
+        shape = latent_shape or self.latent_shape
+        first = self.draw(mean, log_std, seed=seed, offset=0, latent_shape=shape)
+        further = self.draw(
+            mean.expand(count - 1, *mean.shape[1:]),
+            log_std.expand(count - 1, *log_std.shape[1:]) if log_std.ndim else log_std,
+            seed=seed,
+            offset=_FIRST_CANDIDATE + num_counters(shape),
+            latent_shape=shape,
+        )
+        drawn = PolicySample(*map(torch.cat, zip(first, further, strict=True)))
         if self.critic is None:
-            return latents, None
+            return drawn.latents, None
         step_index = torch.tensor(
             [self.critic.shape.nearest_step_index(num_inference_steps)], device=prompt_embeds.device
         )
-        actions = torch.cat([sample.action for sample in samples])
-        values, _ = self.critic.lower_bound(prompt_embeds, actions, step_index)
-        return latents, self.critic.in_reward_units(values)
+        values, _ = self.critic.lower_bound(prompt_embeds, drawn.action, step_index)
+        return drawn.latents, self.critic.in_reward_units(values)
 
     @without_autocast
     def latents(

@@ -58,6 +58,18 @@ def test_how_many_candidates_is_chosen_when_they_are_drawn(pipeline, policy):
         policy.latents(pipeline, PROMPTS, seed=7, num_candidates=0)
 
 
+def test_candidates_are_those_that_are_chosen_among(pipeline, policy):
+    embeds = FrozenDiffusersPipeline(pipeline).encode(PROMPTS[:1]).prompt_embeds
+    latents, foreseen = policy.candidates(embeds, 8, seed=7, num_inference_steps=2)
+    assert latents.shape == (8, 8, 8, 8) and len(latents.unique(dim=0)) == 8 and foreseen.shape == (8,)
+    chosen = policy.choose(embeds, seed=7, num_inference_steps=2)
+    torch.testing.assert_close(latents[[int(foreseen.argmax())]], chosen, rtol=0, atol=1e-5)
+    first = policy.choose(embeds, seed=7, num_candidates=1)
+    torch.testing.assert_close(latents[:1], first, rtol=0, atol=1e-5)
+    policy.critic = None
+    assert policy.candidates(embeds, 1, seed=7)[1] is None
+
+
 def test_a_prompt_that_comes_again_gets_noise_of_its_own(pipeline, policy):
     batch = policy.latents(pipeline, PROMPTS[:1] * 4, seed=7, num_inference_steps=2)
     assert len(batch.unique(dim=0)) == 4
