@@ -60,6 +60,7 @@ def test_how_many_candidates_is_chosen_when_they_are_drawn(pipeline, policy):
 
 def test_candidates_are_those_that_are_chosen_among(pipeline, policy):
     embeds = FrozenDiffusersPipeline(pipeline).encode(PROMPTS[:1]).prompt_embeds
+    policy.critic.set_scale(0.0, 1.0)
     latents, foreseen = policy.candidates(embeds, 8, seed=7, num_inference_steps=2)
     assert latents.shape == (8, 8, 8, 8) and len(latents.unique(dim=0)) == 8 and foreseen.shape == (8,)
     chosen = policy.choose(embeds, seed=7, num_inference_steps=2)
