@@ -40,7 +40,7 @@ run = noisepolicy.train(
 # ## Did it help?
 # One row: the base model's mean reward on held-out captions, the policy's from the same seeds, and the gain with
 # its 95% interval. After so few pictures the gain is small: a run of 1,440 pictures came to +0.113, with an
-# interval from +0.057 to +0.181. If an interval includes 0, this run has not shown that the policy helps; the
+# interval from +0.057 to +0.181. If an interval includes 0, the run has not shown that the policy helps; the
 # [results](../results.md) show what the default reaches.
 
 # %%

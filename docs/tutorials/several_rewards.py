@@ -16,7 +16,7 @@ pipe = StableDiffusionPipeline.from_pretrained(shapes.model_folder())
 pipe.set_progress_bar_config(disable=True)
 prompts = [scene.caption for scene in shapes.train_scenes()]
 heldout = [scene.caption for scene in shapes.held_out_scenes()[:8]]
-sizes = {"num_inference_steps": 2, "num_iterations": 7, "eval_steps": (2,), "eval_num_prompts": 12, "eval_group_size": 4}
+sizes = {"num_inference_steps": 2, "num_iterations": 7, "eval_steps": (2,), "eval_num_prompts": 8}
 
 # %% [markdown]
 # ## One reward alone
