@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _NUM_CANDIDATES = 8
 _NUM_EXAMPLES = 8
-_PAIR = "repeat(2, minmax(0, 24rem))"
+PAIR = "repeat(2, minmax(0, 24rem))"
 _STRIP = "repeat(auto-fill, minmax(100px, 1fr))"
 """Columns of the pictures, in CSS."""
 
@@ -30,6 +30,14 @@ _STRIP = "repeat(auto-fill, minmax(100px, 1fr))"
 def main(argv: list[str] | None = None) -> int:
     """Run the command. Exit codes: see `run_command`."""
     parser = argparse.ArgumentParser(prog="noisepolicy demo", description=__doc__)
+    add_page_arguments(parser)
+    arguments = parser.parse_args(argv)
+    prepare("noisepolicy demo")
+    return run_command("noisepolicy demo", lambda: _serve(arguments), is_debug=arguments.debug)
+
+
+def add_page_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of a page: a run or a policy with its model, and where it is served."""
     parser.add_argument("source", help="run folder of noisepolicy-train, or a policy: a folder or a hub id")
     parser.add_argument("--model", help="model of the policy; the run's, to be repeated where it is module:object")
     parser.add_argument("--steps", type=int, help="denoising steps at first (default: the run's first, or 4)")
@@ -40,14 +48,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--port", type=int, help="port (default: the first free one from 7860)")
     parser.add_argument("--share", action="store_true", help="also serve at a public address, through Gradio's servers")
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
-    arguments = parser.parse_args(argv)
-    prepare("noisepolicy demo")
-    return run_command("noisepolicy demo", lambda: _serve(arguments), is_debug=arguments.debug)
 
 
 def _serve(arguments: argparse.Namespace) -> None:
     quiet_loading()
-    page = make_page(_load(arguments))
+    serve(make_page(load_demo(arguments)), arguments)
+
+
+def serve(page: "gradio.Blocks", arguments: argparse.Namespace) -> None:
+    """Serve a page until it is interrupted."""
     page.queue(default_concurrency_limit=1)  # the model makes one picture at a time
     page.launch(server_name=arguments.host, server_port=arguments.port, share=arguments.share, footer_links=[])
 
@@ -109,6 +118,15 @@ class Demo:
         )
 
 
+def import_gradio() -> Any:
+    """Import Gradio, or raise ValueError that says how to install it."""
+    try:
+        import gradio
+    except ImportError as error:
+        raise ValueError("the page needs Gradio: pip install 'noisepolicy[demo]'") from error
+    return gradio
+
+
 def make_page(demo: Demo) -> "gradio.Blocks":
     """Make the page, which a Space may launch too.
 
@@ -117,16 +135,13 @@ def make_page(demo: Demo) -> "gradio.Blocks":
     Raises:
         ValueError: if Gradio is not installed.
     """
-    try:
-        import gradio
-    except ImportError as error:
-        raise ValueError("the page needs Gradio: pip install 'noisepolicy[demo]'") from error
+    gradio = import_gradio()
 
     def pair(prompt: str, seed: float, steps: float) -> str:
-        return _figures(list(_asked(demo.pictures, prompt, seed, steps).items()), _PAIR)
+        return figures_html(list(_asked(demo.pictures, prompt, seed, steps).items()), PAIR)
 
     def strip(prompt: str, seed: float, steps: float) -> str:
-        return _figures(_asked(demo.candidates, prompt, seed, steps), _STRIP)
+        return figures_html(_asked(demo.candidates, prompt, seed, steps), _STRIP)
 
     def begin(request: gradio.Request) -> tuple[str, int, int, str]:
         asked = dict(request.query_params)
@@ -163,7 +178,8 @@ def make_page(demo: Demo) -> "gradio.Blocks":
     return page
 
 
-def _figures(entries: Sequence[tuple[str, "torch.Tensor"]], columns: str) -> str:
+def figures_html(entries: Sequence[tuple[str, "torch.Tensor"]], columns: str) -> str:
+    """Return pictures with captions as HTML."""
     from noisepolicy.evaluation.figures import picture_bytes
 
     figures = []
@@ -177,7 +193,8 @@ def _figures(entries: Sequence[tuple[str, "torch.Tensor"]], columns: str) -> str
     return f'<div class="pictures" style="{style}">{"".join(figures)}</div>'
 
 
-def _load(arguments: argparse.Namespace) -> Demo:
+def load_demo(arguments: argparse.Namespace) -> Demo:
+    """Load the run or policy that the command line names, and its model."""
     run = Path(arguments.source)
     demo = _of_run(run, arguments) if (run / "config.yaml").is_file() else _of_policy(arguments)
     if arguments.steps is not None:

@@ -9,6 +9,7 @@ _COMMANDS = {
     "eval": "measure a policy beside the base model",
     "export": "export a model and a policy to files that run without PyTorch",
     "demo": "open a page to try a policy",
+    "vote": "open a page to vote on pairs of pictures, which are searched for by the votes",
     "reward-server": "serve a reward over HTTP",
     "bench": "measure kernels, latency and methods",
 }

@@ -16,9 +16,11 @@ from PIL import Image
 
 from noisepolicy.cli import demo as command
 from noisepolicy.cli import main as cli
+from noisepolicy.cli import vote
 from noisepolicy.evaluation.figures import to_pil
 from noisepolicy.policies import SpectralPolicy
 from noisepolicy.policies.critic import CriticShape, RewardCritic
+from noisepolicy.training.voting import Voting
 from noisepolicy.worlds.shapes import held_out_scenes, model_folder
 
 PROMPTS = [scene.caption for scene in held_out_scenes()[:3]]
@@ -180,3 +182,37 @@ class _Page:
 
     def launch(self, **options):
         pass
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_votes_by_click_and_key(demo, browser, tmp_path):
+    pytest.importorskip("gradio")
+    pytest.importorskip("websockets")
+    settings = {"num_inference_steps": 1, "guidance_scale": 1.0}
+    voting = Voting(demo.model, PROMPTS[0], tmp_path / "votes", **settings)
+    site = vote.make_page(voting)
+    _, url, _ = site.launch(prevent_thread_lock=True, quiet=True)
+    page = Browser(browser, url, 400, tmp_path / "profile")
+
+    def counted(number):
+        page.wait(f"document.body.innerText.includes('after {number} votes')")
+
+    try:
+        counted(0)
+        first = voting.pair
+        page.value("document.getElementById('right').click()")
+        counted(1)
+        assert voting.votes == [(first[1], first[0])]
+        second = voting.pair
+        page.call("Input.dispatchKeyEvent", type="keyDown", key="ArrowLeft", code="ArrowLeft")
+        page.call("Input.dispatchKeyEvent", type="keyUp", key="ArrowLeft", code="ArrowLeft")
+        counted(2)
+        assert voting.votes[1] == second
+        page.value("document.getElementById('undo').click()")
+        counted(1)
+        assert Voting(demo.model, PROMPTS[0], tmp_path / "votes", **settings).votes == voting.votes
+        assert page.value("document.documentElement.scrollWidth") <= 400
+    finally:
+        page.close()
+        site.close()

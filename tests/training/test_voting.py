@@ -1,0 +1,59 @@
+"""Votes on pairs of pictures: a simulated voter with errors is understood, and no vote is lost."""
+
+import pytest
+import torch
+
+from noisepolicy.policies import SpectralPolicy
+from noisepolicy.rewards.registry import load_reward
+from noisepolicy.training.voting import Voting, simulated_votes
+from noisepolicy.worlds.shapes import held_out_scenes
+
+PROMPTS = [scene.caption for scene in held_out_scenes()[:3]]
+SETTINGS = {"num_inference_steps": 2, "guidance_scale": 1.5}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("taste", ["shapes", "red"])
+def test_sixty_votes_with_errors_are_worth_more_than_half_of_best_of_four(frozen, tmp_path, taste):
+    reward, found = load_reward(taste), []
+    for number, prompt in enumerate(PROMPTS):
+        voting = Voting(frozen, prompt, tmp_path / str(number), seed=number, **SETTINGS)
+        first = reward(torch.stack([voting.image(index) for index in range(64)]), [prompt] * 64)
+        simulated_votes(voting, reward, 60, error=0.1, seed=number)
+        best = reward(voting.image(voting.best)[None], [prompt]).item()
+        found.append((best - first.mean().item(), (first.reshape(-1, 4).amax(1).mean() - first.mean()).item()))
+    gain, of_best_of_four = torch.tensor(found).mean(0).tolist()
+    assert gain > 0.5 * of_best_of_four > 0
+
+
+def test_votes_are_kept_and_taken_back(frozen, tmp_path):
+    voting = Voting(frozen, PROMPTS[0], tmp_path, **SETTINGS)
+    pairs = []
+    for _ in range(16):  # past the first new pictures
+        pairs.append(voting.pair)
+        voting.vote(voting.pair[1])
+    assert len(set(pairs)) > 8
+    with pytest.raises(ValueError, match=r"the pair is .*, got a vote for 999"):
+        voting.vote(999)
+    again = Voting(frozen, PROMPTS[0], tmp_path, **SETTINGS)
+    assert again.votes == voting.votes and again.pair == voting.pair and again.best == voting.best
+    torch.testing.assert_close(again.image(70), voting.image(70), rtol=0, atol=1e-4)
+    again.undo()
+    assert set(again.pair) == set(pairs[-1]) and len(again.votes) == 15
+    assert len(Voting(frozen, PROMPTS[0], tmp_path, **SETTINGS).votes) == 15
+    assert again.latents(again.best).shape == (1, 8, 8, 8)
+    with pytest.raises(ValueError, match="holds votes on something else"):
+        Voting(frozen, PROMPTS[1], tmp_path, **SETTINGS)
+    with open(tmp_path / "votes.jsonl", "a") as file:
+        file.write("[1, 5000]\n")
+    with pytest.raises(ValueError, match="cannot be read: a vote on pictures 1 and 5000, of 96"):
+        Voting(frozen, PROMPTS[0], tmp_path, **SETTINGS)
+
+
+def test_it_starts_from_a_policy(frozen, tmp_path):
+    torch.manual_seed(0)
+    policy = SpectralPolicy(latent_shape=(8, 8, 8), prompt_shape=(20, 128))
+    torch.nn.init.normal_(policy.mean.weight, std=0.1)
+    voting = Voting(frozen, PROMPTS[0], tmp_path, policy=policy, seed=3, **SETTINGS)
+    expected = policy.latents(frozen, PROMPTS[0], seed=3, index=5, num_inference_steps=2)
+    torch.testing.assert_close(voting.latents(5), expected, rtol=0, atol=1e-5)
