@@ -115,8 +115,10 @@ class Voting:
 
     @property
     def best(self) -> int:
-        """Number of the picture that the votes say is best."""
-        return int(self.utilities().argmax())
+        """Number of the picture that the votes say is best: a picture they leave in doubt is worth less."""
+        features, (weights, precision) = self._features(), self._posterior()
+        doubt = (features * torch.linalg.solve(precision, features.T).T).sum(1).sqrt()
+        return int((features @ weights - doubt).argmax())
 
     def latents(self, number: int) -> torch.Tensor:
         """Return the start of a picture, `(1, *latent_shape)`."""
@@ -197,17 +199,3 @@ class Voting:
 
     def _write(self) -> None:
         write_text(self._votes_path, "".join(f"{json.dumps(vote)}\n" for vote in self.votes))
-
-
-def simulated_votes(voting: Voting, rewards: Any, count: int, *, error: float, seed: int = 0) -> None:
-    """Cast votes of a voter who likes the picture with the higher reward, and errs now and then.
-
-    Args:
-        rewards: A `Reward`.
-        error: Share of the votes that are wrong.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(count):
-        one, other = (rewards(voting.image(number)[None], [voting.prompt]).item() for number in voting.pair)
-        is_right = bool(torch.rand((), generator=generator) >= error)
-        voting.vote(voting.pair[0 if (one >= other) == is_right else 1])

@@ -5,11 +5,20 @@ import torch
 
 from noisepolicy.policies import SpectralPolicy
 from noisepolicy.rewards.registry import load_reward
-from noisepolicy.training.voting import Voting, simulated_votes
+from noisepolicy.training.voting import Voting
 from noisepolicy.worlds.shapes import held_out_scenes
 
 PROMPTS = [scene.caption for scene in held_out_scenes()[:3]]
 SETTINGS = {"num_inference_steps": 2, "guidance_scale": 1.5}
+
+
+def simulated_votes(voting, reward, count, *, error, seed=0):
+    """Vote for the picture with the higher reward, but for a share of errors."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        one, other = (reward(voting.image(number)[None], [voting.prompt]).item() for number in voting.pair)
+        is_right = bool(torch.rand((), generator=generator) >= error)
+        voting.vote(voting.pair[0 if (one >= other) == is_right else 1])
 
 
 @pytest.mark.slow
