@@ -3,7 +3,7 @@
 # make test-all: the suite with every planted bug and every long parametrisation, and the fault tests and fuzzers for hours.
 # make test-lowest, test-newest: the quick tests with the lowest versions that pyproject.toml allows, which uv reads there,
 #   and with the newest released ones; each in an environment of its own, made anew.
-# make docs: the documentation site in site/, with its tutorials run; docs-serve: the same at 127.0.0.1:8000, not run.
+# make docs: the documentation site in site/, with its tutorials run (in a temporary folder, where their runs stay); docs-serve: the same at 127.0.0.1:8000, not run.
 PYTHON ?= python3
 VENV ?= .venv
 
@@ -18,7 +18,7 @@ test-all: $(VENV)/test.stamp
 	$(VENV)/bin/pytest $(PARALLEL) --mutants --soak
 
 docs: $(VENV)/docs.stamp
-	NOISEPOLICY_DOCS_EXECUTE=true $(VENV)/bin/mkdocs build --strict
+	cd $$(mktemp -d) && NOISEPOLICY_DOCS_EXECUTE=true $(abspath $(VENV)/bin/mkdocs) build --strict -f $(CURDIR)/mkdocs.yml
 
 docs-serve: $(VENV)/docs.stamp
 	$(VENV)/bin/mkdocs serve

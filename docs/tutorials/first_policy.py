@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Train a first policy
 #
-# A policy learns where a diffusion model should start. This page trains one on 1,440 pictures, an eighth of the
+# A policy learns where a diffusion model should start. This page trains one on 1,152 pictures, a tenth of the
 # default, so that it takes less than a minute on two CPU cores. It then looks at what the policy changed.
 #
 # The *embedded model* comes with the package. It draws coloured shapes from captions.
