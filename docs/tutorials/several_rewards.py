@@ -42,10 +42,13 @@ both = noisepolicy.train(
 print(both.evaluation)
 
 # %% [markdown]
-# The table has a row for each part of the sum. Compare the gain of `shapes` in the two runs, with its interval:
-# with 672 pictures each, the runs are so short that the intervals are wide, and one of them may say nothing yet.
+# The table has a row for each part of the sum. Look at the intervals before the gains: with 672 pictures each,
+# these runs are far too short for more than a hint. In one run of this page the file size of the first policy
+# improved by 0.057 (interval from 0.008 to 0.099), and no interval of `shapes` excluded 0.
 #
-# From top to bottom: the base model, the policy for small files, the policy for both.
+# The pictures say more. From top to bottom: the base model, the policy for small files, the policy for both. Each
+# caption names three shapes, and the policy for small files drew only two of them several times, because fewer
+# shapes make a smaller file. That is how reward hacking begins.
 
 # %%
 base, small = alone.generate(heldout, seed=7, compare=True)
