@@ -307,6 +307,8 @@ class PipelineCall:
             )
         self.num_later_draws = draws.num_later
         images = _as_tensor(output[0])
+        if len(images) != len(latents):
+            raise ValueError(f"{self._kind} makes {len(images)} pictures from {len(latents)} rows of latents")
         return images.clamp(0, 1) if images.ndim > 3 and output_type == "pt" else images
 
     def check_size(self, images: torch.Tensor) -> None:
@@ -316,7 +318,7 @@ class PipelineCall:
             ValueError: if they are not.
         """
         made = {"height": images.shape[-2], "width": images.shape[-1]}
-        if images.ndim == 5:
+        if images.ndim == 5 and "video" not in self._arguments:  # some go on where the given one ends
             made["num_frames"] = images.shape[1]
         for name, size in self.size.items():
             if images.ndim > 3 and made.get(name, size) != size:
@@ -384,7 +386,8 @@ class PipelineCall:
 
     def _missing_components(self) -> list[str]:
         if isinstance(self.pipeline, DiffusionPipeline):
-            needed = self.pipeline.components.keys() - {*type(self.pipeline)._optional_components, *UNUSED}
+            unneeded = {*type(self.pipeline)._optional_components, *UNUSED, "watermarker"}
+            needed = self.pipeline.components.keys() - unneeded
         else:
             needed = self.pipeline.components_for(self._arguments | self._images)
         return [name for name, part in self.pipeline.components.items() if part is None and name in needed]

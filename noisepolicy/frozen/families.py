@@ -47,6 +47,8 @@ _DENOISERS = ("transformer", "unet", "prior", "decoder")
 """Beginnings of the names of components that are denoisers, the likeliest first."""
 _NO_FAMILY = Family()
 _ARRAYS = Family(output_type="np")
+# A video may have as many frames, or a picture be as wide, as there are channels.
+_CHANNELS_THIRD, _CHANNELS_LAST = Family(channel_axis=2), Family(channel_axis=4)
 # The pipelines catch their VAE's error, warn, and then miss the image.
 _SANA = Family(out_of_memory=(torch.OutOfMemoryError, UnboundLocalError))
 
@@ -66,10 +68,21 @@ FAMILIES: dict[str, Family] = {
     "IFPipeline": _ARRAYS,
     "IFImg2ImgPipeline": _ARRAYS,
     "IFInpaintingPipeline": _ARRAYS,
+    "IFImg2ImgSuperResolutionPipeline": _ARRAYS,
+    "IFInpaintingSuperResolutionPipeline": _ARRAYS,
     "IFSuperResolutionPipeline": _ARRAYS,
     "Kandinsky3Pipeline": _ARRAYS,
     "Kandinsky3Img2ImgPipeline": _ARRAYS,
     "PRXPixelPipeline": _ARRAYS,
+    "CogVideoXFunControlPipeline": _CHANNELS_THIRD,
+    "CogVideoXImageToVideoPipeline": _CHANNELS_THIRD,
+    "CogVideoXPipeline": _CHANNELS_THIRD,
+    "CogVideoXVideoToVideoPipeline": _CHANNELS_THIRD,
+    "QwenImage21Pipeline": _CHANNELS_THIRD,
+    "Kandinsky5I2IPipeline": _CHANNELS_LAST,
+    "Kandinsky5I2VPipeline": _CHANNELS_LAST,
+    "Kandinsky5T2IPipeline": _CHANNELS_LAST,
+    "Kandinsky5T2VPipeline": _CHANNELS_LAST,
     "LattePipeline": Family(one_at_a_time=True),
     "SanaPipeline": _SANA,
     "SanaSprintPipeline": _SANA,

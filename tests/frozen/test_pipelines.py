@@ -15,6 +15,7 @@ import torch
 
 import noisepolicy
 from noisepolicy.frozen import FrozenDiffusersPipeline
+from noisepolicy.frozen.families import family_of
 
 from .pipelines import TABLE, build
 from .pipelines.refused import REFUSED
@@ -53,6 +54,11 @@ ONE_BY_ONE = (
     "AceStepPipeline",
     "Kandinsky3Img2ImgPipeline",
     "CycleDiffusionPipeline",
+    "HunyuanVideo15ImageToVideoPipeline",
+    "IFImg2ImgSuperResolutionPipeline",
+    "Kandinsky5I2IPipeline",
+    "MotifVideoImage2VideoPipeline",
+    "SkyReelsV2DiffusionForcingVideoToVideoPipeline",
 )
 """Classes whose own call fails with two prompts, or with a generator for each."""
 ENCODED_ALONE = ("Kandinsky5T2IPipeline", "Kandinsky5T2VPipeline", "Kandinsky5I2VPipeline", "LattePipeline")
@@ -60,6 +66,7 @@ ENCODED_ALONE = ("Kandinsky5T2IPipeline", "Kandinsky5T2VPipeline", "Kandinsky5I2
 INITIAL_DRAW = {"StableDiffusionUpscalePipeline": 1}
 """Number of the draw that is the initial noise, where it is not the first."""
 ARRAYS = (
+    "IFImg2ImgSuperResolutionPipeline",
     "StableDiffusionLDM3DPipeline",
     "IFPipeline",
     "IFImg2ImgPipeline",
@@ -102,7 +109,8 @@ class Tiny:
             arguments["use_resolution_binning"] = False
         generators = [torch.Generator().manual_seed(0) for _ in prompts]
         generator = generators if self.frozen.draws_noise(2, guidance_scale) else generators[0]
-        with drawing(self.pipeline, noise, INITIAL_DRAW.get(self.name, 0)), torch.no_grad():
+        axis = family_of(self.pipeline).channel_axis
+        with drawing(self.pipeline, noise, INITIAL_DRAW.get(self.name, 0), axis), torch.no_grad():
             made = self.pipeline(prompt=list(prompts), generator=generator, **arguments)[0]
         return as_tensor(made)
 
@@ -116,15 +124,21 @@ class Tiny:
 
 
 @contextlib.contextmanager
-def drawing(pipeline, noise, initial):
-    """Let draw number `initial` of the pipeline's module be `noise`, in the order of axes that it draws."""
+def drawing(pipeline, noise, initial, axis):
+    """Let draw number `initial` of the pipeline's module be `noise`, in the order of axes that it draws.
+
+    Args:
+        axis: Axis of the channels. Default: one that is as long as there are channels.
+    """
+    axes = (1, -1, 2) if axis is None else (axis,)
     module = sys.modules[type(pipeline).__module__]
     original, count = module.randn_tensor, itertools.count()
 
     def draw(shape, *args, **kwargs):
         if next(count) != initial:
             return original(shape, *args, **kwargs)
-        axis = next(axis for axis in (1, len(shape) - 1, 2) if shape[axis] == noise.shape[1])
+        axis = next(axis for axis in axes if shape[axis] == noise.shape[1])
+        axis %= len(shape)
         others = [size for number, size in enumerate(shape) if number not in (0, axis)]
         return noise.reshape(shape[0], shape[axis], *others).movedim(1, axis).contiguous().clone()
 

@@ -20,6 +20,7 @@ ATTRIBUTES: dict[str, dict[str, Any]] = {
     "HunyuanImagePipeline": {"tokenizer_max_length": 64, "tokenizer_2_max_length": 32},
     "HunyuanVideo15Pipeline": {"tokenizer_max_length": 64, "tokenizer_2_max_length": 32},
     "HiDreamImagePipeline": {"default_sample_size": 8},
+    "Kandinsky5I2IPipeline": {"resolutions": [(48, 32)], "prompt_template_encode_start_idx": 8},
     "Kandinsky5T2IPipeline": {"resolutions": [(48, 32)]},
 }
 """Sizes and lengths that a pipeline holds in itself."""

@@ -285,5 +285,9 @@ TABLE: dict[str, Entry] = {
     "IFPipeline": (floyd, FLOYD),
     "IFImg2ImgPipeline": (floyd, {"image": picture(16, 16), "strength": 0.9}),
     "IFInpaintingPipeline": (floyd, {"image": picture(16, 16), "mask_image": mask(16, 16), "strength": 0.9}),
+    "IFImg2ImgSuperResolutionPipeline": (
+        lambda: floyd_larger() | {"watermarker": None},
+        {"image": picture(8, 8), "original_image": picture(16, 16), "strength": 0.9},
+    ),
     "IFSuperResolutionPipeline": (floyd_larger, FLOYD | {"image": picture(8, 8)}),
 }

@@ -40,6 +40,12 @@ REFUSED: dict[str, tuple[str, str]] = {
         "object of type 'int' has no len",
         "fails by itself when a prompt is longer than it reads",
     ),
+    "TextToVideoZeroPipeline": ("expected Tensor as element 0", "fails by itself without guidance"),
+    "TextToVideoZeroSDXLPipeline": (
+        "makes 2 pictures from 1 rows of latents",
+        "gives the frames of a video as pictures of their own",
+    ),
+    "I2VGenXLPipeline": ("has no attribute 'text_model'", "fails by itself with transformers 5"),
     "MusicLDMPipeline": ("has no attribute 'to'", "fails by itself with transformers 5"),
     "AudioLDM2Pipeline": ("You need to specify either `text` or `text_target`", "fails by itself with transformers 5"),
     "OmniGenPipeline": ("OmniGenMultiModalProcessor", _TORCHVISION),

@@ -894,6 +894,10 @@ TABLE: dict[str, Entry] = {
         SQUARE | {"control_image": picture(16, 16)} | UNBINNED,
     ),
     "Kandinsky5T2IPipeline": (kandinsky_5, LARGER),
+    "Kandinsky5I2IPipeline": (
+        lambda: kandinsky_5(visual_cond=True),
+        {"image": picture(48, 32), "height": 32, "width": 48},
+    ),
     "CogView3PlusPipeline": (cogview_3, SIZE),
     "CogView4Pipeline": (cogview_4, LARGER),
     "CogView4ControlPipeline": (

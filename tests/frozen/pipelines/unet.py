@@ -8,6 +8,7 @@ import torch
 from .libraries import diffusers, part_of, transformers
 from .parts import (
     WIDTH,
+    WORDS,
     Components,
     Entry,
     clip,
@@ -19,8 +20,12 @@ from .parts import (
     mask,
     picture,
     vae,
+    word_tokenizer,
 )
 
+ChatGLMConfig, ChatGLMModel = (
+    part_of("diffusers.pipelines.kolors.text_encoder", name) for name in ("ChatGLMConfig", "ChatGLMModel")
+)
 CLIPImageProjection = part_of("diffusers.pipelines.stable_diffusion", "CLIPImageProjection")
 
 SIZE = {"height": 16, "width": 24}
@@ -225,7 +230,73 @@ def animate_sparse() -> Components:
 VIDEO = SIZE | {"num_frames": 3}
 FRAMES = [picture(24, 16, seed) for seed in range(3)]
 
+
+def i2vgen() -> Components:
+    network = diffusers.I2VGenXLUNet(
+        sample_size=8,
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        block_out_channels=(8, 16),
+        norm_num_groups=2,
+        layers_per_block=1,
+        cross_attention_dim=WIDTH,
+        attention_head_dim=4,
+        num_attention_heads=2,
+    )
+    vision = {"image_encoder": clip_vision(), "feature_extractor": clip_image_processor()}
+    return {"unet": network, "vae": vae(), "scheduler": ddim(), **clip_text(), **vision}
+
+
+class GLMTokenizer:
+    """A tokenizer that pads on the left and counts positions, as that of Kolors does."""
+
+    model_max_length = 16
+
+    def __init__(self) -> None:
+        self._tokenizer = word_tokenizer(self.model_max_length)
+        self._tokenizer.padding_side = "left"
+
+    def __call__(self, text: list[str], **options: Any) -> Any:
+        encoded = self._tokenizer(text, **options)
+        encoded["position_ids"] = (encoded["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        return encoded
+
+
+def kolors() -> Components:
+    config = ChatGLMConfig(
+        num_layers=2,
+        padded_vocab_size=len(WORDS),
+        hidden_size=WIDTH,
+        ffn_hidden_size=WIDTH,
+        kv_channels=8,
+        num_attention_heads=2,
+        multi_query_attention=True,
+        multi_query_group_num=1,
+        seq_length=512,
+        add_qkv_bias=True,
+        original_rope=True,
+    )
+    text_encoder = ChatGLMModel(config)
+    for name, parameter in text_encoder.named_parameters():  # which come without values
+        is_scale = parameter.ndim == 1 and name.endswith("weight")
+        torch.nn.init.constant_(parameter, 1.0) if is_scale else torch.nn.init.normal_(parameter, std=0.2)
+    return {
+        "vae": vae(),
+        "text_encoder": text_encoder,
+        "tokenizer": GLMTokenizer(),
+        "unet": unet(**(XL_UNET | {"cross_attention_dim": WIDTH})),
+        "scheduler": diffusers.EulerDiscreteScheduler(timestep_spacing="leading", steps_offset=1),
+    }
+
+
+KOLORS = SIZE | {"max_sequence_length": 16}
 TABLE: dict[str, Entry] = {
+    "KolorsPipeline": (kolors, KOLORS),
+    "TextToVideoZeroPipeline": (stable_diffusion, SIZE | {"video_length": 2, "t0": 0, "t1": 1}),
+    "TextToVideoZeroSDXLPipeline": (stable_diffusion_xl, SIZE | {"video_length": 2, "t0": 0, "t1": 1}),
+    "I2VGenXLPipeline": (i2vgen, HINT | SIZE | {"num_frames": 2, "target_fps": 8}),
+    "KolorsImg2ImgPipeline": (kolors, IMG2IMG | KOLORS),
+    "KolorsPAGPipeline": (lambda: kolors() | {"pag_applied_layers": ["mid"]}, KOLORS),
     "StableDiffusionPipeline": (stable_diffusion, SIZE),
     "StableDiffusionImg2ImgPipeline": (stable_diffusion, IMG2IMG),
     "StableDiffusionInpaintPipeline": (stable_diffusion, INPAINT),

@@ -143,7 +143,8 @@ def sana_video() -> Components:
     return {"transformer": transformer, "vae": wan_vae(), "scheduler": flow(shift=8.0), **gemma_text()}
 
 
-def motif() -> Components:
+def motif(**config: Any) -> Components:
+    """Components of Motif-Video; `config` is the transformer's."""
     transformer = diffusers.MotifVideoTransformer3DModel(
         in_channels=33,
         out_channels=16,
@@ -156,6 +157,7 @@ def motif() -> Components:
         qk_norm="rms_norm",
         text_embed_dim=WIDTH,
         rope_axes_dim=(4, 4, 4),
+        **config,
     )
     text = transformers.T5Gemma2TextConfig(
         vocab_size=len(WORDS),
@@ -409,6 +411,26 @@ def hunyuan_video_15() -> Components:
     }
 
 
+def hunyuan_video_15_image() -> Components:
+    """Components of HunyuanVideo 1.5 from a picture."""
+    config = transformers.SiglipVisionConfig(
+        hidden_size=12,
+        intermediate_size=WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+    )
+    return hunyuan_video_15() | {
+        "image_encoder": transformers.SiglipVisionModel(config),
+        "feature_extractor": siglip_processor(),
+    }
+
+
+def siglip_processor() -> Any:
+    return transformers.SiglipImageProcessorPil(size={"height": 16, "width": 16})
+
+
 def kandinsky_5_video() -> Components:
     return kandinsky_5() | {"vae": hunyuan_vae()}
 
@@ -626,6 +648,10 @@ TABLE: dict[str, Entry] = {
     "SkyReelsV2ImageToVideoPipeline": (sky_reels_image, SIZE | PICTURE),
     "SkyReelsV2DiffusionForcingPipeline": (sky_reels, SIZE),
     "SkyReelsV2DiffusionForcingImageToVideoPipeline": (sky_reels, SIZE | PICTURE),
+    "SkyReelsV2DiffusionForcingVideoToVideoPipeline": (
+        sky_reels,
+        SIZE | {"video": FRAMES, "num_frames": 9, "overlap_history": 1},
+    ),
     "AnyFlowPipeline": (any_flow, SIZE),
     "HeliosPipeline": (helios, {"height": 16, "width": 32, "num_frames": 33}),
     "SanaVideoPipeline": (
@@ -637,6 +663,10 @@ TABLE: dict[str, Entry] = {
         SANA_SIZE | {"image": picture(64, 32)},
     ),
     "MotifVideoPipeline": (motif, SIZE),
+    "MotifVideoImage2VideoPipeline": (
+        lambda: motif(image_embed_dim=WIDTH) | {"feature_extractor": siglip_processor()},
+        SIZE | PICTURE,
+    ),
     "LTXPipeline": (ltx, LTX_SIZE),
     "LTXImageToVideoPipeline": (ltx, LTX_SIZE | {"image": picture(64, 32)}),
     "LTXConditionPipeline": (functools.partial(ltx, shift=3.0), LTX_SIZE | {"image": picture(64, 32)}),
@@ -648,7 +678,10 @@ TABLE: dict[str, Entry] = {
     "HunyuanVideoPipeline": (hunyuan_video, HUNYUAN),
     "HunyuanSkyreelsImageToVideoPipeline": (functools.partial(hunyuan_video, in_channels=8), HUNYUAN | PICTURE),
     "HunyuanVideo15Pipeline": (hunyuan_video_15, SIZE),
+    "HunyuanVideo15ImageToVideoPipeline": (hunyuan_video_15_image, PICTURE | {"num_frames": 5}),
     "Kandinsky5T2VPipeline": (kandinsky_5_video, LARGER),
+    # It brings the first four frames of latents to the spread of those that follow.
+    "Kandinsky5I2VPipeline": (kandinsky_5_video, LARGER | {"image": picture(48, 32), "num_frames": 17}),
     "CogVideoXPipeline": (cogvideo, COGVIDEO),
     "CogVideoXImageToVideoPipeline": (functools.partial(cogvideo, 8), COGVIDEO | PICTURE),
     "CogVideoXVideoToVideoPipeline": (
