@@ -95,7 +95,9 @@ class NoisePpo:
             # A clip's convolutions go over three axes; with fewer channels they take no longer than a picture's.
             channels = 48 if len(self.policy.action_shape) == 4 else 64
             self._critic = RewardCritic(self.critic_shape, size=config.critic.size, channels=channels).to(device)
-        self._critic.sketch.in_bfloat16 = multiplies_bfloat16(device)
+        # On CPUs the gradients of three-dimensional convolutions in bfloat16 hold memory that was never written.
+        is_safe = device.type != "cpu" or len(self.policy.action_shape) < 4
+        self._critic.sketch.in_bfloat16 = is_safe and multiplies_bfloat16(device)
         # The critic that is asked; the other one is taught. An average foresees more than any of its members.
         self._critic_average = copy.deepcopy(self._critic).eval().requires_grad_(False)
         convolutions = [layer.weight for layer in self._critic.sketch.convolutions]
