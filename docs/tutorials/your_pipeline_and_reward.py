@@ -34,7 +34,7 @@ def dark_on_the_left(images, prompts):
 # %%
 prompts = [scene.caption for scene in shapes.train_scenes()]
 latents = noisepolicy.noise(seed=0, index=range(8), shape=(8, 8, 8))
-pictures = pipe([prompts[0]] * 8, latents=latents, num_inference_steps=2, output_type="pt").images
+pictures = pipe([prompts[0]] * 8, latents=latents, num_inference_steps=2, guidance_scale=1.5, output_type="pt").images
 dark_on_the_left(pictures, [prompts[0]] * 8)
 
 # %%
@@ -59,7 +59,9 @@ make_image_grid([*base, *learned], rows=2, cols=8, resize=96)
 
 # %% [markdown]
 # Base model above, policy below. What the row of `shapes` says matters as much as the gain: a policy for a reward
-# that does not look at the prompt may give up what the prompt asks for.
+# that does not look at the prompt may give up what the prompt asks for. In one run of this page the gain was
+# +0.088 (interval from +0.058 to +0.125), and the interval of `shapes` included 0: no harm shown, and with 12
+# prompts none ruled out either.
 #
 # To train with the function from a shell, put it into a module: `noisepolicy-train --reward
 # my_module:dark_on_the_left`.
