@@ -111,7 +111,7 @@ def _help(command: str) -> str:
     module = "noisepolicy.cli." + program.removeprefix("noisepolicy-").replace("-", "_")
     done = subprocess.run(
         [sys.executable, "-m", module, *rest, "--help"],
-        env={**os.environ, "COLUMNS": "88", "NO_COLOR": "1"},
+        env={**os.environ, "COLUMNS": "78", "NO_COLOR": "1"},
         cwd=_ROOT / "docs",  # not where noisepolicy/ is: the installed package is meant
         capture_output=True,
         text=True,
