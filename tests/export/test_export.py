@@ -28,6 +28,7 @@ from noisepolicy.policies import SpectralPolicy
 from noisepolicy.policies.critic import CriticShape, RewardCritic
 
 from ..frozen.pipelines import build, build_pipeline
+from ..frozen.short_run import WITH_CRITIC
 from ..frozen.tiny_pipelines import SIZE
 
 FAMILIES = [
@@ -96,13 +97,7 @@ def test_a_run_of_z_image_trains_on_an_engine_and_is_exported(tmp_path, capsys, 
         width=24,
         reward="brightness",
         prompts=["a red circle", "a blue square and a red circle"],
-        num_inference_steps=(2,),
-        bands=2,
-        batch_size=2,
-        num_iterations=2,
-        critic_warmup=2,
-        critic_updates=1,
-        critic_batch_size=2,
+        **WITH_CRITIC,
         eval_num_prompts=0,
         output_dir=tmp_path / "run",
     )

@@ -12,6 +12,7 @@ import noisepolicy
 from noisepolicy.frozen import FrozenDiffusersPipeline
 
 from .pipelines.modular import MODULAR, build_modular
+from .short_run import WITH_CRITIC, assert_it_trains_and_stays_as_it_was
 
 GUIDED = (
     "HunyuanVideo15ModularPipeline",
@@ -116,25 +117,8 @@ def test_same_pictures_as_its_own_call(tiny, guidance_scale):
 
 
 def test_it_trains_and_stays_as_it_was(tiny, tmp_path):
-    before = tiny.frozen.weights_sha256()
-    of_critic = {"critic_warmup": 2, "critic_updates": 1, "critic_batch_size": 2}
-    has_pictures = tiny.made(tiny.noise(1), PROMPTS[:1], 4.0).shape[-3:-2] == (3,)
     assert (tiny.made(tiny.noise(1), PROMPTS[:1], 4.0) != tiny.made(tiny.noise(1), PROMPTS[1:], 4.0)).any()
-    run = noisepolicy.Run(
-        tiny.frozen,
-        prompts=["a red circle", "a blue square"],
-        reward=lambda images, prompts: images.flatten(1).mean(1),
-        num_inference_steps=(2,),
-        guidance_scale=4.0,
-        bands=2,
-        batch_size=2,
-        num_iterations=2,
-        eval_num_prompts=0,
-        output_dir=tmp_path,
-        **(of_critic if has_pictures else {"algorithm": "ppo", "group_size": 2}),
-    )
-    assert [row["iteration"] for row in run] == [1, 2]
-    assert tiny.frozen.weights_sha256() == before
+    assert_it_trains_and_stays_as_it_was(tiny.frozen, tiny.made(tiny.noise(1), PROMPTS[:1], 4.0), tmp_path)
 
 
 def learned(pipeline, options, folder, **settings):
@@ -146,13 +130,7 @@ def learned(pipeline, options, folder, **settings):
         eval_num_prompts=2,
         eval_steps=(2,),
         reward=lambda images, prompts: images.flatten(1).mean(1),
-        num_inference_steps=(2,),
-        bands=2,
-        batch_size=2,
-        num_iterations=2,
-        critic_warmup=2,
-        critic_updates=1,
-        critic_batch_size=2,
+        **WITH_CRITIC,
         output_dir=folder,
         **settings,
     )

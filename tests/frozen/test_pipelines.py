@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-import noisepolicy
 from noisepolicy.frozen import FrozenDiffusersPipeline
 from noisepolicy.frozen.families import family_of
 
 from .pipelines import TABLE, build
 from .pipelines.refused import REFUSED
+from .short_run import assert_it_trains_and_stays_as_it_was
 
 PROMPTS = ["a red circle above a blue square", "a blue circle"]
 ONE_BY_ONE = (
@@ -197,21 +197,4 @@ def test_prompt_and_noise_each_change_the_picture(tiny):
 
 
 def test_it_trains_and_stays_as_it_was(tiny, tmp_path):
-    before = tiny.frozen.weights_sha256()
-    of_critic = {"critic_warmup": 2, "critic_updates": 1, "critic_batch_size": 2}
-    has_pictures = tiny.made(tiny.noise(1), PROMPTS[:1], 4.0).shape[-3:-2] == (3,)
-    run = noisepolicy.Run(
-        tiny.frozen,
-        prompts=["a red circle", "a blue square"],
-        reward=lambda images, prompts: images.flatten(1).mean(1),
-        num_inference_steps=(2,),
-        guidance_scale=4.0,
-        bands=2,
-        batch_size=2,
-        num_iterations=2,
-        eval_num_prompts=0,
-        output_dir=tmp_path,
-        **(of_critic if has_pictures else {"algorithm": "ppo", "group_size": 2}),
-    )
-    assert [row["iteration"] for row in run] == [1, 2]
-    assert tiny.frozen.weights_sha256() == before
+    assert_it_trains_and_stays_as_it_was(tiny.frozen, tiny.made(tiny.noise(1), PROMPTS[:1], 4.0), tmp_path)

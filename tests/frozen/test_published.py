@@ -10,6 +10,7 @@ import noisepolicy
 from noisepolicy.frozen import FrozenDiffusersPipeline
 
 from .published import PUBLISHED, build_published
+from .short_run import WITH_CRITIC
 from .test_pipelines import PROMPTS, Tiny
 
 _SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
@@ -108,13 +109,7 @@ def test_published_folders_train(name, published, tmp_path):
         **size_of(name),
         reward=lambda images, prompts: images.flatten(1).mean(1),
         prompts=PROMPTS,
-        num_inference_steps=(2,),
-        bands=2,
-        batch_size=2,
-        num_iterations=2,
-        critic_warmup=2,
-        critic_updates=1,
-        critic_batch_size=2,
+        **WITH_CRITIC,
         eval_num_prompts=0,
         output_dir=tmp_path,
     )
