@@ -29,7 +29,7 @@ TRAINING_RUN := tests/cli/test_train.py::test_a_run_from_start_to_report
 
 test-lowest: RESOLUTION := lowest-direct
 # The many pipelines are those of the newest diffusers.
-test-lowest: LEFT_OUT := --ignore tests/frozen/test_pipelines.py --ignore tests/frozen/test_published.py
+test-lowest: LEFT_OUT := $(addprefix --ignore tests/frozen/test_,pipelines.py published.py modular.py)
 test-newest: RESOLUTION := highest
 test-lowest test-newest: test-%:
 	$(PYTHON) -m venv --clear $(VENV)-$*
