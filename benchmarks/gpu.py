@@ -30,17 +30,19 @@ class Session:
         output: The JSON file.
         work: Folder of models and runs.
         device: Device of every step.
+        tests: Folder of the tests, of which those that need a GPU are run; None for none.
         tiny: Take models and sizes so small that a CPU goes through all steps in minutes.
     """
 
-    def __init__(self, output: Path, work: Path, device: torch.device, *, tiny: bool) -> None:
-        self._output, self._work, self._device, self._tiny = output, work, device, tiny
+    def __init__(self, output: Path, work: Path, device: torch.device, tests: Path | None, *, tiny: bool) -> None:
+        self._output, self._work, self._device, self._tests, self._tiny = output, work, device, tests, tiny
         self._result: dict[str, Any] = {"machine": describe_machine(device), "tiny": tiny, "steps": {}}
 
     def run(self) -> bool:
         """Take every step; return whether all succeeded."""
-        if not self._tiny:
-            self._step("tests", 240, [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"])
+        if self._tests is not None:
+            pytest = Path(sys.executable).with_name("pytest")
+            self._step("tests", 240, [pytest, "-q", "-m", "gpu", self._tests], folder=self._tests.parent)
         sizes = ("--batch", "2", "--dim", "4096") if self._tiny else ()
         self._bench("kernels", 120, "kernels", "--no-compile", *sizes)
         self._latency("sd-turbo", "bfloat16")
@@ -110,12 +112,19 @@ class Session:
                 "summary": json.loads((folder / "summary.json").read_text("utf-8")),
             }
 
-    def _step(self, name: str, limit_s: int, command: Sequence[object]) -> None:
+    def _step(self, name: str, limit_s: int, command: Sequence[object], folder: Path | None = None) -> None:
+        # Not where the sources are: Python would find them in place of the installed package.
+        folder = folder or self._work
         print(f"{name} ...", flush=True)
         start = time.perf_counter()
         try:
             done = subprocess.run(
-                list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=limit_s
+                list(map(str, command)),
+                cwd=folder,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=limit_s,
             )
             code, said = done.returncode, done.stdout
         except subprocess.TimeoutExpired as error:
@@ -137,12 +146,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks/gpu.sh", description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path, metavar="OUTPUT.json")
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
+    parser.add_argument("--tests", type=Path, help="folder of the tests, to run those that need a GPU")
     parser.add_argument("--tiny", action="store_true", help="try the steps on models and sizes that a CPU can run")
     arguments = parser.parse_args(argv)
     if arguments.device.type == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device; --tiny --device cpu tries the steps without one")
     with tempfile.TemporaryDirectory() as work:
-        return 0 if Session(arguments.output, Path(work), arguments.device, tiny=arguments.tiny).run() else 1
+        session = Session(arguments.output, Path(work), arguments.device, arguments.tests, tiny=arguments.tiny)
+        return 0 if session.run() else 1
 
 
 if __name__ == "__main__":

@@ -279,7 +279,8 @@ def test_the_exported_choice_is_the_policys_own():
 
     policy.draw = watched
     chosen = policy.choose(embeds, seed=3, num_inference_steps=4)
-    noise = torch.stack([sample.action for sample in draws], 1)  # the untrained policy's actions are the prior's
+    noise = torch.cat([draw.action for draw in draws])  # the untrained policy's actions are the prior's
+    noise = noise.unflatten(0, (3, 6))
     action = policy_part(policy).module(embeds, noise, torch.tensor(1.0))
     basis = dct_basis(8, 8, CPU)
     torch.testing.assert_close(basis.T @ action @ basis, chosen)
