@@ -125,6 +125,8 @@ class PipelineCall:
         self._defaults = call_parameters(type(pipeline))
         if "prompt" not in self._defaults:
             raise ValueError(f"{self._kind} takes no prompt, and a policy is learned for prompts")
+        if "num_inference_steps" not in self._defaults:
+            raise ValueError(f"{self._kind} takes no num_inference_steps, for which a policy is learned")
         self.size = {"height": height, "width": width, "num_frames": num_frames}
         self.size = {name: value for name, value in self.size.items() if value is not None}
         options = self.size | {"max_sequence_length": max_sequence_length, "negative_prompt": negative_prompt}
@@ -362,10 +364,11 @@ class PipelineCall:
         names = [name for name, part in self.pipeline.components.items() if isinstance(part, nn.Module)]
         denoisers = [getattr(self.pipeline, name) for name in denoisers_among(names)]
         generator = torch.Generator(self.pipeline._execution_device).manual_seed(0)
-        settings = {"num_inference_steps": _WATCHED_STEPS} if "num_inference_steps" in self._defaults else {}
         try:
             with quiet(), watching(self.pipeline, draws), stopping_before(denoisers):
-                self.pipeline(prompt=list(prompts), generator=generator, **settings, **arguments)
+                self.pipeline(
+                    prompt=list(prompts), generator=generator, num_inference_steps=_WATCHED_STEPS, **arguments
+                )
         except Exception as error:  # pipelines raise almost anything
             if is_of_scheduler(error):
                 raise failure(self.pipeline, _WATCHED_STEPS, error) from error
@@ -488,7 +491,7 @@ def check_call(kind: type, call: Mapping[str, Any]) -> None:
     """
     known = call_parameters(kind)
     for name in call:
-        if name in _GIVEN or "embeds" in name or name.endswith("attention_mask"):
+        if name in _GIVEN or "prompt_embeds" in name or name.endswith("attention_mask"):
             where = _GIVEN.get(name, "leave it out")
             raise ValueError(f"--call.{name}: noisepolicy gives this argument itself; {where}")
         if name not in known:

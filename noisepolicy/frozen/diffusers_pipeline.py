@@ -416,10 +416,12 @@ class FrozenDiffusersPipeline:
         self, num_inference_steps: int, count: int, seeds: Sequence[int] | None
     ) -> torch.Generator | list[torch.Generator]:
         """Make the generator that a batch is called with: one of our own, or the caller's would move."""
-        if num_inference_steps not in self._drawing:
+        is_drawing = num_inference_steps in self._drawing
+        if not is_drawing and not self._call.encoder.one_at_a_time:
             return torch.Generator(self.device).manual_seed(0)
         # One for each row, so that an image does not depend on the batch it is made in.
-        seeds = [0] * count if seeds is None or self._sampler_noise == "fixed" else seeds
+        if seeds is None or self._sampler_noise == "fixed" or not is_drawing:
+            seeds = [0] * count
         return [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
 
     def _draw(

@@ -65,12 +65,16 @@ FAMILIES: dict[str, Family] = {
     ),
     "StableDiffusionLDM3DPipeline": _ARRAYS,
     "StableDiffusionUpscalePipeline": Family(initial_draw=1),  # after the noise of the picture to enlarge
+    "StableUnCLIPImg2ImgPipeline": Family(initial_draw=1),  # after that of the picture's embedding
     "IFPipeline": _ARRAYS,
     "IFImg2ImgPipeline": _ARRAYS,
     "IFInpaintingPipeline": _ARRAYS,
     "IFImg2ImgSuperResolutionPipeline": _ARRAYS,
     "IFInpaintingSuperResolutionPipeline": _ARRAYS,
     "IFSuperResolutionPipeline": _ARRAYS,
+    "KandinskyPipeline": Family(output_type="np", one_at_a_time=True),  # its embedding of a picture is one row
+    "KandinskyImg2ImgPipeline": _ARRAYS,
+    "KandinskyInpaintPipeline": _ARRAYS,
     "Kandinsky3Pipeline": _ARRAYS,
     "Kandinsky3Img2ImgPipeline": _ARRAYS,
     "PRXPixelPipeline": _ARRAYS,

@@ -52,6 +52,13 @@ ONE_BY_ONE = (
     "AllegroPipeline",
     "StableCascadeDecoderPipeline",
     "AceStepPipeline",
+    "AltDiffusionImg2ImgPipeline",
+    "StableDiffusionLatentUpscalePipeline",
+    "KandinskyPipeline",
+    "KandinskyImg2ImgPipeline",
+    "KandinskyInpaintPipeline",
+    "WuerstchenDecoderPipeline",
+    "IFInpaintingSuperResolutionPipeline",
     "Kandinsky3Img2ImgPipeline",
     "CycleDiffusionPipeline",
     "HunyuanVideo15ImageToVideoPipeline",
@@ -63,15 +70,19 @@ ONE_BY_ONE = (
 """Classes whose own call fails with two prompts, or with a generator for each."""
 ENCODED_ALONE = ("Kandinsky5T2IPipeline", "Kandinsky5T2VPipeline", "Kandinsky5I2VPipeline", "LattePipeline")
 """Classes whose own call makes something else of a prompt in a batch than alone."""
-INITIAL_DRAW = {"StableDiffusionUpscalePipeline": 1}
+INITIAL_DRAW = {"StableDiffusionUpscalePipeline": 1, "StableUnCLIPImg2ImgPipeline": 1}
 """Number of the draw that is the initial noise, where it is not the first."""
 ARRAYS = (
+    "IFInpaintingSuperResolutionPipeline",
     "IFImg2ImgSuperResolutionPipeline",
     "StableDiffusionLDM3DPipeline",
     "IFPipeline",
     "IFImg2ImgPipeline",
     "IFInpaintingPipeline",
     "IFSuperResolutionPipeline",
+    "KandinskyPipeline",
+    "KandinskyImg2ImgPipeline",
+    "KandinskyInpaintPipeline",
     "Kandinsky3Pipeline",
     "Kandinsky3Img2ImgPipeline",
     "PRXPixelPipeline",

@@ -273,17 +273,19 @@ def wan_vae(**config: Any) -> torch.nn.Module:
     return diffusers.AutoencoderKLWan(**(defaults | config))
 
 
+DDIM = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "timestep_spacing": "trailing",
+    "steps_offset": 1,
+}
+
+
 def ddim(**config: Any) -> diffusers.DDIMScheduler:
-    defaults = {
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
-        "clip_sample": False,
-        "set_alpha_to_one": False,
-        "timestep_spacing": "trailing",
-        "steps_offset": 1,
-    }
-    return diffusers.DDIMScheduler(**(defaults | config))
+    return diffusers.DDIMScheduler(**(DDIM | config))
 
 
 def flow(**config: Any) -> diffusers.FlowMatchEulerDiscreteScheduler:

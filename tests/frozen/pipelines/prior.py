@@ -1,5 +1,6 @@
 """Pipelines in several stages: a prior makes an embedding of a picture, and a decoder the picture."""
 
+import functools
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ import torch
 from .libraries import diffusers, part_of, transformers
 from .parts import (
     WIDTH,
+    WORDS,
     Components,
     Entry,
     clip,
@@ -19,12 +21,18 @@ from .parts import (
     picture,
     t5_text,
     vae,
+    word_tokenizer,
 )
 from .unet import unet
 
 PaellaVQModel = part_of("diffusers.pipelines.deprecated.wuerstchen", "PaellaVQModel")
 WuerstchenDiffNeXt = part_of("diffusers.pipelines.deprecated.wuerstchen", "WuerstchenDiffNeXt")
 WuerstchenPrior = part_of("diffusers.pipelines.deprecated.wuerstchen", "WuerstchenPrior")
+ShapERenderer = part_of("diffusers.pipelines.shap_e.renderer", "ShapERenderer")
+UnCLIPTextProjModel = part_of("diffusers.pipelines.deprecated.unclip.text_proj", "UnCLIPTextProjModel")
+MCLIPConfig, MultilingualCLIP = (
+    part_of("diffusers.pipelines.kandinsky.text_encoder", name) for name in ("MCLIPConfig", "MultilingualCLIP")
+)
 StableUnCLIPImageNormalizer = part_of("diffusers.pipelines.stable_diffusion", "StableUnCLIPImageNormalizer")
 
 SIZE = {"height": 64, "width": 64}
@@ -45,11 +53,11 @@ def movq() -> torch.nn.Module:
     )
 
 
-def kandinsky_unet(channels: int = 4) -> torch.nn.Module:
+def kandinsky_unet(channels: int = 4, kind: str = "image") -> torch.nn.Module:
     return diffusers.UNet2DConditionModel(
         in_channels=channels,
         out_channels=8,  # mean and variance
-        addition_embed_type="image",
+        addition_embed_type=kind,
         down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
         up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
         mid_block_type="UNetMidBlock2DSimpleCrossAttn",
@@ -57,7 +65,7 @@ def kandinsky_unet(channels: int = 4) -> torch.nn.Module:
         norm_num_groups=4,
         layers_per_block=1,
         encoder_hid_dim=WIDTH,
-        encoder_hid_dim_type="image_proj",
+        encoder_hid_dim_type=f"{kind}_proj",
         cross_attention_dim=WIDTH,
         attention_head_dim=4,
         resnet_time_scale_shift="scale_shift",
@@ -97,6 +105,31 @@ def kandinsky_22(channels: int = 4) -> Components:
         "movq": movq(),
         **kandinsky_prior("prior_"),
     }
+
+
+def kandinsky_21(channels: int = 4) -> Components:
+    config = MCLIPConfig(
+        vocab_size=len(WORDS),
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=80,
+        pad_token_id=0,
+        transformerDimSize=WIDTH,
+        imageDimSize=WIDTH,
+    )
+    return {
+        "unet": kandinsky_unet(channels, "text_image"),
+        "scheduler": ddim(),
+        "movq": movq(),
+        "tokenizer": word_tokenizer(77),
+        "text_encoder": MultilingualCLIP(config),
+    }
+
+
+def kandinsky_21_combined(channels: int = 4) -> Components:
+    return kandinsky_21(channels) | kandinsky_prior("prior_")
 
 
 def kandinsky_3() -> Components:
@@ -220,6 +253,93 @@ def stable_unclip() -> Components:
     }
 
 
+def stable_unclip_image() -> Components:
+    parts = stable_unclip()
+    vision = {"feature_extractor": clip_image_processor(), "image_encoder": clip_vision()}
+    return {name: part for name, part in parts.items() if "prior" not in name} | vision
+
+
+def unclip() -> Components:
+    decoder = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        in_channels=3,
+        out_channels=6,
+        cross_attention_dim=WIDTH,
+        attention_head_dim=4,
+        class_embed_type="identity",
+    )
+    enlarge = functools.partial(
+        diffusers.UNet2DModel,
+        sample_size=16,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("ResnetDownsampleBlock2D",) * 2,
+        up_block_types=("ResnetUpsampleBlock2D",) * 2,
+        in_channels=6,
+        out_channels=3,
+    )
+    prior = kandinsky_prior()
+    return {
+        **{name: prior[name] for name in ("prior", "text_encoder", "tokenizer")},
+        "decoder": decoder,
+        "text_proj": UnCLIPTextProjModel(
+            clip_embeddings_dim=WIDTH, time_embed_dim=32, cross_attention_dim=WIDTH, clip_extra_context_tokens=1
+        ),
+        "super_res_first": enlarge(),
+        "super_res_last": enlarge(),
+        "prior_scheduler": prior["scheduler"],
+        "decoder_scheduler": diffusers.UnCLIPScheduler(variance_type="learned_range"),
+        "super_res_scheduler": diffusers.UnCLIPScheduler(variance_type="fixed_small_log"),
+    }
+
+
+def shap_e() -> Components:
+    prior = diffusers.PriorTransformer(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        embedding_dim=16,
+        num_layers=1,
+        num_embeddings=8,
+        embedding_proj_dim=WIDTH,
+        time_embed_dim=16,
+        clip_embed_dim=32,
+        additional_embeddings=0,
+        time_embed_act_fn="gelu",
+        norm_in_type="layer",
+        encoder_hid_proj_type=None,
+        added_emb_type=None,
+    )
+    renderer = ShapERenderer(
+        param_shapes=((8, 93), (8, 8), (8, 8), (8, 8)), d_latent=16, d_hidden=8, n_output=12, background=(0.1, 0.1, 0.1)
+    )
+    return {
+        "prior": prior,
+        "text_encoder": clip(transformers.CLIPTextModelWithProjection),
+        "tokenizer": clip_tokenizer(),
+        "scheduler": diffusers.HeunDiscreteScheduler(prediction_type="sample"),
+        "shap_e_renderer": renderer,
+    }
+
+
+def wuerstchen_decoder() -> Components:
+    parts = wuerstchen()
+    names = ("tokenizer", "text_encoder", "decoder", "scheduler", "vqgan")
+    return {name: parts[name] for name in names} | {"latent_dim_scale": 4.0}
+
+
+def wuerstchen_prior() -> Components:
+    parts = wuerstchen()
+    names = ("tokenizer", "text_encoder", "prior", "scheduler")
+    return {name: parts[f"prior_{name}"] for name in names}
+
+
 def floyd_unet(**config: Any) -> torch.nn.Module:
     defaults = {
         "sample_size": 16,
@@ -263,6 +383,12 @@ def floyd_larger() -> Components:
 
 FLOYD = {"height": 16, "width": 16}
 PRIOR_STEPS = {"prior_num_inference_steps": 2}
+IMAGE_EMBEDS = {
+    "image_embeds": torch.linspace(-1, 1, WIDTH)[None],
+    "negative_image_embeds": torch.zeros(1, WIDTH),
+}
+IMAGE = {"image": picture(64, 64)}
+MASK = {"mask_image": mask(64, 64)}
 
 TABLE: dict[str, Entry] = {
     "KandinskyV22CombinedPipeline": (kandinsky_22, SIZE | PRIOR_STEPS),
@@ -272,6 +398,14 @@ TABLE: dict[str, Entry] = {
         SIZE | PRIOR_STEPS | {"image": picture(64, 64), "mask_image": mask(64, 64)},
     ),
     "KandinskyV22PriorPipeline": (kandinsky_prior, {}),
+    "KandinskyV22PriorEmb2EmbPipeline": (kandinsky_prior, IMAGE),
+    "KandinskyPipeline": (kandinsky_21, SIZE | IMAGE_EMBEDS),
+    "KandinskyImg2ImgPipeline": (kandinsky_21, SIZE | IMAGE_EMBEDS | IMAGE | {"strength": 0.9}),
+    "KandinskyInpaintPipeline": (lambda: kandinsky_21(9), SIZE | IMAGE_EMBEDS | IMAGE | MASK),
+    "KandinskyPriorPipeline": (kandinsky_prior, {}),
+    "KandinskyCombinedPipeline": (kandinsky_21_combined, SIZE | PRIOR_STEPS),
+    "KandinskyImg2ImgCombinedPipeline": (kandinsky_21_combined, SIZE | PRIOR_STEPS | IMAGE),
+    "KandinskyInpaintCombinedPipeline": (lambda: kandinsky_21_combined(9), SIZE | PRIOR_STEPS | IMAGE | MASK),
     "Kandinsky3Pipeline": (kandinsky_3, SIZE),
     "Kandinsky3Img2ImgPipeline": (kandinsky_3, {"image": picture(64, 64), "strength": 0.9}),
     "StableCascadePriorPipeline": (cascade_prior, SIZE),
@@ -282,12 +416,24 @@ TABLE: dict[str, Entry] = {
     "StableCascadeCombinedPipeline": (cascade, SIZE | PRIOR_STEPS),
     "WuerstchenCombinedPipeline": (wuerstchen, SIZE | PRIOR_STEPS),
     "StableUnCLIPPipeline": (stable_unclip, {"height": 16, "width": 24} | PRIOR_STEPS),
+    "WuerstchenDecoderPipeline": (
+        wuerstchen_decoder,
+        {"image_embeddings": torch.linspace(-1, 1, 32).reshape(1, 2, 4, 4)},
+    ),
+    "WuerstchenPriorPipeline": (wuerstchen_prior, SIZE),
+    "StableUnCLIPImg2ImgPipeline": (stable_unclip_image, {"height": 16, "width": 24, "image": picture(24, 16)}),
+    "UnCLIPPipeline": (unclip, {}),
+    "ShapEPipeline": (shap_e, {}),
     "IFPipeline": (floyd, FLOYD),
     "IFImg2ImgPipeline": (floyd, {"image": picture(16, 16), "strength": 0.9}),
     "IFInpaintingPipeline": (floyd, {"image": picture(16, 16), "mask_image": mask(16, 16), "strength": 0.9}),
     "IFImg2ImgSuperResolutionPipeline": (
         lambda: floyd_larger() | {"watermarker": None},
         {"image": picture(8, 8), "original_image": picture(16, 16), "strength": 0.9},
+    ),
+    "IFInpaintingSuperResolutionPipeline": (
+        floyd_larger,
+        {"image": picture(8, 8), "original_image": picture(16, 16), "mask_image": mask(16, 16), "strength": 0.9},
     ),
     "IFSuperResolutionPipeline": (floyd_larger, FLOYD | {"image": picture(8, 8)}),
 }

@@ -2,6 +2,9 @@
 
 _OWN_NOISE = ("is stochastic", "encodes its control picture with noise that no generator decides")
 _NO_ENCODER = ("has no encode_prompt", "encodes prompts in a pipeline inside itself, and has no `encode_prompt`")
+_EMBEDDINGS = ("makes height 2 where 64 was asked for", "makes embeddings of a picture, which no reward can see")
+_VECTOR = ("draws noise of shape", "starts from a vector, not from latents with axes")
+_NO_STEPS = "takes no num_inference_steps"
 _TORCHVISION = "needs torchvision, which is not installed where this list was made"
 _COSMOS = ("You have disabled the safety checker", "refuses to run without its safety checker")
 
@@ -11,17 +14,35 @@ REFUSED: dict[str, tuple[str, str]] = {
     "QwenImageControlNetInpaintPipeline": _OWN_NOISE,
     "CogView4ControlPipeline": _OWN_NOISE,
     "VideoToVideoSDPipeline": ("draws noise of shape", "draws a row of noise for each frame, not for each prompt"),
-    "KandinskyV22PriorPipeline": ("draws noise of shape", "starts from a vector, not from latents with axes"),
+    "KandinskyV22PriorPipeline": _VECTOR,
+    "KandinskyV22PriorEmb2EmbPipeline": _VECTOR,
+    "KandinskyPriorPipeline": _VECTOR,
+    "ShapEPipeline": _VECTOR,
+    "KandinskyCombinedPipeline": _NO_ENCODER,
+    "KandinskyImg2ImgCombinedPipeline": _NO_ENCODER,
+    "KandinskyInpaintCombinedPipeline": _NO_ENCODER,
+    "UnCLIPPipeline": (_NO_STEPS, "takes three step counts, and starts from a vector"),
+    "HeliosPyramidPipeline": (_NO_STEPS, "takes a step count for each size of its pyramid"),
+    "StableDiffusionDiffEditPipeline": (
+        "draws no initial noise",
+        "starts from the latents of a picture, which were inverted before",
+    ),
+    "EasyAnimateControlPipeline": (
+        "unexpected keyword argument 'text_encoder_index'",
+        "fails by itself: it encodes prompts with an argument that there is not",
+    ),
+    "EasyAnimateInpaintPipeline": (
+        "no attribute 'cache_mag_vae'",
+        "fails by itself: it reads a setting that its autoencoder does not have",
+    ),
     "StableUnCLIPPipeline": ("draws noise of shape", "draws the noise of its prior first, a vector, in three calls"),
     "KandinskyV22CombinedPipeline": _NO_ENCODER,
     "KandinskyV22Img2ImgCombinedPipeline": _NO_ENCODER,
     "KandinskyV22InpaintCombinedPipeline": _NO_ENCODER,
     "StableCascadeCombinedPipeline": _NO_ENCODER,
     "WuerstchenCombinedPipeline": _NO_ENCODER,
-    "StableCascadePriorPipeline": (
-        "makes height 2 where 64 was asked for",
-        "makes embeddings of a picture, which no reward can see",
-    ),
+    "StableCascadePriorPipeline": _EMBEDDINGS,
+    "WuerstchenPriorPipeline": _EMBEDDINGS,
     "LTXI2VLongMultiPromptPipeline": (
         "makes num_frames 3 where 5 was asked for",
         "gives videos with the channels before the frames, and takes one prompt a segment",

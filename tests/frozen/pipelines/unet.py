@@ -7,6 +7,7 @@ import torch
 
 from .libraries import diffusers, part_of, transformers
 from .parts import (
+    DDIM,
     WIDTH,
     WORDS,
     Components,
@@ -27,6 +28,10 @@ ChatGLMConfig, ChatGLMModel = (
     part_of("diffusers.pipelines.kolors.text_encoder", name) for name in ("ChatGLMConfig", "ChatGLMModel")
 )
 CLIPImageProjection = part_of("diffusers.pipelines.stable_diffusion", "CLIPImageProjection")
+RobertaSeriesConfig, RobertaSeriesModelWithTransformation = (
+    part_of("diffusers.pipelines.deprecated.alt_diffusion.modeling_roberta_series", name)
+    for name in ("RobertaSeriesConfig", "RobertaSeriesModelWithTransformation")
+)
 
 SIZE = {"height": 16, "width": 24}
 PICTURE = {"image": picture(24, 16)}
@@ -247,6 +252,39 @@ def i2vgen() -> Components:
     return {"unet": network, "vae": vae(), "scheduler": ddim(), **clip_text(), **vision}
 
 
+def alt_diffusion() -> Components:
+    config = RobertaSeriesConfig(
+        vocab_size=len(WORDS),
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=80,
+        project_dim=WIDTH,
+        pad_token_id=0,
+    )
+    text = {"tokenizer": word_tokenizer(77), "text_encoder": RobertaSeriesModelWithTransformation(config)}
+    return stable_diffusion() | text | {"image_encoder": None}
+
+
+def latent_upscale() -> Components:
+    parts = stable_diffusion(in_channels=8, out_channels=5, time_cond_proj_dim=128 + WIDTH)
+    names = ("unet", "vae", "tokenizer", "text_encoder")
+    return {name: parts[name] for name in names} | {"scheduler": diffusers.EulerDiscreteScheduler()}
+
+
+def diff_edit() -> Components:
+    return stable_diffusion() | {"inverse_scheduler": diffusers.DDIMInverseScheduler()}
+
+
+def paradigms() -> Components:
+    return stable_diffusion() | {"scheduler": diffusers.DDIMParallelScheduler(**DDIM)}
+
+
+def pix2pix_zero() -> Components:
+    return diff_edit() | {"caption_generator": None, "caption_processor": None}
+
+
 class GLMTokenizer:
     """A tokenizer that pads on the left and counts positions, as that of Kolors does."""
 
@@ -289,6 +327,7 @@ def kolors() -> Components:
     }
 
 
+EDIT = {"source_embeds": torch.linspace(-1, 1, WIDTH)[None, None], "target_embeds": torch.ones(1, 1, WIDTH)}
 KOLORS = SIZE | {"max_sequence_length": 16}
 TABLE: dict[str, Entry] = {
     "KolorsPipeline": (kolors, KOLORS),
@@ -334,6 +373,18 @@ TABLE: dict[str, Entry] = {
         lambda: stable_diffusion() | {"vae": vae(in_channels=6, out_channels=6), "image_encoder": None},
         SIZE,
     ),
+    "AltDiffusionPipeline": (alt_diffusion, SIZE),
+    "AltDiffusionImg2ImgPipeline": (alt_diffusion, IMG2IMG),
+    "StableDiffusionLatentUpscalePipeline": (latent_upscale, {"image": picture(12, 8)}),
+    "StableDiffusionDiffEditPipeline": (
+        diff_edit,
+        {
+            "mask_image": mask(12, 8),
+            "image_latents": torch.linspace(-1, 1, 384).reshape(1, 1, 4, 8, 12).repeat(1, 6, 1, 1, 1),
+        },
+    ),
+    "StableDiffusionParadigmsPipeline": (paradigms, SIZE),
+    "StableDiffusionPix2PixZeroPipeline": (pix2pix_zero, SIZE | EDIT),
     "StableDiffusionXLPipeline": (stable_diffusion_xl, SIZE),
     "StableDiffusionXLImg2ImgPipeline": (stable_diffusion_xl, IMG2IMG),
     "StableDiffusionXLInpaintPipeline": (stable_diffusion_xl, INPAINT),

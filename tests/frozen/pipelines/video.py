@@ -105,6 +105,38 @@ def sky_reels_image() -> Components:
     }
 
 
+def wan_animate() -> Components:
+    transformer = diffusers.WanAnimateTransformer3DModel(
+        **(_WAN | {"in_channels": 36, "num_layers": 2}),
+        image_dim=WIDTH,
+        added_kv_proj_dim=24,
+        latent_channels=16,
+        motion_encoder_channel_sizes={"4": 16, "8": 16, "16": 16},
+        motion_encoder_size=16,
+        motion_style_dim=8,
+        motion_dim=4,
+        motion_encoder_dim=16,
+        face_encoder_hidden_dim=16,
+        face_encoder_num_heads=2,
+        inject_face_latents_blocks=2,
+    )
+    return wan_image() | {"transformer": transformer}
+
+
+def chrono_edit() -> Components:
+    transformer = diffusers.ChronoEditTransformer3DModel(
+        **(_WAN | {"in_channels": 36}), image_dim=WIDTH, added_kv_proj_dim=24
+    )
+    return wan_image() | {"transformer": transformer}
+
+
+def any_flow_far() -> Components:
+    transformer = diffusers.AnyFlowFARTransformer3DModel(
+        **_WAN, full_chunk_limit=2, gate_value=0.25, deltatime_type="r", chunk_partition=(1, 1)
+    )
+    return any_flow() | {"transformer": transformer}
+
+
 def any_flow() -> Components:
     transformer = diffusers.AnyFlowTransformer3DModel(**_WAN, gate_value=0.25, deltatime_type="r")
     scheduler = diffusers.FlowMapEulerDiscreteScheduler(num_train_timesteps=1000, shift=5.0)
@@ -346,23 +378,25 @@ def hunyuan_vae() -> torch.nn.Module:
     )
 
 
+_HUNYUAN_VIDEO = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_attention_heads": 2,
+    "attention_head_dim": 10,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "num_refiner_layers": 1,
+    "patch_size": 1,
+    "guidance_embeds": True,
+    "text_embed_dim": WIDTH,
+    "pooled_projection_dim": WIDTH,
+    "rope_axes_dim": (2, 4, 4),
+}
+
+
 def hunyuan_video(**config: Any) -> Components:
-    defaults = {
-        "in_channels": 4,
-        "out_channels": 4,
-        "num_attention_heads": 2,
-        "attention_head_dim": 10,
-        "num_layers": 1,
-        "num_single_layers": 1,
-        "num_refiner_layers": 1,
-        "patch_size": 1,
-        "guidance_embeds": True,
-        "text_embed_dim": WIDTH,
-        "pooled_projection_dim": WIDTH,
-        "rope_axes_dim": (2, 4, 4),
-    }
     return {
-        "transformer": diffusers.HunyuanVideoTransformer3DModel(**(defaults | config)),
+        "transformer": diffusers.HunyuanVideoTransformer3DModel(**(_HUNYUAN_VIDEO | config)),
         "vae": hunyuan_vae(),
         "scheduler": flow(shift=7.0),
         "tokenizer": word_tokenizer(512),
@@ -373,6 +407,16 @@ def hunyuan_video(**config: Any) -> Components:
 
 
 HUNYUAN = SIZE | {"prompt_template": {"template": "{}", "crop_start": 0}, "max_sequence_length": 16}
+
+
+FRAMEPACK = {"image": picture(64, 64), "height": 64, "width": 64, "num_frames": 5, "latent_window_size": 2}
+
+
+def framepack() -> Components:
+    transformer = diffusers.HunyuanVideoFramepackTransformer3DModel(
+        **_HUNYUAN_VIDEO, has_image_proj=True, image_proj_dim=12, has_clean_x_embedder=True
+    )
+    return hunyuan_video() | {"transformer": transformer} | siglip()
 
 
 def hunyuan_video_15() -> Components:
@@ -411,8 +455,7 @@ def hunyuan_video_15() -> Components:
     }
 
 
-def hunyuan_video_15_image() -> Components:
-    """Components of HunyuanVideo 1.5 from a picture."""
+def siglip() -> Components:
     config = transformers.SiglipVisionConfig(
         hidden_size=12,
         intermediate_size=WIDTH,
@@ -421,10 +464,12 @@ def hunyuan_video_15_image() -> Components:
         image_size=16,
         patch_size=8,
     )
-    return hunyuan_video_15() | {
-        "image_encoder": transformers.SiglipVisionModel(config),
-        "feature_extractor": siglip_processor(),
-    }
+    return {"image_encoder": transformers.SiglipVisionModel(config), "feature_extractor": siglip_processor()}
+
+
+def hunyuan_video_15_image() -> Components:
+    """Components of HunyuanVideo 1.5 from a picture."""
+    return hunyuan_video_15() | siglip()
 
 
 def siglip_processor() -> Any:
@@ -642,6 +687,13 @@ TABLE: dict[str, Entry] = {
     "WanPipeline:2.2": (wan_22, LARGER),
     "WanImageToVideoPipeline": (wan_image, SIZE | PICTURE),
     "WanVideoToVideoPipeline": (wan, {"video": FRAMES, "height": 16, "width": 32, "strength": 0.9}),
+    "WanAnimatePipeline": (
+        wan_animate,
+        {"height": 16, "width": 32, "segment_frame_length": 5}
+        | PICTURE
+        | {"pose_video": FRAMES, "face_video": [picture(16, 16, seed) for seed in range(5)]},
+    ),
+    "ChronoEditPipeline": (chrono_edit, SIZE | PICTURE),
     "WanVACEPipeline": (wan_vace, SIZE),
     "LucyEditPipeline": (lucy, SIZE | {"video": FRAMES}),
     "SkyReelsV2Pipeline": (sky_reels, SIZE),
@@ -653,6 +705,8 @@ TABLE: dict[str, Entry] = {
         SIZE | {"video": FRAMES, "num_frames": 9, "overlap_history": 1},
     ),
     "AnyFlowPipeline": (any_flow, SIZE),
+    "AnyFlowFARPipeline": (any_flow_far, {"height": 32, "width": 64, "num_frames": 5}),
+    "HeliosPyramidPipeline": (helios, {"height": 16, "width": 32, "num_frames": 33}),
     "HeliosPipeline": (helios, {"height": 16, "width": 32, "num_frames": 33}),
     "SanaVideoPipeline": (
         sana_video,
@@ -677,6 +731,7 @@ TABLE: dict[str, Entry] = {
     "LTX2InContextPipeline": (ltx_2, LTX_2),
     "HunyuanVideoPipeline": (hunyuan_video, HUNYUAN),
     "HunyuanSkyreelsImageToVideoPipeline": (functools.partial(hunyuan_video, in_channels=8), HUNYUAN | PICTURE),
+    "HunyuanVideoFramepackPipeline": (framepack, HUNYUAN | FRAMEPACK),
     "HunyuanVideo15Pipeline": (hunyuan_video_15, SIZE),
     "HunyuanVideo15ImageToVideoPipeline": (hunyuan_video_15_image, PICTURE | {"num_frames": 5}),
     "Kandinsky5T2VPipeline": (kandinsky_5_video, LARGER),
@@ -699,5 +754,18 @@ TABLE: dict[str, Entry] = {
     "CosmosVideoToWorldPipeline": (functools.partial(cosmos, 1), LARGER | {"image": picture(48, 32)}),
     "Cosmos2TextToImagePipeline": (cosmos_2, {"height": 32, "width": 48}),
     "Cosmos2VideoToWorldPipeline": (functools.partial(cosmos_2, 1), LARGER | {"image": picture(48, 32)}),
+    "EasyAnimateControlPipeline": (
+        functools.partial(easy_animate, 12),
+        SIZE | {"negative_prompt": "blurry", "control_video": torch.linspace(0, 1, 7680).reshape(1, 3, 5, 16, 32)},
+    ),
+    "EasyAnimateInpaintPipeline": (
+        functools.partial(easy_animate, 9),
+        SIZE
+        | {
+            "negative_prompt": "blurry",
+            "video": torch.linspace(0, 1, 7680).reshape(1, 3, 5, 16, 32),
+            "mask_video": torch.arange(2560).reshape(1, 1, 5, 16, 32) % 2 * 255.0,
+        },
+    ),
     "EasyAnimatePipeline": (easy_animate, SIZE | {"negative_prompt": "blurry"}),
 }
