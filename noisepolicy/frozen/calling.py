@@ -20,7 +20,15 @@ from torch import nn
 
 from noisepolicy.frozen.base import PromptEmbeds
 from noisepolicy.frozen.blame import failure, is_of_scheduler, overflow_marked
-from noisepolicy.frozen.encoding import Encoding, PromptEncoder, answering, encodings, first_embeds, replaced
+from noisepolicy.frozen.encoding import (
+    Encoding,
+    PromptEncoder,
+    answering,
+    encode_prompt_of,
+    encodings,
+    first_embeds,
+    replaced,
+)
 from noisepolicy.frozen.families import denoisers_among, family_of
 from noisepolicy.frozen.loading import UNUSED, quiet, unknown
 from noisepolicy.frozen.modular import as_pipeline
@@ -127,6 +135,7 @@ class PipelineCall:
             raise ValueError(f"{self._kind} takes no prompt, and a policy is learned for prompts")
         if "num_inference_steps" not in self._defaults:
             raise ValueError(f"{self._kind} takes no num_inference_steps, for which a policy is learned")
+        encode_prompt_of(pipeline)
         self.size = {"height": height, "width": width, "num_frames": num_frames}
         self.size = {name: value for name, value in self.size.items() if value is not None}
         options = self.size | {"max_sequence_length": max_sequence_length, "negative_prompt": negative_prompt}
@@ -165,7 +174,7 @@ class PipelineCall:
 
     @functools.cached_property
     def encoder(self) -> PromptEncoder:
-        if not self.family.one_at_a_time and not self._images:
+        if self.family.takes_lists and not self.family.one_at_a_time and not self._images:
             # Some encode several prompts as one, and others take one alone.
             with suppress(ValueError, RuntimeError):
                 return PromptEncoder(self.pipeline, self.watch, names=self.family.encoded)
@@ -235,7 +244,7 @@ class PipelineCall:
         channels, others = self._drawn[axis], [size for i, size in enumerate(self._drawn) if i not in (0, axis)]
         if len(others) == 1:
             others = [1, *others]
-        if len(others) == 3 and 1 in others:
+        while len(others) > 2 and 1 in others:
             others.remove(1)
         return (channels * self.num_draws, *others)
 
@@ -256,7 +265,8 @@ class PipelineCall:
             self._up_to_the_denoiser(draws, prompts, arguments)
         if draws.shape is None:
             raise ValueError(f"{self._kind} draws no initial noise that could be replaced")
-        if draws.shape[0] != len(prompts) or not 3 <= len(draws.shape) <= 5:
+        num_axes = len(draws.shape) - draws.shape[1:].count(1)
+        if draws.shape[0] != len(prompts) or len(draws.shape) < 3 or num_axes > 5:
             raise ValueError(
                 f"{self._kind} draws noise of shape {draws.shape} for {len(prompts)} prompts, and a policy gives a row "
                 "of two to four axes for each prompt"
@@ -291,6 +301,8 @@ class PipelineCall:
                     for row, i, own in rows
                 ]
             )
+        if self.encoder.one_at_a_time and isinstance(generator, list):
+            [generator] = generator  # some take no list
         images = {name: _image(embeds.others[f"{_IMAGE}{name}"][0]) for name in self._images}
         initial, *later = self._as_drawn(latents)
         draws = Draws(initial, initial=self.family.initial_draw, later=later)
@@ -305,7 +317,10 @@ class PipelineCall:
             self.encoder.standing_in(embeds, is_guided=guidance_scale > 1) as prompts,
         ):
             output = self.pipeline(
-                prompt=prompts, generator=generator, num_inference_steps=num_inference_steps, **arguments
+                prompt=self._as_taken(prompts),
+                generator=generator,
+                num_inference_steps=num_inference_steps,
+                **arguments,
             )
         self.num_later_draws = draws.num_later
         images = _as_tensor(output[0])
@@ -320,7 +335,8 @@ class PipelineCall:
             ValueError: if they are not.
         """
         made = {"height": images.shape[-2], "width": images.shape[-1]}
-        if images.ndim == 5 and "video" not in self._arguments:  # some go on where the given one ends
+        # Some go on where the given one ends.
+        if images.ndim == 5 and "video" not in self._arguments and self.family.keeps_num_frames:
             made["num_frames"] = images.shape[1]
         for name, size in self.size.items():
             if images.ndim > 3 and made.get(name, size) != size:
@@ -362,12 +378,15 @@ class PipelineCall:
 
     def _up_to_the_denoiser(self, draws: Draws, prompts: list[str], arguments: dict[str, Any]) -> None:
         names = [name for name, part in self.pipeline.components.items() if isinstance(part, nn.Module)]
-        denoisers = [getattr(self.pipeline, name) for name in denoisers_among(names)]
+        denoisers = [getattr(self.pipeline, name) for name in {self.denoiser_name, *denoisers_among(names)}]
         generator = torch.Generator(self.pipeline._execution_device).manual_seed(0)
         try:
             with quiet(), watching(self.pipeline, draws), stopping_before(denoisers):
                 self.pipeline(
-                    prompt=list(prompts), generator=generator, num_inference_steps=_WATCHED_STEPS, **arguments
+                    prompt=self._as_taken(prompts),
+                    generator=generator,
+                    num_inference_steps=_WATCHED_STEPS,
+                    **arguments,
                 )
         except Exception as error:  # pipelines raise almost anything
             if is_of_scheduler(error):
@@ -384,8 +403,11 @@ class PipelineCall:
             if negative is None and self._guidance == "true_cfg_scale":
                 negative = " "  # without one such pipelines are not guided, whatever the scale
             if negative is not None:
-                arguments["negative_prompt"] = [negative] * count
+                arguments["negative_prompt"] = self._as_taken([negative] * count)
         return arguments
+
+    def _as_taken(self, prompts: list[str]) -> list[str] | str:
+        return list(prompts) if self.family.takes_lists else prompts[0]
 
     def _missing_components(self) -> list[str]:
         if isinstance(self.pipeline, DiffusionPipeline):

@@ -45,7 +45,7 @@ def encodings(pipeline: "DiffusionPipeline") -> Iterator[list[Encoding]]:
     Raises:
         ValueError: if the pipeline has no such method.
     """
-    name, original = _encode_prompt_of(pipeline)
+    name, original = encode_prompt_of(pipeline)
     calls: list[Encoding] = []
     depth = 0  # some call themselves, for a second prompt
 
@@ -71,7 +71,7 @@ def encodings(pipeline: "DiffusionPipeline") -> Iterator[list[Encoding]]:
 def answering(pipeline: "DiffusionPipeline", results: Sequence[Any]) -> Iterator[None]:
     """Let the calls of the pipeline's `encode_prompt` return these results, one after the other."""
     answers = iter(results)
-    with replaced(pipeline, _encode_prompt_of(pipeline)[0], lambda *args, **kwargs: next(answers)):
+    with replaced(pipeline, encode_prompt_of(pipeline)[0], lambda *args, **kwargs: next(answers)):
         yield
 
 
@@ -115,7 +115,7 @@ class PromptEncoder:
         self._pipeline, self._names, self._watch = pipeline, names, watch
         self.one_at_a_time = one_at_a_time
         self._kind = type(pipeline).__name__
-        self._method, self._original = _encode_prompt_of(pipeline)
+        self._method, self._original = encode_prompt_of(pipeline)
         self._columns: list[_Column] = []
         """Columns of rows that differ between prompts."""
         self._unmatched: list[_Column] = []
@@ -437,7 +437,12 @@ def _shared_leaf(one: torch.Tensor, three: torch.Tensor) -> _SharedLeaf | None:
     return _SharedLeaf(three, axis)
 
 
-def _encode_prompt_of(pipeline: "DiffusionPipeline") -> tuple[str, Callable[..., Any]]:
+def encode_prompt_of(pipeline: "DiffusionPipeline") -> tuple[str, Callable[..., Any]]:
+    """Return the name of the method by which a pipeline encodes its prompts, and the method.
+
+    Raises:
+        ValueError: if the pipeline has none.
+    """
     for name in ("encode_prompt", "_encode_prompt"):
         if hasattr(pipeline, name):
             return name, getattr(pipeline, name)

@@ -32,6 +32,10 @@ class Family:
     """Type of the pictures that `__call__` is asked for: tensors, or "np" where its tensors are not in [0, 1]."""
     one_at_a_time: bool = False
     """Whether `__call__` encodes a prompt otherwise in a batch than alone."""
+    keeps_num_frames: bool = True
+    """Whether `__call__` makes as many frames as it is asked for."""
+    takes_lists: bool = True
+    """Whether `__call__` takes a list of prompts. Otherwise it gets one prompt at a time, as a string."""
     call: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     """Further arguments of `__call__`."""
     upcasts_vae: bool = False
@@ -47,6 +51,7 @@ _DENOISERS = ("transformer", "unet", "prior", "decoder")
 """Beginnings of the names of components that are denoisers, the likeliest first."""
 _NO_FAMILY = Family()
 _ARRAYS = Family(output_type="np")
+_ONE_STRING = Family(takes_lists=False)
 # A video may have as many frames, or a picture be as wide, as there are channels.
 _CHANNELS_THIRD, _CHANNELS_LAST = Family(channel_axis=2), Family(channel_axis=4)
 # The pipelines catch their VAE's error, warn, and then miss the image.
@@ -87,6 +92,14 @@ FAMILIES: dict[str, Family] = {
     "Kandinsky5I2VPipeline": _CHANNELS_LAST,
     "Kandinsky5T2IPipeline": _CHANNELS_LAST,
     "Kandinsky5T2VPipeline": _CHANNELS_LAST,
+    "HunyuanVideoFramepackPipeline": Family(keeps_num_frames=False),  # whole sections, and one frame more
+    "HunyuanVideoImageToVideoPipeline": Family(keeps_num_frames=False),  # four fewer, where it is given a picture
+    "VersatileDiffusionTextToImagePipeline": Family(denoiser="image_unet"),
+    "DreamLitePipeline": _ONE_STRING,
+    "DreamLiteMobilePipeline": _ONE_STRING,
+    "SanaWMPipeline": _ONE_STRING,
+    "WanVACEPipeline": _ONE_STRING,
+    "Ideogram4Pipeline": Family(call={"guidance_schedule": None}),
     "LattePipeline": Family(one_at_a_time=True),
     "SanaPipeline": _SANA,
     "SanaSprintPipeline": _SANA,

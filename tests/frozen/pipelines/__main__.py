@@ -27,7 +27,7 @@ def _listed(names: Iterable[str]) -> str:
 
 def main() -> None:
     classes = text_conditioned()
-    tried = {name.split(":")[0] for name in TABLE}
+    tried = {name.split(":")[0] for name in TABLE} | REFUSED.keys()
     proved = [name for name in classes if name in tried and name not in REFUSED]
     rest = [name for name in classes if name not in tried]
     print(f"""# Pipelines

@@ -155,6 +155,63 @@ def audio_ldm_2() -> Components:
     }
 
 
+def audio_ldm() -> Components:
+    text = clap().config.text_config
+    text.projection_dim = WIDTH
+    parts = music_ldm()
+    del parts["feature_extractor"]
+    return parts | {"text_encoder": transformers.ClapTextModelWithProjection(text)}
+
+
+def stable_audio_3() -> Components:
+    transformer = diffusers.StableAudio3DiTModel(
+        io_channels=8,
+        embed_dim=16,
+        depth=1,
+        num_heads=2,
+        cond_token_dim=WIDTH,
+        global_cond_dim=WIDTH,
+        local_add_cond_dim=9,
+        timestep_features_dim=16,
+        num_memory_tokens=2,
+    )
+    same = diffusers.AutoencoderSAME(
+        patch_size=2,
+        encoder_channels=16,
+        encoder_c_mults=(1,),
+        encoder_strides=(2,),
+        encoder_transformer_depths=(1,),
+        latent_dim=8,
+        dim_heads=8,
+        sampling_rate=16,
+    )
+    encoder = transformers.T5GemmaEncoderModel(
+        transformers.T5GemmaConfig(encoder=T5_GEMMA, decoder=T5_GEMMA, is_encoder_decoder=False, vocab_size=len(WORDS))
+    )
+    return {
+        "vae": same,
+        "tokenizer": word_tokenizer(),
+        "text_encoder": encoder,
+        "duration_embedder": diffusers.StableAudio3DurationEmbedder(output_dim=WIDTH, fourier_dim=16),
+        "transformer": transformer,
+        "scheduler": flow(),
+    }
+
+
+T5_GEMMA = {
+    "vocab_size": len(WORDS),
+    "hidden_size": WIDTH,
+    "intermediate_size": WIDTH,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "dropout_rate": 0.0,
+    "attention_dropout": 0.0,
+}
+AUDIO = {"audio": torch.linspace(-1, 1, 64).reshape(1, 2, 32), "duration": 2.0}
+
+
 def longcat_audio() -> Components:
     transformer = diffusers.LongCatAudioDiTTransformer(
         dit_dim=16, dit_depth=1, dit_heads=2, dit_text_dim=WIDTH, latent_dim=8, text_conv=False
@@ -207,6 +264,10 @@ def ace_step() -> Components:
 
 TABLE: dict[str, Entry] = {
     "StableAudioPipeline": (stable_audio, {}),
+    "StableAudio3Pipeline": (stable_audio_3, {"duration": 2.0}),
+    "StableAudio3AudioToAudioPipeline": (stable_audio_3, AUDIO | {"init_noise_level": 0.9}),
+    "StableAudio3InpaintPipeline": (stable_audio_3, AUDIO | {"mask_start_seconds": 0.5, "mask_end_seconds": 1.5}),
+    "AudioLDMPipeline": (audio_ldm, {"audio_length_in_s": 0.02}),
     "MusicLDMPipeline": (music_ldm, {"audio_length_in_s": 0.02}),
     "AudioLDM2Pipeline": (audio_ldm_2, {"audio_length_in_s": 0.02}),
     "LongCatAudioDiTPipeline": (longcat_audio, {"audio_duration_s": 0.01}),

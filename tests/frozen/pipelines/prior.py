@@ -1,6 +1,5 @@
 """Pipelines in several stages: a prior makes an embedding of a picture, and a decoder the picture."""
 
-import functools
 from typing import Any
 
 import torch
@@ -29,7 +28,6 @@ PaellaVQModel = part_of("diffusers.pipelines.deprecated.wuerstchen", "PaellaVQMo
 WuerstchenDiffNeXt = part_of("diffusers.pipelines.deprecated.wuerstchen", "WuerstchenDiffNeXt")
 WuerstchenPrior = part_of("diffusers.pipelines.deprecated.wuerstchen", "WuerstchenPrior")
 ShapERenderer = part_of("diffusers.pipelines.shap_e.renderer", "ShapERenderer")
-UnCLIPTextProjModel = part_of("diffusers.pipelines.deprecated.unclip.text_proj", "UnCLIPTextProjModel")
 MCLIPConfig, MultilingualCLIP = (
     part_of("diffusers.pipelines.kandinsky.text_encoder", name) for name in ("MCLIPConfig", "MultilingualCLIP")
 )
@@ -98,15 +96,6 @@ def kandinsky_prior(prefix: str = "") -> Components:
     return {prefix + name: part for name, part in parts.items()}
 
 
-def kandinsky_22(channels: int = 4) -> Components:
-    return {
-        "unet": kandinsky_unet(channels),
-        "scheduler": ddim(),
-        "movq": movq(),
-        **kandinsky_prior("prior_"),
-    }
-
-
 def kandinsky_21(channels: int = 4) -> Components:
     config = MCLIPConfig(
         vocab_size=len(WORDS),
@@ -126,10 +115,6 @@ def kandinsky_21(channels: int = 4) -> Components:
         "tokenizer": word_tokenizer(77),
         "text_encoder": MultilingualCLIP(config),
     }
-
-
-def kandinsky_21_combined(channels: int = 4) -> Components:
-    return kandinsky_21(channels) | kandinsky_prior("prior_")
 
 
 def kandinsky_3() -> Components:
@@ -197,20 +182,6 @@ def cascade_decoder() -> Components:
     }
 
 
-def cascade() -> Components:
-    decoder = cascade_decoder()
-    del decoder["latent_dim_scale"]
-    prior = cascade_prior("prior_")
-    del prior["prior_tokenizer"], prior["prior_text_encoder"], prior["prior_scheduler"]
-    return {
-        **decoder,
-        **prior,
-        "prior_text_encoder": clip(transformers.CLIPTextModelWithProjection),
-        "prior_tokenizer": clip_tokenizer(),
-        "prior_scheduler": diffusers.DDPMWuerstchenScheduler(),
-    }
-
-
 def wuerstchen() -> Components:
     prior = WuerstchenPrior(c_in=2, c=16, depth=1, c_cond=WIDTH, c_r=64, nhead=2)
     decoder = WuerstchenDiffNeXt(
@@ -257,47 +228,6 @@ def stable_unclip_image() -> Components:
     parts = stable_unclip()
     vision = {"feature_extractor": clip_image_processor(), "image_encoder": clip_vision()}
     return {name: part for name, part in parts.items() if "prior" not in name} | vision
-
-
-def unclip() -> Components:
-    decoder = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
-        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
-        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
-        in_channels=3,
-        out_channels=6,
-        cross_attention_dim=WIDTH,
-        attention_head_dim=4,
-        class_embed_type="identity",
-    )
-    enlarge = functools.partial(
-        diffusers.UNet2DModel,
-        sample_size=16,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("ResnetDownsampleBlock2D",) * 2,
-        up_block_types=("ResnetUpsampleBlock2D",) * 2,
-        in_channels=6,
-        out_channels=3,
-    )
-    prior = kandinsky_prior()
-    return {
-        **{name: prior[name] for name in ("prior", "text_encoder", "tokenizer")},
-        "decoder": decoder,
-        "text_proj": UnCLIPTextProjModel(
-            clip_embeddings_dim=WIDTH, time_embed_dim=32, cross_attention_dim=WIDTH, clip_extra_context_tokens=1
-        ),
-        "super_res_first": enlarge(),
-        "super_res_last": enlarge(),
-        "prior_scheduler": prior["scheduler"],
-        "decoder_scheduler": diffusers.UnCLIPScheduler(variance_type="learned_range"),
-        "super_res_scheduler": diffusers.UnCLIPScheduler(variance_type="fixed_small_log"),
-    }
 
 
 def shap_e() -> Components:
@@ -391,21 +321,12 @@ IMAGE = {"image": picture(64, 64)}
 MASK = {"mask_image": mask(64, 64)}
 
 TABLE: dict[str, Entry] = {
-    "KandinskyV22CombinedPipeline": (kandinsky_22, SIZE | PRIOR_STEPS),
-    "KandinskyV22Img2ImgCombinedPipeline": (kandinsky_22, SIZE | PRIOR_STEPS | {"image": picture(64, 64)}),
-    "KandinskyV22InpaintCombinedPipeline": (
-        lambda: kandinsky_22(9),
-        SIZE | PRIOR_STEPS | {"image": picture(64, 64), "mask_image": mask(64, 64)},
-    ),
     "KandinskyV22PriorPipeline": (kandinsky_prior, {}),
     "KandinskyV22PriorEmb2EmbPipeline": (kandinsky_prior, IMAGE),
     "KandinskyPipeline": (kandinsky_21, SIZE | IMAGE_EMBEDS),
     "KandinskyImg2ImgPipeline": (kandinsky_21, SIZE | IMAGE_EMBEDS | IMAGE | {"strength": 0.9}),
     "KandinskyInpaintPipeline": (lambda: kandinsky_21(9), SIZE | IMAGE_EMBEDS | IMAGE | MASK),
     "KandinskyPriorPipeline": (kandinsky_prior, {}),
-    "KandinskyCombinedPipeline": (kandinsky_21_combined, SIZE | PRIOR_STEPS),
-    "KandinskyImg2ImgCombinedPipeline": (kandinsky_21_combined, SIZE | PRIOR_STEPS | IMAGE),
-    "KandinskyInpaintCombinedPipeline": (lambda: kandinsky_21_combined(9), SIZE | PRIOR_STEPS | IMAGE | MASK),
     "Kandinsky3Pipeline": (kandinsky_3, SIZE),
     "Kandinsky3Img2ImgPipeline": (kandinsky_3, {"image": picture(64, 64), "strength": 0.9}),
     "StableCascadePriorPipeline": (cascade_prior, SIZE),
@@ -413,8 +334,6 @@ TABLE: dict[str, Entry] = {
         cascade_decoder,
         {"image_embeddings": torch.linspace(-1, 1, 256).reshape(1, 16, 4, 4)},
     ),
-    "StableCascadeCombinedPipeline": (cascade, SIZE | PRIOR_STEPS),
-    "WuerstchenCombinedPipeline": (wuerstchen, SIZE | PRIOR_STEPS),
     "StableUnCLIPPipeline": (stable_unclip, {"height": 16, "width": 24} | PRIOR_STEPS),
     "WuerstchenDecoderPipeline": (
         wuerstchen_decoder,
@@ -422,7 +341,6 @@ TABLE: dict[str, Entry] = {
     ),
     "WuerstchenPriorPipeline": (wuerstchen_prior, SIZE),
     "StableUnCLIPImg2ImgPipeline": (stable_unclip_image, {"height": 16, "width": 24, "image": picture(24, 16)}),
-    "UnCLIPPipeline": (unclip, {}),
     "ShapEPipeline": (shap_e, {}),
     "IFPipeline": (floyd, FLOYD),
     "IFImg2ImgPipeline": (floyd, {"image": picture(16, 16), "strength": 0.9}),

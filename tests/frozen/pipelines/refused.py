@@ -1,8 +1,10 @@
 """Pipelines that cannot be frozen models: what is said to whoever tries, and why in plain words."""
 
 _OWN_NOISE = ("is stochastic", "encodes its control picture with noise that no generator decides")
+_TOKENS = ("has no encode_prompt", "changes tokens, and not latents")
 _NO_ENCODER = ("has no encode_prompt", "encodes prompts in a pipeline inside itself, and has no `encode_prompt`")
 _EMBEDDINGS = ("makes height 2 where 64 was asked for", "makes embeddings of a picture, which no reward can see")
+_WITHIN_CALL = ("has no encode_prompt", "encodes prompts within its own call, and has no `encode_prompt`")
 _VECTOR = ("draws noise of shape", "starts from a vector, not from latents with axes")
 _NO_STEPS = "takes no num_inference_steps"
 _TORCHVISION = "needs torchvision, which is not installed where this list was made"
@@ -21,6 +23,26 @@ REFUSED: dict[str, tuple[str, str]] = {
     "KandinskyCombinedPipeline": _NO_ENCODER,
     "KandinskyImg2ImgCombinedPipeline": _NO_ENCODER,
     "KandinskyInpaintCombinedPipeline": _NO_ENCODER,
+    "AmusedPipeline": _TOKENS,
+    "AmusedImg2ImgPipeline": _TOKENS,
+    "AmusedInpaintPipeline": _TOKENS,
+    "DiffusionGemmaPipeline": ("has no encode_prompt", "writes text"),
+    "LLaDA2Pipeline": ("has no encode_prompt", "writes text"),
+    "LDMTextToImagePipeline": _WITHIN_CALL,
+    "Cosmos3OmniPipeline": _WITHIN_CALL,
+    "JoyImageEditPlusPipeline": (
+        "has no encode_prompt",
+        "encodes prompts by a method of another name, together with pictures",
+    ),
+    "LTX2HDRPipeline": ("makes height 64 where 32 was asked for", "gives videos of linear light, the channels last"),
+    "VQDiffusionPipeline": ("draws no initial noise", "changes tokens, and not latents"),
+    "VersatileDiffusionDualGuidedPipeline": (
+        "has no encode_prompt",
+        "encodes a prompt and a picture, which stand side by side, and has no `encode_prompt`",
+    ),
+    "FluxPriorReduxPipeline": (_NO_STEPS, "makes embeddings of a picture, without noise and steps"),
+    "LTX2DFRPipeline": (_NO_STEPS, "takes sigmas in the place of a step count"),
+    "LTX2DFRTemporalRefinePipeline": (_NO_STEPS, "takes sigmas in the place of a step count"),
     "UnCLIPPipeline": (_NO_STEPS, "takes three step counts, and starts from a vector"),
     "HeliosPyramidPipeline": (_NO_STEPS, "takes a step count for each size of its pyramid"),
     "StableDiffusionDiffEditPipeline": (
@@ -47,12 +69,8 @@ REFUSED: dict[str, tuple[str, str]] = {
         "makes num_frames 3 where 5 was asked for",
         "gives videos with the channels before the frames, and takes one prompt a segment",
     ),
-    "SemanticStableDiffusionPipeline": (
-        "has no encode_prompt",
-        "encodes prompts within its own call, and has no `encode_prompt`",
-    ),
+    "SemanticStableDiffusionPipeline": _WITHIN_CALL,
     "BriaFiboEditPipeline": ("valid edit JSON string", "takes JSON that describes an edit for its prompt"),
-    "WanVACEPipeline": ("Passing a list of prompts is not yet supported", "takes no list of prompts"),
     "ChromaInpaintPipeline": (
         "has no attribute 'guidance_embeds'",
         "fails by itself: it reads a setting that its transformer does not have",
@@ -70,6 +88,8 @@ REFUSED: dict[str, tuple[str, str]] = {
     "MusicLDMPipeline": ("has no attribute 'to'", "fails by itself with transformers 5"),
     "AudioLDM2Pipeline": ("You need to specify either `text` or `text_target`", "fails by itself with transformers 5"),
     "OmniGenPipeline": ("OmniGenMultiModalProcessor", _TORCHVISION),
+    "Cosmos2_5_PredictBasePipeline": _COSMOS,
+    "Cosmos2_5_TransferPipeline": _COSMOS,
     "CosmosTextToWorldPipeline": _COSMOS,
     "CosmosVideoToWorldPipeline": _COSMOS,
     "Cosmos2TextToImagePipeline": _COSMOS,

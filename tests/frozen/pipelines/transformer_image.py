@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from .libraries import diffusers, transformers
+from .libraries import diffusers, part_of, transformers
 from .parts import (
     TOKEN,
     WIDTH,
@@ -38,6 +38,10 @@ from .parts import (
     vae,
     wan_vae,
     word_tokenizer,
+)
+
+LearnedClassifierFreeSamplingEmbeddings = part_of(
+    "diffusers.pipelines.deprecated.vq_diffusion.pipeline_vq_diffusion", "LearnedClassifierFreeSamplingEmbeddings"
 )
 
 SIZE = {"height": 16, "width": 24}
@@ -424,6 +428,100 @@ def z_image(**config: Any) -> Components:
     }
 
 
+def z_image_omni() -> Components:
+    config = transformers.Siglip2VisionConfig(
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_patches=4,
+        patch_size=8,
+    )
+    siglip = {
+        "siglip": transformers.Siglip2VisionModel(config),
+        "siglip_processor": transformers.Siglip2ImageProcessorPil(patch_size=8, max_num_patches=4),
+    }
+    return z_image(siglip_feat_dim=WIDTH) | siglip
+
+
+def dreamlite() -> Components:
+    unet = diffusers.DreamLiteUNetModel(
+        sample_size=8,
+        down_block_types=("DreamLiteCrossAttnNoSelfAttnDownBlock2D", "DreamLiteCrossAttnDownBlock2D"),
+        up_block_types=("DreamLiteCrossAttnUpBlock2D", "DreamLiteUpBlock2D"),
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=2,
+        cross_attention_dim=WIDTH,
+        attention_head_dim=2,
+        ff_mult=2,
+    )
+    tiny_vae = diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    )
+    return {
+        "unet": unet,
+        "vae": tiny_vae,
+        "scheduler": flow(use_dynamic_shifting=True),
+        "tokenizer": chat_tokenizer(),
+        "text_encoder": qwen3_vl(),
+        "processor": qwen_processor(transformers.Qwen3VLProcessor, patch_size=16),
+    }
+
+
+def bria_fibo_2() -> Components:
+    transformer = diffusers.BriaFibo2Transformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        cap_feat_dim=2 * WIDTH,
+        injection_layer_ids=(1,),
+        perceiver_num_layers=1,
+        min_num_gist_tokens=4,
+        max_num_gist_tokens=8,
+        gist_step=4,
+        gist_min_text_len=4,
+        gist_max_text_len=64,
+        axes_dims=(8, 4, 4),
+        axes_lens=(2048, 32, 32),
+    )
+    return {
+        "transformer": transformer,
+        "vae": flux_2_vae(),
+        "scheduler": flow(use_dynamic_shifting=True),
+        "text_encoder": qwen3_vl(),
+        "processor": qwen_processor(transformers.Qwen3VLProcessor, patch_size=16),
+    }
+
+
+def ideogram() -> Components:
+    def denoiser() -> torch.nn.Module:
+        return diffusers.Ideogram4Transformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            intermediate_size=16,
+            adaln_dim=16,
+            llm_features_dim=2 * WIDTH,
+            mrope_section=(4, 2, 2),
+        )
+
+    return {
+        "transformer": denoiser(),
+        "unconditional_transformer": denoiser(),
+        "vae": flux_2_vae(),
+        "scheduler": flow(),
+        "tokenizer": chat_tokenizer(),
+        "text_encoder": qwen3_vl(transformers.Qwen3VLModel),
+    }
+
+
 def z_image_controlled(channels: int = 4) -> Components:
     parts = z_image(n_layers=2)
     net = diffusers.ZImageControlNetModel(
@@ -471,6 +569,89 @@ def hunyuan_image(guidance_embeds: bool = False) -> Components:
         **byte_text(),
         "guider": None if guidance_embeds else guider,
         "ocr_guider": None if guidance_embeds else guider,
+    }
+
+
+def hunyuan_refiner() -> Components:
+    transformer = diffusers.HunyuanImageTransformer2DModel(
+        in_channels=16,
+        out_channels=8,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        patch_size=(1, 1, 1),
+        guidance_embeds=True,
+        text_embed_dim=WIDTH,
+        rope_axes_dim=(2, 2, 4),
+    )
+    refiner_vae = diffusers.AutoencoderKLHunyuanImageRefiner(
+        latent_channels=4,
+        block_out_channels=(16, 16),
+        layers_per_block=1,
+        spatial_compression_ratio=4,
+        temporal_compression_ratio=2,
+        downsample_match_channel=False,
+        upsample_match_channel=False,
+    )
+    return {
+        "transformer": transformer,
+        "vae": refiner_vae,
+        "scheduler": flow(shift=4.0),
+        **qwen_text(),
+        "guider": None,
+    }
+
+
+def joy_image() -> Components:
+    transformer = diffusers.JoyImageEditTransformer3DModel(
+        in_channels=16,
+        hidden_size=32,
+        num_attention_heads=2,
+        text_dim=WIDTH,
+        mlp_width_ratio=1.0,
+        num_layers=1,
+        rope_dim_list=[4, 6, 6],
+    )
+    return {
+        "transformer": transformer,
+        "vae": wan_vae(),
+        "scheduler": flow(shift=4.0),
+        "tokenizer": chat_tokenizer(),
+        "text_encoder": qwen3_vl(),
+        "processor": qwen_processor(transformers.Qwen3VLProcessor, patch_size=16),
+        "text_token_max_length": 2048,
+    }
+
+
+def vq_diffusion() -> Components:
+    transformer = diffusers.Transformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_vector_embeds=12,
+        sample_size=4,
+        cross_attention_dim=WIDTH,
+        norm_type="ada_norm",
+        num_embeds_ada_norm=100,
+        attention_bias=True,
+        activation_fn="geglu-approximate",
+    )
+    vqvae = diffusers.VQModel(
+        block_out_channels=(4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=2,
+        num_vq_embeddings=12,
+        vq_embed_dim=4,
+    )
+    return {
+        "vqvae": vqvae,
+        "transformer": transformer,
+        "scheduler": diffusers.VQDiffusionScheduler(num_vec_classes=12),
+        **clip_text(),
+        "learned_classifier_free_sampling_embeddings": LearnedClassifierFreeSamplingEmbeddings(learnable=False),
     }
 
 
@@ -876,6 +1057,11 @@ TABLE: dict[str, Entry] = {
     "Krea2Pipeline": (krea, WIDE),
     "NucleusMoEImagePipeline": (nucleus, WIDE | {"return_index": -1}),
     "ZImagePipeline": (z_image, SIZE),
+    "ZImageOmniPipeline": (z_image_omni, SIZE),
+    "DreamLitePipeline": (dreamlite, SIZE),
+    "DreamLiteMobilePipeline": (dreamlite, SIZE),
+    "BriaFibo2Pipeline": (bria_fibo_2, SIZE | {"render_text_images": False}),
+    "Ideogram4Pipeline": (ideogram, SIZE | {"max_sequence_length": 1024, "guidance_schedule": None}),
     "ZImageImg2ImgPipeline": (z_image, IMG2IMG),
     "ZImageInpaintPipeline": (z_image, INPAINT),
     "ZImageControlNetPipeline": (z_image_controlled, HINT),
@@ -884,6 +1070,9 @@ TABLE: dict[str, Entry] = {
         HINT | PICTURE | {"mask_image": mask(24, 16)},
     ),
     "HunyuanImagePipeline": (hunyuan_image, SIZE),
+    "HunyuanImageRefinerPipeline": (hunyuan_refiner, SIZE | PICTURE),
+    "JoyImageEditPipeline": (joy_image, LARGER),
+    "VQDiffusionPipeline": (vq_diffusion, {}),
     "HunyuanDiTPipeline": (hunyuan_dit, SQUARE | UNBINNED),
     "HunyuanDiTPAGPipeline": (
         lambda: hunyuan_dit() | {"pag_applied_layers": ["1"]},

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from noisepolicy.worlds.shapes.tokenizer import MAX_TOKENS
+
 from .libraries import diffusers, part_of, transformers
 from .parts import (
     DDIM,
@@ -28,6 +30,12 @@ ChatGLMConfig, ChatGLMModel = (
     part_of("diffusers.pipelines.kolors.text_encoder", name) for name in ("ChatGLMConfig", "ChatGLMModel")
 )
 CLIPImageProjection = part_of("diffusers.pipelines.stable_diffusion", "CLIPImageProjection")
+UNetFlatConditionModel = part_of(
+    "diffusers.pipelines.deprecated.versatile_diffusion.modeling_text_unet", "UNetFlatConditionModel"
+)
+UniDiffuserModel, UniDiffuserTextDecoder = (
+    part_of("diffusers", name) for name in ("UniDiffuserModel", "UniDiffuserTextDecoder")
+)
 RobertaSeriesConfig, RobertaSeriesModelWithTransformation = (
     part_of("diffusers.pipelines.deprecated.alt_diffusion.modeling_roberta_series", name)
     for name in ("RobertaSeriesConfig", "RobertaSeriesModelWithTransformation")
@@ -285,6 +293,64 @@ def pix2pix_zero() -> Components:
     return diff_edit() | {"caption_generator": None, "caption_processor": None}
 
 
+def versatile() -> Components:
+    image_unet = unet()
+    text_unet = UNetFlatConditionModel(
+        sample_size=8,
+        block_out_channels=(4, 8),
+        layers_per_block=1,
+        norm_num_groups=2,
+        down_block_types=("DownBlockFlat", "CrossAttnDownBlockFlat"),
+        up_block_types=("CrossAttnUpBlockFlat", "UpBlockFlat"),
+        cross_attention_dim=WIDTH,
+        attention_head_dim=2,
+    )
+    text = clip_text() | {"text_encoder": clip(transformers.CLIPTextModelWithProjection)}
+    return {"image_unet": image_unet, "text_unet": text_unet, "vae": vae(), "scheduler": ddim(), **text}
+
+
+def uni_diffuser() -> Components:
+    parts = clip_text()
+    decoder = UniDiffuserTextDecoder(
+        prefix_length=MAX_TOKENS,
+        prefix_inner_dim=WIDTH,
+        n_embd=WIDTH,
+        n_layer=1,
+        n_head=2,
+        n_positions=64,
+        vocab_size=64,
+    )
+    model = UniDiffuserModel(
+        text_dim=WIDTH,
+        clip_img_dim=WIDTH,
+        num_text_tokens=MAX_TOKENS,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        norm_num_groups=2,
+        attention_bias=False,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=1000,
+        activation_fn="gelu",
+        use_patch_pos_embed=True,
+        ff_final_dropout=True,
+    )
+    return {
+        "unet": model,
+        "vae": vae(),
+        "scheduler": diffusers.DPMSolverMultistepScheduler(solver_order=3),
+        "text_encoder": parts["text_encoder"],
+        "clip_tokenizer": parts["tokenizer"],
+        "image_encoder": clip_vision(),
+        "clip_image_processor": clip_image_processor(),
+        "text_decoder": decoder,
+        "text_tokenizer": parts["tokenizer"],
+    }
+
+
 class GLMTokenizer:
     """A tokenizer that pads on the left and counts positions, as that of Kolors does."""
 
@@ -345,7 +411,6 @@ TABLE: dict[str, Entry] = {
     "StableDiffusionSAGPipeline": (stable_diffusion, SIZE),
     "StableDiffusionPanoramaPipeline": (stable_diffusion, SIZE),
     "StableDiffusionModelEditingPipeline": (stable_diffusion, SIZE),
-    "SemanticStableDiffusionPipeline": (stable_diffusion, SIZE),
     "CycleDiffusionPipeline": (stable_diffusion, PICTURE | {"source_prompt": "a circle", "strength": 0.9}),
     "StableDiffusionAttendAndExcitePipeline": (stable_diffusion, SIZE | {"token_indices": [[2]], "attn_res": (4, 6)}),
     "StableDiffusionControlNetPipeline": (controlled, HINT | SIZE),
@@ -385,6 +450,8 @@ TABLE: dict[str, Entry] = {
     ),
     "StableDiffusionParadigmsPipeline": (paradigms, SIZE),
     "StableDiffusionPix2PixZeroPipeline": (pix2pix_zero, SIZE | EDIT),
+    "UniDiffuserPipeline": (uni_diffuser, {"height": 16, "width": 16}),
+    "VersatileDiffusionTextToImagePipeline": (versatile, SIZE),
     "StableDiffusionXLPipeline": (stable_diffusion_xl, SIZE),
     "StableDiffusionXLImg2ImgPipeline": (stable_diffusion_xl, IMG2IMG),
     "StableDiffusionXLInpaintPipeline": (stable_diffusion_xl, INPAINT),

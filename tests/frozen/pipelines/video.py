@@ -409,12 +409,48 @@ def hunyuan_video(**config: Any) -> Components:
 HUNYUAN = SIZE | {"prompt_template": {"template": "{}", "crop_start": 0}, "max_sequence_length": 16}
 
 
-FRAMEPACK = {"image": picture(64, 64), "height": 64, "width": 64, "num_frames": 5, "latent_window_size": 2}
+def hunyuan_video_image() -> Components:
+    tokenizer = word_tokenizer(512)
+    tokenizer.add_tokens(["<image>", "<|end_header_id|>"], special_tokens=True)
+    text = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+    )
+    config = transformers.LlavaConfig(
+        text_config=text, vision_config=vision, image_token_index=len(WORDS), pad_token_id=TOKEN["<pad>"]
+    )
+    return hunyuan_video(in_channels=9, image_condition_type="latent_concat") | {
+        "tokenizer": tokenizer,
+        "text_encoder": transformers.LlavaForConditionalGeneration(config),
+        "image_processor": clip_image_processor(),
+    }
+
+
+LLAVA = {
+    "template": "<|end_header_id|><image><|end_header_id|>{}<|im_end|><|im_start|>assistant<|end_header_id|>",
+    "crop_start": 3,
+    "image_emb_start": 1,
+    "image_emb_end": 17,
+    "image_emb_len": 16,
+}
 
 
 def framepack() -> Components:
     transformer = diffusers.HunyuanVideoFramepackTransformer3DModel(
-        **_HUNYUAN_VIDEO, has_image_proj=True, image_proj_dim=12, has_clean_x_embedder=True
+        **(_HUNYUAN_VIDEO | {"patch_size": 2}), has_image_proj=True, image_proj_dim=12, has_clean_x_embedder=True
     )
     return hunyuan_video() | {"transformer": transformer} | siglip()
 
@@ -650,6 +686,49 @@ def cosmos_2(extra: int = 0) -> Components:
     }
 
 
+def cosmos_25() -> Components:
+    return {
+        "transformer": _cosmos(16, 1),
+        "vae": wan_vae(),
+        "scheduler": diffusers.UniPCMultistepScheduler(use_flow_sigmas=True),
+        "tokenizer": chat_tokenizer(),
+        "text_encoder": qwen25_vl(),
+        "safety_checker": SafeAtAll(),
+    }
+
+
+def cosmos_25_controlled() -> Components:
+    net = diffusers.CosmosControlNetModel(
+        n_controlnet_blocks=1,
+        model_channels=32,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        mlp_ratio=2,
+        text_embed_dim=WIDTH,
+        adaln_lora_dim=4,
+        max_size=(4, 32, 32),
+    )
+    return cosmos_25() | {"controlnet": net}
+
+
+def kandinsky_6() -> Components:
+    transformer = diffusers.Kandinsky6Transformer3DModel(
+        in_visual_dim=4,
+        out_visual_dim=4,
+        in_text_dim=WIDTH,
+        in_text_dim2=WIDTH,
+        time_dim=16,
+        model_dim=16,
+        ff_dim=16,
+        num_text_blocks=1,
+        num_visual_blocks=1,
+        axes_dims=(4, 2, 2),
+        in_audio_dim=4,
+        out_audio_dim=4,
+    )
+    return kandinsky_5_video() | {"transformer": transformer, "audio_vae": None, "vocoder": None}
+
+
 def easy_animate(channels: int = 4) -> Components:
     transformer = diffusers.EasyAnimateTransformer3DModel(
         num_attention_heads=2,
@@ -706,7 +785,6 @@ TABLE: dict[str, Entry] = {
     ),
     "AnyFlowPipeline": (any_flow, SIZE),
     "AnyFlowFARPipeline": (any_flow_far, {"height": 32, "width": 64, "num_frames": 5}),
-    "HeliosPyramidPipeline": (helios, {"height": 16, "width": 32, "num_frames": 33}),
     "HeliosPipeline": (helios, {"height": 16, "width": 32, "num_frames": 33}),
     "SanaVideoPipeline": (
         sana_video,
@@ -729,9 +807,14 @@ TABLE: dict[str, Entry] = {
     "LTX2ImageToVideoPipeline": (ltx_2, LTX_2 | {"image": picture(64, 32), "image_crf": 0}),
     "LTX2ConditionPipeline": (ltx_2, LTX_2),
     "LTX2InContextPipeline": (ltx_2, LTX_2),
+    "LTX2HDRPipeline": (lambda: ltx_2() | {"audio_scheduler": None, "hdr_transform": "logc3"}, LTX_2),
     "HunyuanVideoPipeline": (hunyuan_video, HUNYUAN),
     "HunyuanSkyreelsImageToVideoPipeline": (functools.partial(hunyuan_video, in_channels=8), HUNYUAN | PICTURE),
-    "HunyuanVideoFramepackPipeline": (framepack, HUNYUAN | FRAMEPACK),
+    "HunyuanVideoImageToVideoPipeline": (
+        hunyuan_video_image,
+        SIZE | PICTURE | {"prompt_template": LLAVA, "max_sequence_length": 16},
+    ),
+    "HunyuanVideoFramepackPipeline": (framepack, HUNYUAN | PICTURE | {"latent_window_size": 2}),
     "HunyuanVideo15Pipeline": (hunyuan_video_15, SIZE),
     "HunyuanVideo15ImageToVideoPipeline": (hunyuan_video_15_image, PICTURE | {"num_frames": 5}),
     "Kandinsky5T2VPipeline": (kandinsky_5_video, LARGER),
@@ -754,6 +837,9 @@ TABLE: dict[str, Entry] = {
     "CosmosVideoToWorldPipeline": (functools.partial(cosmos, 1), LARGER | {"image": picture(48, 32)}),
     "Cosmos2TextToImagePipeline": (cosmos_2, {"height": 32, "width": 48}),
     "Cosmos2VideoToWorldPipeline": (functools.partial(cosmos_2, 1), LARGER | {"image": picture(48, 32)}),
+    "Cosmos2_5_PredictBasePipeline": (cosmos_25, LARGER),
+    "Cosmos2_5_TransferPipeline": (cosmos_25_controlled, LARGER | {"controls": FRAMES}),
+    "Kandinsky6TI2VAPipeline": (kandinsky_6, LARGER | {"sample_audio": False, "max_sequence_length": 64}),
     "EasyAnimateControlPipeline": (
         functools.partial(easy_animate, 12),
         SIZE | {"negative_prompt": "blurry", "control_video": torch.linspace(0, 1, 7680).reshape(1, 3, 5, 16, 32)},
