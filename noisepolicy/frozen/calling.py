@@ -136,6 +136,8 @@ class PipelineCall:
         if "num_inference_steps" not in self._defaults:
             raise ValueError(f"{self._kind} takes no num_inference_steps, for which a policy is learned")
         encode_prompt_of(pipeline)
+        if self.family.refusal:
+            raise ValueError(f"{self._kind} {self.family.refusal}")
         self.size = {"height": height, "width": width, "num_frames": num_frames}
         self.size = {name: value for name, value in self.size.items() if value is not None}
         options = self.size | {"max_sequence_length": max_sequence_length, "negative_prompt": negative_prompt}
@@ -324,6 +326,8 @@ class PipelineCall:
             )
         self.num_later_draws = draws.num_later
         images = _as_tensor(output[0])
+        if len(images) != len(latents) and not self.family.takes_lists:
+            images = images[None]  # the frames of the one video
         if len(images) != len(latents):
             raise ValueError(f"{self._kind} makes {len(images)} pictures from {len(latents)} rows of latents")
         return images.clamp(0, 1) if images.ndim > 3 and output_type == "pt" else images

@@ -32,6 +32,8 @@ class Family:
     """Type of the pictures that `__call__` is asked for: tensors, or "np" where its tensors are not in [0, 1]."""
     one_at_a_time: bool = False
     """Whether `__call__` encodes a prompt otherwise in a batch than alone."""
+    refusal: str = ""
+    """Why the class is refused, where nothing else would tell: its pictures would be of another prompt."""
     keeps_num_frames: bool = True
     """Whether `__call__` makes as many frames as it is asked for."""
     takes_lists: bool = True
@@ -94,6 +96,7 @@ FAMILIES: dict[str, Family] = {
     "Kandinsky5T2VPipeline": _CHANNELS_LAST,
     "HunyuanVideoFramepackPipeline": Family(keeps_num_frames=False),  # whole sections, and one frame more
     "HunyuanVideoImageToVideoPipeline": Family(keeps_num_frames=False),  # four fewer, where it is given a picture
+    "GlmImagePipeline": Family(refusal="writes tokens of the picture from its prompt, beside encoding it"),
     "VersatileDiffusionTextToImagePipeline": Family(denoiser="image_unet"),
     "DreamLitePipeline": _ONE_STRING,
     "DreamLiteMobilePipeline": _ONE_STRING,

@@ -56,6 +56,7 @@ ONE_BY_ONE = (
     "HunyuanVideoFramepackPipeline",
     "HunyuanVideoImageToVideoPipeline",
     "WanVACEPipeline",
+    "SanaWMPipeline",
     "DreamLitePipeline",
     "DreamLiteMobilePipeline",
     "AltDiffusionImg2ImgPipeline",
@@ -137,8 +138,8 @@ class Tiny:
         axis = family_of(self.pipeline).channel_axis
         with drawing(self.pipeline, noise, INITIAL_DRAW.get(self.name, 0), axis), torch.no_grad():
             given = list(prompts) if family_of(self.pipeline).takes_lists else prompts[0]
-            made = self.pipeline(prompt=given, generator=generator, **arguments)[0]
-        return as_tensor(made)
+            made = as_tensor(self.pipeline(prompt=given, generator=generator, **arguments)[0])
+        return made if len(made) == len(prompts) else made[None]
 
     def made(self, noise, prompts, guidance_scale):
         """Make the same by the frozen model."""

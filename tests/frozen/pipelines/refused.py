@@ -34,6 +34,7 @@ REFUSED: dict[str, tuple[str, str]] = {
         "has no encode_prompt",
         "encodes prompts by a method of another name, together with pictures",
     ),
+    "GlmImagePipeline": ("writes tokens of the picture", "writes tokens of the picture from its prompt first"),
     "LTX2HDRPipeline": ("makes height 64 where 32 was asked for", "gives videos of linear light, the channels last"),
     "VQDiffusionPipeline": ("draws no initial noise", "changes tokens, and not latents"),
     "VersatileDiffusionDualGuidedPipeline": (

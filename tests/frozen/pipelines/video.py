@@ -356,6 +356,23 @@ def ltx_2() -> Components:
     }
 
 
+def sana_wm() -> Components:
+    transformer = diffusers.SanaWMTransformer3DModel(
+        in_channels=4,
+        num_layers=1,
+        hidden_size=32,
+        num_attention_heads=2,
+        linear_head_dim=16,
+        softmax_every_n=1,
+        chunk_plucker_channels=12,
+        chunk_plucker_post_attn_blocks=1,
+        image_size=32,
+        caption_channels=WIDTH,
+        mlp_ratio=1.0,
+    )
+    return {"transformer": transformer, "vae": ltx_2()["vae"], "scheduler": flow(shift=8.0), **gemma_text()}
+
+
 SANA_SIZE = {
     "height": 32,
     "width": 64,
@@ -793,6 +810,11 @@ TABLE: dict[str, Entry] = {
     "SanaImageToVideoPipeline": (
         sana_video,
         SANA_SIZE | {"image": picture(64, 32)},
+    ),
+    "SanaWMPipeline": (
+        sana_wm,
+        LTX_SIZE
+        | {"image": picture(64, 32), "action": "w-4", "intrinsics": [32.0, 32.0, 32.0, 16.0], "chi_prompt": ["a"]},
     ),
     "MotifVideoPipeline": (motif, SIZE),
     "MotifVideoImage2VideoPipeline": (
