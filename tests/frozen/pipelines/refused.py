@@ -5,6 +5,7 @@ _TOKENS = ("has no encode_prompt", "changes tokens, and not latents")
 _NO_ENCODER = ("has no encode_prompt", "encodes prompts in a pipeline inside itself, and has no `encode_prompt`")
 _EMBEDDINGS = ("makes height 2 where 64 was asked for", "makes embeddings of a picture, which no reward can see")
 _WITHIN_CALL = ("has no encode_prompt", "encodes prompts within its own call, and has no `encode_prompt`")
+_QFORMER = ("has no attribute 'invert_attention_mask'", "fails by itself with transformers 5")
 _VECTOR = ("draws noise of shape", "starts from a vector, not from latents with axes")
 _NO_STEPS = "takes no num_inference_steps"
 _TORCHVISION = "needs torchvision, which is not installed where this list was made"
@@ -35,6 +36,8 @@ REFUSED: dict[str, tuple[str, str]] = {
         "encodes prompts by a method of another name, together with pictures",
     ),
     "GlmImagePipeline": ("writes tokens of the picture", "writes tokens of the picture from its prompt first"),
+    "BlipDiffusionPipeline": _QFORMER,
+    "BlipDiffusionControlNetPipeline": _QFORMER,
     "LTX2HDRPipeline": ("makes height 64 where 32 was asked for", "gives videos of linear light, the channels last"),
     "VQDiffusionPipeline": ("draws no initial noise", "changes tokens, and not latents"),
     "VersatileDiffusionDualGuidedPipeline": (
@@ -96,3 +99,10 @@ REFUSED: dict[str, tuple[str, str]] = {
     "Cosmos2TextToImagePipeline": _COSMOS,
     "Cosmos2VideoToWorldPipeline": _COSMOS,
 }
+
+MODULAR_REFUSED: dict[str, tuple[str, str]] = {
+    "EchoModularPipeline": (_NO_STEPS, "takes no step count"),
+    "HeliosPyramidModularPipeline": (_NO_STEPS, "takes a step count for each size of its pyramid"),
+    "HeliosPyramidDistilledModularPipeline": (_NO_STEPS, "takes a step count for each size of its pyramid"),
+}
+"""The same of modular pipelines."""

@@ -1,6 +1,7 @@
 """Stable Diffusion, SDXL and what else denoises with their UNet."""
 
 import functools
+import unittest.mock
 from typing import Any
 
 import torch
@@ -35,6 +36,14 @@ UNetFlatConditionModel = part_of(
 )
 UniDiffuserModel, UniDiffuserTextDecoder = (
     part_of("diffusers", name) for name in ("UniDiffuserModel", "UniDiffuserTextDecoder")
+)
+Blip2QFormerModel, ContextCLIPTextModel, BlipImageProcessor = (
+    part_of(f"diffusers.pipelines.deprecated.blip_diffusion.{module}", name)
+    for module, name in (
+        ("modeling_blip2", "Blip2QFormerModel"),
+        ("modeling_ctx_clip", "ContextCLIPTextModel"),
+        ("blip_image_processing", "BlipImageProcessor"),
+    )
 )
 RobertaSeriesConfig, RobertaSeriesModelWithTransformation = (
     part_of("diffusers.pipelines.deprecated.alt_diffusion.modeling_roberta_series", name)
@@ -351,6 +360,27 @@ def uni_diffuser() -> Components:
     }
 
 
+def blip_diffusion() -> Components:
+    shared = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Blip2Config(
+        vision_config=shared | {"image_size": 224, "patch_size": 56},
+        qformer_config=shared | {"vocab_size": len(WORDS), "encoder_hidden_size": WIDTH, "max_position_embeddings": 77},
+        num_query_tokens=4,
+    )
+    with unittest.mock.patch.object(transformers.BertTokenizer, "from_pretrained", return_value=word_tokenizer()):
+        qformer = Blip2QFormerModel(config)  # which would download a tokenizer
+    text = clip_text()
+    return {
+        "tokenizer": text["tokenizer"],
+        "text_encoder": ContextCLIPTextModel(text["text_encoder"].config),
+        "qformer": qformer,
+        "vae": vae(),
+        "unet": unet(),
+        "scheduler": diffusers.PNDMScheduler(skip_prk_steps=True),
+        "image_processor": BlipImageProcessor(),
+    }
+
+
 class GLMTokenizer:
     """A tokenizer that pads on the left and counts positions, as that of Kolors does."""
 
@@ -394,6 +424,12 @@ def kolors() -> Components:
 
 
 EDIT = {"source_embeds": torch.linspace(-1, 1, WIDTH)[None, None], "target_embeds": torch.ones(1, 1, WIDTH)}
+SUBJECT = {
+    "reference_image": picture(16, 16),
+    "source_subject_category": ["circle"],
+    "target_subject_category": ["square"],
+    "prompt_reps": 1,
+}
 KOLORS = SIZE | {"max_sequence_length": 16}
 TABLE: dict[str, Entry] = {
     "KolorsPipeline": (kolors, KOLORS),
@@ -451,6 +487,11 @@ TABLE: dict[str, Entry] = {
     "StableDiffusionParadigmsPipeline": (paradigms, SIZE),
     "StableDiffusionPix2PixZeroPipeline": (pix2pix_zero, SIZE | EDIT),
     "UniDiffuserPipeline": (uni_diffuser, {"height": 16, "width": 16}),
+    "BlipDiffusionPipeline": (blip_diffusion, SIZE | SUBJECT),
+    "BlipDiffusionControlNetPipeline": (
+        lambda: blip_diffusion() | {"controlnet": control_net()},
+        SIZE | SUBJECT | {"condtioning_image": HINT["image"]},
+    ),
     "VersatileDiffusionTextToImagePipeline": (versatile, SIZE),
     "StableDiffusionXLPipeline": (stable_diffusion_xl, SIZE),
     "StableDiffusionXLImg2ImgPipeline": (stable_diffusion_xl, IMG2IMG),

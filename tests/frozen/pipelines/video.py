@@ -78,6 +78,18 @@ def wan_image() -> Components:
     return parts | {"image_encoder": vision, "image_processor": clip_image_processor()}
 
 
+def wan_22_image() -> Components:
+    options = _WAN | {"in_channels": 36}
+    second = diffusers.WanTransformer3DModel(**options)
+    without = {"image_encoder": None, "image_processor": None}
+    return wan(in_channels=36) | {"transformer_2": second, "boundary_ratio": 0.9} | without
+
+
+def wan_22_vace() -> Components:
+    second = diffusers.WanVACETransformer3DModel(**_WAN, vace_layers=[0], vace_in_channels=96)
+    return wan_vace() | {"transformer_2": second, "boundary_ratio": 0.9}
+
+
 def wan_vace() -> Components:
     transformer = diffusers.WanVACETransformer3DModel(**_WAN, vace_layers=[0], vace_in_channels=96)
     return wan() | {"transformer": transformer}
@@ -782,6 +794,7 @@ TABLE: dict[str, Entry] = {
     "WanPipeline": (wan, LARGER),
     "WanPipeline:2.2": (wan_22, LARGER),
     "WanImageToVideoPipeline": (wan_image, SIZE | PICTURE),
+    "WanImageToVideoPipeline:2.2": (wan_22_image, SIZE | PICTURE),
     "WanVideoToVideoPipeline": (wan, {"video": FRAMES, "height": 16, "width": 32, "strength": 0.9}),
     "WanAnimatePipeline": (
         wan_animate,
@@ -791,6 +804,7 @@ TABLE: dict[str, Entry] = {
     ),
     "ChronoEditPipeline": (chrono_edit, SIZE | PICTURE),
     "WanVACEPipeline": (wan_vace, SIZE),
+    "WanVACEPipeline:2.2": (wan_22_vace, SIZE),
     "LucyEditPipeline": (lucy, SIZE | {"video": FRAMES}),
     "SkyReelsV2Pipeline": (sky_reels, SIZE),
     "SkyReelsV2ImageToVideoPipeline": (sky_reels_image, SIZE | PICTURE),
