@@ -11,13 +11,17 @@ from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, Outpu
 import noisepolicy
 from noisepolicy.frozen import FrozenDiffusersPipeline
 
+from .pipelines import libraries
 from .pipelines.modular import MODULAR, build_modular
+from .pipelines.refused import MODULAR_REFUSED
 from .short_run import WITH_CRITIC, assert_it_trains_and_stays_as_it_was
 
 GUIDED = (
     "HunyuanVideo15ModularPipeline",
     "LTXModularPipeline",
     "Wan22ModularPipeline",
+    "Wan22Image2VideoModularPipeline",
+    "Wan22VaceModularPipeline",
     "WanImage2VideoModularPipeline",
     "WanModularPipeline",
 )
@@ -26,6 +30,8 @@ NAMED = ("height", "width", "num_frames", "max_sequence_length")
 ONE_BY_ONE = (
     "FluxKontextModularPipeline",
     "WanImage2VideoModularPipeline",
+    "Wan22Image2VideoModularPipeline",
+    "Wan22VaceModularPipeline",
     "HunyuanVideo15ModularPipeline",
     "QwenImageModularPipeline",
     "QwenImage21ModularPipeline",
@@ -94,6 +100,12 @@ def drawing(package, noise):
     finally:
         for module, original in zip(modules, originals, strict=True):
             module.randn_tensor = original
+
+
+@pytest.mark.parametrize("name", MODULAR_REFUSED)
+def test_others_are_refused(name):
+    with pytest.raises(ValueError, match=MODULAR_REFUSED[name][0]):
+        FrozenDiffusersPipeline(getattr(libraries.diffusers, name)())
 
 
 @pytest.fixture(scope="module", params=MODULAR)

@@ -56,6 +56,7 @@ ONE_BY_ONE = (
     "HunyuanVideoFramepackPipeline",
     "HunyuanVideoImageToVideoPipeline",
     "WanVACEPipeline",
+    "WanVACEPipeline:2.2",
     "SanaWMPipeline",
     "DreamLitePipeline",
     "DreamLiteMobilePipeline",

@@ -57,7 +57,9 @@ def build(name: str) -> tuple[diffusers.DiffusionPipeline, dict[str, Any]]:
 def without_parts(name: str) -> diffusers.DiffusionPipeline:
     """Return a pipeline without any part, for a class that is refused whatever its parts are."""
     kind = getattr(diffusers, name)
-    pipeline = kind.__new__(kind)  # which some could not be made without
+    if not isinstance(kind, type):
+        return kind()  # skips the test
+    pipeline = kind.__new__(kind)  # the constructor of some reads their parts
     pipeline.register_modules()
     return pipeline
 

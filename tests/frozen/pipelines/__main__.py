@@ -7,7 +7,7 @@ import diffusers
 
 from . import TABLE
 from .modular import MODULAR
-from .refused import REFUSED
+from .refused import MODULAR_REFUSED, REFUSED
 
 
 def text_conditioned() -> list[str]:
@@ -25,11 +25,16 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(f"`{name.removesuffix('Pipeline').removesuffix('Modular')}`" for name in names)
 
 
+def _rows(refused: dict[str, tuple[str, str]]) -> str:
+    return "\n".join(f"| `{name}` | {refused[name][1]} |" for name in sorted(refused))
+
+
 def main() -> None:
     classes = text_conditioned()
     tried = {name.split(":")[0] for name in TABLE} | REFUSED.keys()
     proved = [name for name in classes if name in tried and name not in REFUSED]
     rest = [name for name in classes if name not in tried]
+    not_tried = f"## {len(rest)} were not tried\n\n{_listed(rest)}\n\n" if rest else ""
     print(f"""# Pipelines
 
 Any diffusers pipeline can be tried. These are the {len(classes)} text-conditioned classes of diffusers
@@ -44,15 +49,10 @@ model as by its own call, to 1e-5, is trained for two iterations, and has the sa
 ## {len(REFUSED)} are refused
 
 | class | reason |
-|---|---|""")
-    for name in sorted(REFUSED):
-        print(f"| `{name}` | {REFUSED[name][1]} |")
-    print(f"""
-## {len(rest)} were not tried
+|---|---|
+{_rows(REFUSED)}
 
-{_listed(rest)}
-
-## Modular Diffusers
+{not_tried}## Modular Diffusers
 
 Pipelines of blocks are frozen models too, with blocks of one's own. Their guiders get the guidance scale, and arguments
 of the blocks are arguments of the call. Of the {len(modular())} classes of modular pipelines, these {len(MODULAR)} are
@@ -60,9 +60,16 @@ proved by tiny pipelines as above (`tests/frozen/test_modular.py`):
 
 {_listed(MODULAR)}
 
-`QwenImageLayered` is refused: it writes a caption of each picture for its prompt. The others were not tried:
+These are refused:
 
-{_listed(name for name in modular() if name not in (*MODULAR, "QwenImageLayeredModularPipeline"))}""")
+| class | reason |
+|---|---|
+{_rows(MODULAR_REFUSED)}
+| `QwenImageLayeredModularPipeline` | writes a caption of each picture for its prompt |
+
+The others were not tried:
+
+{_listed(name for name in modular() if name not in (*MODULAR, *MODULAR_REFUSED, "QwenImageLayeredModularPipeline"))}""")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ MODULAR: dict[str, str] = {
     "FluxModularPipeline": "FluxPipeline",
     "HeliosModularPipeline": "HeliosPipeline",
     "HunyuanVideo15ModularPipeline": "HunyuanVideo15Pipeline",
-    "Ideogram4ModularPipeline": "Ideogram4Pipeline",
     "Krea2ModularPipeline": "Krea2Pipeline",
     "Krea2TurboModularPipeline": "Krea2Pipeline",
     "LTX2ModularPipeline": "LTX2Pipeline",

@@ -515,6 +515,7 @@ def ideogram() -> Components:
     return {
         "transformer": denoiser(),
         "unconditional_transformer": denoiser(),
+        "prompt_enhancer_head": diffusers.Ideogram4PromptEnhancerHead(WIDTH, len(WORDS)),
         "vae": flux_2_vae(),
         "scheduler": flow(),
         "tokenizer": chat_tokenizer(),
