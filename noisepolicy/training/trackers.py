@@ -1,4 +1,4 @@
-"""What a run shows on its way, in the trackers that Accelerate knows: TensorBoard, Trackio, W&B, MLflow and others.
+"""A run's metrics and pictures in the trackers that Accelerate knows: TensorBoard, Trackio, W&B, MLflow and others.
 
 A tracker looks on. One that cannot be started is an error before the first image; one that fails later is left out,
 with a warning, and the run goes on.
