@@ -190,21 +190,36 @@ class NoisePolicy(Float32Module):
         """Choose among the candidates of one row. Many are drawn and read at once; the best goes on to the next lot."""
         mean, log_std = self(prompt_embeds)
         best = self.draw(mean, log_std, seed=seed, offset=offset, latent_shape=latent_shape)
-        first = _FIRST_CANDIDATE + offset % _OWN_COUNTERS * MAX_CANDIDATES
         at_once = max(1, min(_CRITIC_ROWS, _DRAWN_AT_ONCE // math.prod(latent_shape)))
         for numbers in torch.arange(1, num_candidates).split(at_once):
-            further = self.draw(
-                mean.expand(len(numbers), *mean.shape[1:]),
-                log_std.expand(len(numbers), *log_std.shape[1:]) if log_std.ndim else log_std,
-                seed=seed,
-                offset=first + int(numbers[0]) * num_counters(latent_shape),
-                latent_shape=latent_shape,
+            further = self._draw_further(
+                mean, log_std, int(numbers[0]), len(numbers), seed=seed, offset=offset, latent_shape=latent_shape
             )
             drawn = PolicySample(*map(torch.cat, zip(best, further, strict=True)))
             values, _ = self.critic.lower_bound(prompt_embeds, drawn.action, step_index)
             index = values.argmax(0, keepdim=True)
             best = PolicySample(*(tensor.index_select(0, index) for tensor in drawn))
         return best.latents
+
+    def _draw_further(
+        self,
+        mean: torch.Tensor,
+        log_std: torch.Tensor,
+        number: int,
+        count: int,
+        *,
+        seed: int,
+        offset: int,
+        latent_shape: tuple[int, ...],
+    ) -> PolicySample:
+        """Draw `count` candidates of one row from candidate `number` on, at least 1; the row's own draw is number 0."""
+        return self.draw(
+            mean.expand(count, *mean.shape[1:]),
+            log_std.expand(count, *log_std.shape[1:]) if log_std.ndim else log_std,
+            seed=seed,
+            offset=_FIRST_CANDIDATE + offset % _OWN_COUNTERS * MAX_CANDIDATES + number * num_counters(latent_shape),
+            latent_shape=latent_shape,
+        )
 
     @torch.no_grad()
     @without_autocast
@@ -230,13 +245,7 @@ class NoisePolicy(Float32Module):
         mean, log_std = self(prompt_embeds)
         shape = latent_shape or self.latent_shape
         first = self.draw(mean, log_std, seed=seed, offset=0, latent_shape=shape)
-        further = self.draw(
-            mean.expand(count - 1, *mean.shape[1:]),
-            log_std.expand(count - 1, *log_std.shape[1:]) if log_std.ndim else log_std,
-            seed=seed,
-            offset=_FIRST_CANDIDATE + num_counters(shape),
-            latent_shape=shape,
-        )
+        further = self._draw_further(mean, log_std, 1, count - 1, seed=seed, offset=0, latent_shape=shape)
         drawn = PolicySample(*map(torch.cat, zip(first, further, strict=True)))
         if self.critic is None:
             return drawn.latents, None

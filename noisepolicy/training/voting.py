@@ -69,7 +69,8 @@ class Voting:
         write_json(path, about)
         self.votes: list[tuple[int, int]] = []
         """Numbers of the winner and the loser of each vote."""
-        if self._pictures_path.is_file():
+        # Votes whose pictures are missing are an error, so that they are not written over.
+        if self._pictures_path.is_file() or self._votes_path.is_file():
             self._read()
         else:
             self._latents = self._embeds.prompt_embeds.new_empty(0, *model.latent_shape, dtype=torch.float32)
@@ -187,7 +188,7 @@ class Voting:
             self._latents, self._tiles = tensors["latents"].to(self._embeds.prompt_embeds.device), tensors["tiles"]
             lines = self._votes_path.read_text("utf-8").splitlines() if self._votes_path.is_file() else []
             self.votes = [self._checked(json.loads(line)) for line in lines]
-        except (DamagedFileError, ValueError, KeyError, TypeError) as error:
+        except (DamagedFileError, OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"the votes in {self._votes_path.parent} cannot be read: {error}") from error
 
     def _checked(self, vote: Any) -> tuple[int, int]:

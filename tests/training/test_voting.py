@@ -59,6 +59,15 @@ def test_votes_are_kept_and_taken_back(frozen, tmp_path):
         Voting(frozen, PROMPTS[0], tmp_path, **SETTINGS)
 
 
+def test_votes_without_their_pictures_are_not_written_over(frozen, tmp_path):
+    voting = Voting(frozen, PROMPTS[0], tmp_path, **SETTINGS)
+    voting.vote(voting.pair[0])
+    (tmp_path / "pictures.safetensors").unlink()
+    with pytest.raises(ValueError, match="cannot be read: .*pictures.safetensors"):
+        Voting(frozen, PROMPTS[0], tmp_path, **SETTINGS)
+    assert len((tmp_path / "votes.jsonl").read_text().splitlines()) == 1
+
+
 def test_it_starts_from_a_policy(frozen, tmp_path):
     torch.manual_seed(0)
     policy = SpectralPolicy(latent_shape=(8, 8, 8), prompt_shape=(20, 128))
