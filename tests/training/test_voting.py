@@ -63,7 +63,7 @@ def test_votes_without_their_pictures_are_not_written_over(frozen, tmp_path):
     voting = Voting(frozen, PROMPTS[0], tmp_path, **SETTINGS)
     voting.vote(voting.pair[0])
     (tmp_path / "pictures.safetensors").unlink()
-    with pytest.raises(ValueError, match="cannot be read: .*pictures.safetensors"):
+    with pytest.raises(ValueError, match=r"cannot be read: .*pictures\.safetensors"):
         Voting(frozen, PROMPTS[0], tmp_path, **SETTINGS)
     assert len((tmp_path / "votes.jsonl").read_text().splitlines()) == 1
 
