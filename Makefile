@@ -7,9 +7,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 
+# The fastest engine for the embedded model: OpenVINO, in bfloat16 where the processor computes in it; PyTorch on a GPU.
+ifeq ($(shell command -v nvidia-smi),)
+ENGINE := --engine openvino $(if $(shell grep -om1 'avx512_bf16\|amx_bf16' /proc/cpuinfo 2> /dev/null),--engine-dtype bfloat16)
+endif
+
 .PHONY: train test test-all test-lowest test-newest docs docs-serve
 train: $(VENV)/train.stamp
-	@$(VENV)/bin/noisepolicy-train
+	@$(VENV)/bin/noisepolicy-train $(ENGINE)
 
 test: $(VENV)/test.stamp
 	$(VENV)/bin/pytest $(PARALLEL)
@@ -58,7 +63,7 @@ $(VENV)/torch.stamp: constraints.txt | $(VENV)/bin/python
 
 $(VENV)/train.stamp: $(VENV)/torch.stamp $(SOURCES)
 	@echo "installing noisepolicy and what it needs, and compiling its kernels"
-	@$(VENV)/bin/pip install --quiet -c constraints.txt .
+	@$(VENV)/bin/pip install --quiet -c constraints.txt '.$(if $(ENGINE),[openvino])'
 	@touch $@
 
 $(VENV)/test.stamp: $(VENV)/torch.stamp $(SOURCES)
