@@ -2,9 +2,11 @@
 
 A link out of docs/ leads to a copy of the file in the site, so that the site can be read on its own. In the pages of
 the reference, `<!-- settings -->`, `<!-- recipes -->` and `<!-- help: COMMAND -->` are replaced by the settings of
-`TrainConfig`, the algorithms' own values and the output of `COMMAND --help`.
+`TrainConfig`, the algorithms' own values and the output of `COMMAND --help`. Formulas become MathML, which browsers
+render without a script.
 """
 
+import html
 import math
 import os
 import re
@@ -13,11 +15,13 @@ import sys
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import latex2mathml.converter
 from mkdocs.structure.files import File, Files
 
 _ROOT = Path(__file__).parents[1]
 _LINK = re.compile(r"(!?)\[([^]]*)]\((\.\./[^)#]+)\)")
 _COPIES = "files"
+_FORMULA = re.compile(r'<(span|div) class="arithmatex">\s*\\[(\[](.*?)\\[)\]]\s*</\1>', re.DOTALL)
 _BLOCK = re.compile(r"\||- |\d+\. ")
 _BLOCK_GOES_ON = re.compile(r"\||- |\d+\. |\s")
 
@@ -56,6 +60,16 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         markdown = re.sub("<!-- recipes -->", lambda _: _recipes(), markdown)
         markdown = re.sub("<!-- help: (.+) -->", lambda match: _help(match[1]), markdown)
     return markdown
+
+
+def on_page_content(page_html: str, page: Any, config: Any, files: Files) -> str:
+    """Replace the formulas, as pymdownx.arithmatex leaves them, by MathML."""
+
+    def to_mathml(match: re.Match[str]) -> str:
+        display = "block" if match[1] == "div" else "inline"
+        return latex2mathml.converter.convert(html.unescape(match[2]).strip(), display=display)
+
+    return _FORMULA.sub(to_mathml, page_html)
 
 
 def _with_blank_lines(markdown: str) -> str:

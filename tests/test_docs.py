@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-_PACKAGES = ("mkdocs", "material", "mkdocstrings_handlers.python", "mkdocs_jupyter")
+_PACKAGES = ("mkdocs", "material", "mkdocstrings_handlers.python", "mkdocs_jupyter", "latex2mathml")
 
 
 def _is_here(name: str) -> bool:
@@ -33,4 +33,6 @@ def test_the_site_builds_and_stands_alone(tmp_path):
     assert (site / "search" / "search_index.js").is_file()
     assert "num_inference_steps" in pages["reference/settings.html"]
     assert "noisepolicy-train --resume RUN" in pages["reference/commands.html"]
+    assert '<math xmlns="http://www.w3.org/1998/Math/MathML" display="block">' in pages["method.html"]
+    assert "arithmatex" not in pages["method.html"]
     assert 'id="noisepolicy.Run.evaluate"' in pages["reference/api.html"]
