@@ -37,10 +37,17 @@ def main() -> None:
     not_tried = f"## {len(rest)} were not tried\n\n{_listed(rest)}\n\n" if rest else ""
     print(f"""# Pipelines
 
-Any diffusers pipeline can be tried. These are the {len(classes)} text-conditioned classes of diffusers
-{diffusers.__version__}. Of a class that works, a tiny pipeline with random weights makes the same pictures as a frozen
-model as by its own call, to 1e-5, is trained for two iterations, and has the same weights afterwards
-(`tests/frozen/test_pipelines.py`). `python -m tests.frozen.pipelines` prints this page.
+Any diffusers pipeline may be given; there is no list of allowed classes. This page lists what has been tried: the
+{len(classes)} text-conditioned classes of diffusers {diffusers.__version__}. `python -m tests.frozen.pipelines` prints
+it.
+
+A class *works* if a tiny pipeline with random weights passes three checks (`tests/frozen/test_pipelines.py`):
+
+- it makes the same pictures as a frozen model as by its own call, to 1e-5;
+- a policy is trained for it for two iterations;
+- its weights are the same afterwards.
+
+No published weights were used.
 
 ## {len(proved)} work
 
@@ -54,9 +61,9 @@ model as by its own call, to 1e-5, is trained for two iterations, and has the sa
 
 {not_tried}## Modular Diffusers
 
-Pipelines of blocks are frozen models too, with blocks of one's own. Their guiders get the guidance scale, and arguments
-of the blocks are arguments of the call. Of the {len(modular())} classes of modular pipelines, these {len(MODULAR)} are
-proved by tiny pipelines as above (`tests/frozen/test_modular.py`):
+Pipelines made of blocks work too, also with blocks of your own. Their guiders get the guidance scale, and the inputs
+of their blocks are arguments of the call. Of the {len(modular())} classes of modular pipelines, these {len(MODULAR)}
+pass the same checks (`tests/frozen/test_modular.py`):
 
 {_listed(MODULAR)}
 
