@@ -1,7 +1,7 @@
 """A cache of exported files, addressed by the content that they were made from: no file is taken for another.
 
 An entry is a folder named by a hash of weights, spec and versions; `entry.json`, written last, holds the size and hash
-of every file. An entry that is cut short or altered is made again, and that is said.
+of every file. An entry that is cut short or altered is made again, with a warning.
 """
 
 import hashlib

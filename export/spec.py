@@ -112,7 +112,7 @@ class Part:
     output_name: str
     output_axes: Axes
     config: Mapping[str, Any]
-    """The module's settings, with which its weights compute something else than with others."""
+    """Settings of the module. The same weights compute something else under other settings."""
 
     @property
     def dynamic(self) -> set[str]:

@@ -81,9 +81,9 @@ def load_tensorrt(flavor: str) -> ModuleType:
 def the_log(trt: ModuleType) -> Any:
     """Return TensorRT's logger, which keeps messages and prints nothing; a process has only one.
 
-    TensorRT itself knows one logger. A second one is ignored while anything of the first lives, and is told so under a
-    lock that the end of a builder takes too: where the garbage collector, run by Python's own logging code, frees a
-    forgotten builder, the process hangs.
+    TensorRT takes one logger for the whole process. While anything of a first logger is alive, it ignores a second one,
+    and tells it so while it holds a lock that freeing a builder takes too. If Python's garbage collector runs inside
+    the second logger and frees a builder, the process hangs.
     """
 
     class Log(trt.ILogger):
@@ -111,6 +111,7 @@ def the_log(trt: ModuleType) -> Any:
 
 
 def sidecar_path(engine_path: Path) -> Path:
+    """Return the path of the JSON file beside an engine."""
     return engine_path.with_name(f"{engine_path.name}.json")
 
 

@@ -1,7 +1,7 @@
 """Builds of TensorRT and TensorRT-RTX engines from ONNX files; both share every line but the import.
 
 TensorRT builds for the GPU of this machine, TensorRT-RTX also ahead of time for others, on a machine without a GPU.
-An engine lies beside a sidecar, `<engine>.json`, that says what it is; `check_engine` trusts no engine without.
+An engine lies beside a sidecar, `<engine>.json`, that says what it is; `check_engine` trusts no engine without one.
 """
 
 import re

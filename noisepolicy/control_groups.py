@@ -6,9 +6,9 @@ from pathlib import Path, PurePosixPath
 
 
 def cpu_quota(proc: Path = Path("/proc/self")) -> int | None:
-    """Number of CPUs that the process's control groups let run at once, rounded up; None if they set no limit.
+    """Return how many CPUs the process's control groups let run at once, rounded up; None if they set no limit.
 
-    Of the process's own group and those above it, the smallest limit holds. A limit of 1.5 CPUs counts as 2: two
+    The smallest limit of the process's own group and those above it holds. A limit of 1.5 CPUs counts as 2: two
     threads that sleep while they wait can use all of it, one thread cannot. What cannot be read is no limit.
 
     Args:
@@ -19,7 +19,7 @@ def cpu_quota(proc: Path = Path("/proc/self")) -> int | None:
 
 
 def own_groups(proc: Path = Path("/proc/self")) -> Iterator[tuple[Path, PurePosixPath]]:
-    """The process's own control groups that can limit CPU time, of version 1 and of version 2, where they are mounted.
+    """Find the process's own control groups that can limit CPU time, of versions 1 and 2, where they are mounted.
 
     Yields:
         The folder of the highest group that can be seen, and the path from there to the process's own group.
@@ -44,7 +44,7 @@ def own_groups(proc: Path = Path("/proc/self")) -> Iterator[tuple[Path, PurePosi
 
 
 def _limit(folder: Path) -> int | None:
-    """The group's own limit: `cpu.max` of version 2, the two files of version 1."""
+    """Return the group's own limit: `cpu.max` of version 2, the two files of version 1."""
     words = _read(folder / "cpu.max").split()
     words = words or [*_read(folder / "cpu.cfs_quota_us").split(), *_read(folder / "cpu.cfs_period_us").split()]
     try:
@@ -62,5 +62,5 @@ def _read(path: Path) -> str:
 
 
 def _unescape(field: str) -> str:
-    """The path in a field of mountinfo, where blanks are written as \\040."""
+    """Return the path in a field of mountinfo, where blanks are written as \\040."""
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)

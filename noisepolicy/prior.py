@@ -21,7 +21,7 @@ _NUM_COUNTERS = 2**64  # in a seed's stream
 def noise(
     *, seed: int, index: int | Sequence[int] = 0, shape: Sequence[int], device: str | torch.device = "cpu"
 ) -> torch.Tensor:
-    """Standard normal noise that depends on `seed`, `index` and `shape` alone.
+    """Make standard normal noise that depends on `seed`, `index` and `shape` alone.
 
     Noise is computed on the CPU in float64, rounded to float32 and moved, so every device and every batch gets the same
     bits. Processors of other kinds may round one value in 10^8 differently. `noisepolicy.ops`, and so policies and
@@ -29,7 +29,7 @@ def noise(
 
     Args:
         seed: Key of the stream, in [0, 2**64).
-        index: Which noise of the stream. One index gives a batch of one; a sequence gives one row for each index.
+        index: Number of the noise in the stream. An int gives a batch of one, a sequence one row for each index.
         shape: Shape of one row, such as `(4, 64, 64)` for a 512 x 512 picture of Stable Diffusion.
         device: Device of the result.
 
@@ -56,7 +56,7 @@ def noise(
 
 
 def as_indices(index: int | Sequence[int]) -> list[int]:
-    """One index, or several, as a list.
+    """Return one index, or several, as a list.
 
     Raises:
         ValueError: if there is something else than an int.
@@ -72,7 +72,7 @@ def as_indices(index: int | Sequence[int]) -> list[int]:
 
 
 def first_counter(index: int, shape: tuple[int, ...], limit: int = _NUM_COUNTERS) -> int:
-    """The first of the counters that make row `index`, all of them below `limit`.
+    """Return the first of the counters that make row `index`, all of them below `limit`.
 
     Raises:
         ValueError: if the index is negative or too large.

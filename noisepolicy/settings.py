@@ -106,6 +106,7 @@ class Setting:
 
     @property
     def flag(self) -> str:
+        """The setting's flag, with dashes."""
         return "--" + (self.name.replace("_", "-") if self.options is None else f"{self.options}.NAME")
 
     def checked(self, value: Any) -> Any:

@@ -17,6 +17,8 @@ folder_paths.add_model_folder_path(_FOLDER, str(Path(folder_paths.models_dir) / 
 
 
 class LoadNoisePolicy(io.ComfyNode):
+    """The node that loads a policy."""
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -44,6 +46,8 @@ class LoadNoisePolicy(io.ComfyNode):
 
 
 class LearnedNoiseNode(io.ComfyNode):
+    """The node that makes a policy's noise for a sampler."""
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -77,9 +81,12 @@ class LearnedNoiseNode(io.ComfyNode):
 
 
 class NoisePolicyExtension(ComfyExtension):
+    """The nodes of this package, as ComfyUI's V3 interface lists them."""
+
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [LoadNoisePolicy, LearnedNoiseNode]
 
 
 async def comfy_entrypoint() -> NoisePolicyExtension:
+    """Return the extension; ComfyUI calls this when it loads the folder."""
     return NoisePolicyExtension()

@@ -24,28 +24,36 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         epilog="Without a command it is latency, whose flags noisepolicy-bench latency --help lists.",
     )
     parser.add_argument(
-        "--list-backends", action="store_true", help="which op backends and engines run here, and why not"
+        "--list-backends", action="store_true", help="list backends and engines, and why some do not run here"
     )
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     commands = parser.add_subparsers(dest="command")
     _add_latency(commands)
     _add_kernels(commands)
     training = commands.add_parser("training", help="the default recipe on several seeds, and on several rewards")
-    training.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
+    training.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="training seeds; default: 0 1 2")
     training.add_argument(
         "--rewards", nargs="+", metavar="REWARD", help="a table for each, as noisepolicy-train --reward reads them"
     )
-    training.add_argument("--output-dir", type=Path, default=Path("runs/bench"), help="default: runs/bench")
+    training.add_argument(
+        "--output-dir", type=Path, default=Path("runs/bench"), help="folder for the runs; default: runs/bench"
+    )
     training.add_argument("train_arguments", nargs="*", help="after --, flags for noisepolicy-train")
-    scale = commands.add_parser("scale", help="images/s of several processes on the embedded model, a thread each")
-    scale.add_argument("--processes", type=int, nargs="+", default=[1, 2], metavar="N", help="default: 1 2")
-    scale.add_argument("--iterations", type=int, default=5, help="that are timed for each; default: 5")
+    scale = commands.add_parser(
+        "scale", help="images/s of several processes on the embedded model, with one thread each"
+    )
+    scale.add_argument(
+        "--processes", type=int, nargs="+", default=[1, 2], metavar="N", help="numbers of processes; default: 1 2"
+    )
+    scale.add_argument(
+        "--iterations", type=int, default=5, help="iterations that are timed for each number of processes; default: 5"
+    )
     scale.add_argument(
         "--gradient-accumulation-steps",
         type=int,
         default=1,
         metavar="N",
-        help="parts of an update's rows, which the processes share; default: 1, every process makes the whole update",
+        help="parts of an update that the processes share; default: 1, every process makes the whole update",
     )
     sharing = commands.add_parser(
         "sharing", help="seconds of a short training run beside a busy process, or with less CPU time than it sees"
@@ -95,36 +103,58 @@ def _add_latency(commands: Any) -> None:
         "--output",
         type=Path,
         metavar="DIR",
-        help="for latency.json and latency.html; default: runs/bench- and the time",
+        help="folder for latency.json and latency.html; default: runs/bench- and the time",
     )
     add("--model", default="shapes", help="the frozen model, a folder or hub id; default: the embedded one")
-    add("--engine", nargs="+", metavar="NAME", help="engines; default: all that run here, on a CPU but compile")
-    add("--engine-dtype", nargs="+", choices=_DTYPES, help="what engines beside eager compute in; default: --dtype")
-    add("--batch-sizes", type=int, nargs="+", metavar="N", help="default: 1 4 16 64; rollouts take the outer two")
+    add("--engine", nargs="+", metavar="NAME", help="engines; default: all that run here, except compile on a CPU")
+    add(
+        "--engine-dtype",
+        nargs="+",
+        choices=_DTYPES,
+        help="data types of the engines other than eager; default: --dtype",
+    )
+    add(
+        "--batch-sizes",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="batch sizes; rollouts take the first and last; default: 1 4 16 64",
+    )
     add("--steps", type=int, nargs="+", metavar="N", help="denoising steps of rollouts; default: 1 2 4 8")
-    add("--guidance-scale", type=float, default=1.5, help="default: 1.5")
-    add("--dtype", default="float32", choices=_DTYPES, help="of the model; default: float32")
-    add("--scheduler", help="a diffusers scheduler in the place of the model's")
-    add("--timestep-spacing", help="of the scheduler")
-    add("--reward", help="whose time is measured; default: the embedded model's, none for others")
+    add("--guidance-scale", type=float, default=1.5, help="classifier-free guidance; default: 1.5")
+    add("--dtype", default="float32", choices=_DTYPES, help="data type of the model; default: float32")
+    add("--scheduler", help="name of a diffusers scheduler that replaces the model's")
+    add("--timestep-spacing", help="timestep spacing of the scheduler")
+    add("--reward", help="reward to time; default: the embedded model's, and none for other models")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--threads", type=int, help="default: 1 on a CPU")
-    add("--seconds", type=float, default=1.0, help="for each figure, longer where it is slow; default: 1")
-    add("--skip", nargs="+", default=[], metavar="PART", help="of kernels, denoiser, rollout, general and training")
-    add("--compare", type=Path, metavar="OLD.json", help="exit with 1 if a median is slower than there, beyond noise")
+    add("--threads", type=int, help="threads of torch; default: 1 on a CPU")
+    add("--seconds", type=float, default=1.0, help="seconds for each figure, or longer where it is slow; default: 1")
+    add(
+        "--skip",
+        nargs="+",
+        default=[],
+        metavar="PART",
+        help="parts to leave out: kernels, denoiser, rollout, general, training",
+    )
+    add(
+        "--compare",
+        type=Path,
+        metavar="OLD.json",
+        help="exit with 1 if a median is slower than in this file, beyond noise",
+    )
     add("--json", type=Path, default=argparse.SUPPRESS, help="also write the result to this file")
 
 
 def _add_kernels(commands: Any) -> None:
     kernels = commands.add_parser("kernels", help="every op on every backend, against PyTorch and the machine's limit")
-    kernels.add_argument("--op", nargs="+", help="some ops; default: all")
-    kernels.add_argument("--backend", nargs="+", help="some backends; default: all that run on the device")
+    kernels.add_argument("--op", nargs="+", help="ops to measure; default: all")
+    kernels.add_argument("--backend", nargs="+", help="backends to measure; default: all that run on the device")
     kernels.add_argument(
-        "--dtype", nargs="+", default=["float32"], help="of mean and log_std: float32 float16 bfloat16"
+        "--dtype", nargs="+", default=["float32"], help="data types of mean and log_std: float32 float16 bfloat16"
     )
-    kernels.add_argument("--batch", type=int, nargs="+", help="default: 1 8 64")
+    kernels.add_argument("--batch", type=int, nargs="+", help="numbers of rows; default: 1 8 64")
     kernels.add_argument("--dim", type=int, nargs="+", help="elements of a row; default: 4096 16384 65536 262144")
-    kernels.add_argument("--threads", type=int, default=1, help="default: 1")
+    kernels.add_argument("--threads", type=int, default=1, help="threads of torch; default: 1")
     kernels.add_argument("--device", default="auto", help="auto, cpu or cuda")
     kernels.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes")
     kernels.add_argument("--output", type=Path, metavar="REPORT.html", help="also write a report with plots")
@@ -140,21 +170,25 @@ def _add_algorithms(commands: Any) -> None:
         type=Path,
         default=Path("runs/algorithms"),
         metavar="DIR",
-        help="for algorithms.json and .html (or ablations) and the jobs; those that are done are not made again; "
+        help="folder for algorithms.json and .html (or ablations) and for the jobs; finished jobs are kept; "
         "default: runs/algorithms",
     )
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training; default: 0 1 2")
-    add("--methods", nargs="+", metavar="NAME", help="some; default: all")
-    add("--ablations", action="store_true", help="the default recipe with one thing changed at a time, in their place")
-    add("--quick", action="store_true", help="a twentieth of everything and one seed, in ten minutes")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="training seeds; default: 0 1 2")
+    add("--methods", nargs="+", metavar="NAME", help="methods to measure; default: all")
+    add(
+        "--ablations",
+        action="store_true",
+        help="instead of the methods, the default recipe with one thing changed at a time",
+    )
+    add("--quick", action="store_true", help="a twentieth of the images and one seed, in ten minutes")
     add("--engine", default="eager", help="engine of the image model; default: eager")
-    add("--engine-dtype", choices=_DTYPES, help="what the engine computes in; default: float32")
+    add("--engine-dtype", choices=_DTYPES, help="data type of the engine; default: float32")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add(
         "--workers",
         type=int,
         default=1,
         metavar="N",
-        help="jobs side by side, whose seconds are then of a shared machine; default: 1",
+        help="jobs that run side by side, which makes each slower; default: 1",
     )
     add("--json", type=Path, default=argparse.SUPPRESS, help="also write the result to this file")

@@ -63,7 +63,7 @@ def serve(page: "gradio.Blocks", arguments: argparse.Namespace) -> None:
 
 @dataclass
 class Demo:
-    """The contents of the page: a policy, its model, and how they are asked at first."""
+    """The contents of the page: a policy, its model, and the settings that the page begins with."""
 
     name: str
     model: "FrozenModel | DiffusionPipeline"

@@ -58,7 +58,7 @@ def _evaluate(arguments: argparse.Namespace, copy: dict[str, Any]) -> None:
     if arguments.model and TrainConfig.of(model=arguments.model).with_absolute_paths().model.name != config.model.name:
         config = config.replace(model=arguments.model)
     if arguments.reward and with_absolute_paths(arguments.reward) != with_absolute_paths(trained_for):
-        raise ValueError(f"--reward repeats what the run was trained for, {trained_for}; others are --rewards")
+        raise ValueError(f"--reward must repeat the run's own reward, {trained_for}; give other rewards with --rewards")
     changes = {
         "eval_steps": arguments.steps and _step_counts(arguments.steps),
         "eval_rewards": arguments.rewards,

@@ -34,10 +34,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="noisepolicy-export", description=_DESCRIPTION)
     parser.add_argument("source", help="a run folder of noisepolicy-train, a model folder or hub id, or 'shapes'")
     parser.add_argument("--output-dir", type=Path, required=True)
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: the model's")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="data type of the exported files (default: the model's)",
+    )
     parser.add_argument("--dynamic-size", action="store_true", help="let height and width change (UNets)")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8], help="step counts of loop.json")
-    parser.add_argument("--guidance-scale", type=float, help="of loop.json (default: the run's, or 1)")
+    parser.add_argument("--guidance-scale", type=float, help="guidance scale of loop.json (default: the run's, or 1)")
     parser.add_argument("--engine", choices=("tensorrt", "tensorrt-rtx"), help="also build engines")
     parser.add_argument(
         "--target",
@@ -47,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         help="GPUs to build for, e.g. sm_89 sm_120 (TensorRT-RTX; default: this machine)",
     )
     parser.add_argument("--max-batch", type=int, default=32, help="images an engine takes at a time (default: 32)")
-    parser.add_argument("--refit", action="store_true", help="engines whose weights can be changed")
+    parser.add_argument("--refit", action="store_true", help="build engines whose weights can be changed later")
     parser.add_argument("--no-verify", action="store_true", help="do not compare with PyTorch in ONNX Runtime")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")

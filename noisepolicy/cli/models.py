@@ -27,6 +27,7 @@ class Size:
 
     @property
     def billions(self) -> float:
+        """Number of parameters of all parts, in billions."""
         return self.denoiser + self.text_encoders + self.vae
 
 

@@ -159,6 +159,7 @@ class TensorRTEngine:
 
     @property
     def input_names(self) -> tuple[str, ...]:
+        """Names of the inputs."""
         return tuple(self._shapes)
 
     @property

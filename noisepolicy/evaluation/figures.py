@@ -103,7 +103,7 @@ def are_pictures(images: torch.Tensor) -> bool:
 
 
 def as_pictures(images: torch.Tensor) -> Any:
-    """Return PIL images, or lists of frames for clips; what is neither stays a tensor."""
+    """Return PIL images, or lists of frames for clips; anything else stays a tensor."""
     if not are_pictures(images):
         return images
     return [to_pil(image) if image.ndim == 3 else [to_pil(frame) for frame in image] for image in images]

@@ -1,4 +1,4 @@
-"""How much of a reward the sampler's own noise decides, which no initial latents can."""
+"""Measures which share of a reward's variance is the sampler's own noise, which no initial latents can change."""
 
 from collections.abc import Sequence
 

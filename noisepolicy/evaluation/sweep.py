@@ -207,8 +207,8 @@ def measure(
 
 
 class _Starts:
-    """A policy that remembers its last choice, for step counts that are one to its critic: choosing takes as long as
-    denoising by a few steps."""
+    """A policy that keeps its last choice of starts for the step counts that its critic treats alike: choosing takes as
+    long as a few denoising steps."""
 
     def __init__(self, policy: NoisePolicy) -> None:
         self._policy = policy
@@ -286,6 +286,7 @@ class Results:
 
     @classmethod
     def join(cls, parts: Sequence["Results"]) -> "Results":
+        """Join the results of several parts, in order."""
         return cls(
             {
                 name: torch.cat([part.metrics[name] for part in parts])
@@ -297,9 +298,11 @@ class Results:
         )
 
     def first_of(self, prompt: int) -> tuple[torch.Tensor, dict[str, float]]:
+        """Return a prompt's first image and its metrics."""
         return self.first_images[prompt], {name: values[prompt, 0].item() for name, values in self.metrics.items()}
 
     def summary(self) -> dict[str, float | None]:
+        """Return the mean of each metric and of the diversity."""
         strict = self.metrics.get("strict")
         return {
             "reward": self.metrics["reward"].mean().item(),

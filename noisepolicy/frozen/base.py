@@ -38,6 +38,7 @@ class PromptEmbeds:
         return self._map(lambda tensor: tensor[rows])
 
     def to(self, device: torch.device) -> "PromptEmbeds":
+        """Copy all tensors to a device."""
         return self._map(lambda tensor: tensor.to(device))
 
     @staticmethod
@@ -48,7 +49,7 @@ class PromptEmbeds:
 
     @staticmethod
     def of(tensors: Mapping[str, torch.Tensor]) -> "PromptEmbeds":
-        """Return the inverse of `tensors()`."""
+        """Make embeddings from tensors by name, as `tensors` returns them."""
         others = dict(tensors)
         return PromptEmbeds(others.pop("prompt_embeds"), others.pop("pooled_prompt_embeds", None), others)
 
@@ -87,7 +88,7 @@ class FrozenModel(Protocol):
 
 
 def row_seeds(seed: int, rows: range) -> list[int]:
-    """Return a seed for what the sampler draws for each row of a run, named by the run's seed and the row's number."""
+    """Return the seed of what a sampler draws for each row; it depends on the run's seed and the row's number."""
     first = int.from_bytes(hashlib.blake2b(f"{seed}/sampler".encode(), digest_size=8).digest(), "little")
     return [(first + row) % 2**63 for row in rows]
 
@@ -220,7 +221,7 @@ class PlainModel:
 
     @torch.no_grad()
     def check_deterministic(self, num_inference_steps: int, guidance_scale: float) -> None:
-        """Try one image of a prompt that was encoded before, twice.
+        """Make an image of a prompt that was encoded before, twice, and compare the two.
 
         `generate` does so once for each step count, so nothing is lost if no prompt has been encoded yet.
 

@@ -67,7 +67,7 @@ def first_not_finite(denoiser: torch.nn.Module, make_latents: Callable[[], torch
 
 
 def not_finite(part: str, dtype: torch.dtype) -> str:
-    """Make the message that `part`, which computes in `dtype`, makes NaN or infinity.
+    """Return the message that says that `part`, which computes in `dtype`, makes NaN or infinity.
 
     Args:
         part: the subject of the sentence, e.g. "the VAE AutoencoderKL".

@@ -1,6 +1,6 @@
 """Calling a diffusers pipeline of any class: from latents and embeddings of ours, by its own `__call__`.
 
-What a class needs is seen by watching it: the shape of the noise it draws first, and how it encodes its prompts. The
+Watching a class shows what it needs: the shape of the noise it draws first, and how it encodes its prompts. The
 call then gets our latents in the place of that noise, and embeddings made before in the place of its encoder's, so
 packing, scaling, dtypes and the loop stay the pipeline's own business.
 """
@@ -176,6 +176,7 @@ class PipelineCall:
 
     @functools.cached_property
     def encoder(self) -> PromptEncoder:
+        """Encoder of the pipeline's prompts, for several at a time where that is possible."""
         if self.family.takes_lists and not self.family.one_at_a_time and not self._images:
             # Some encode several prompts as one, and others take one alone.
             with suppress(ValueError, RuntimeError):
@@ -237,7 +238,7 @@ class PipelineCall:
     def latent_shape(self) -> tuple[int, ...]:
         """Shape of a row of latents, `(channels, height, width)` or `(channels, frames, height, width)`.
 
-        Sound, of which pipelines draw `(channels, length)`, is an image one value high; a video of one frame, as which
+        Sound, `(channels, length)`, counts as an image that is one value high. A video of one frame, as which
         some image models see their images, is an image.
         """
         if self._drawn is None:
@@ -291,7 +292,7 @@ class PipelineCall:
         Args:
             latents: `(batch, *latent_shape)`, float32.
             embeds: The prompts, by `encoder`.
-            generator: Of whatever else the pipeline draws; a list has one for each row.
+            generator: Generator of whatever else the pipeline draws; a list has one for each row.
         """
         if self.encoder.one_at_a_time and len(latents) > 1:
             generators = generator if isinstance(generator, list) else [generator] * len(latents)
@@ -422,7 +423,7 @@ class PipelineCall:
         return [name for name, part in self.pipeline.components.items() if part is None and name in needed]
 
     def _other_edge(self, given: str) -> dict[str, int]:
-        """Return the edge that was not given, where pipelines forget the one that was: Stable Diffusion's do."""
+        """Return the edge that was not given. Pipelines such as Stable Diffusion's would forget the one that was."""
         other = "width" if given == "height" else "height"
         if self._defaults[other] is not None:
             return {}
@@ -478,6 +479,7 @@ class PipelinePrompts:
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
+        """Shape of a row of latents."""
         return self._call.latent_shape
 
     def embeds(self, prompts: Sequence[str], num_tokens: int) -> list[torch.Tensor]:

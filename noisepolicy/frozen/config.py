@@ -12,7 +12,7 @@ SamplerNoise = Literal["learned", "fresh", "fixed", "refuse"]
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The frozen model."""
+    """Settings of the frozen model: which one it is, how it is loaded, and what runs it."""
 
     name: Annotated[str, Flat("model")] = "shapes"
     """The frozen model: 'shapes' or 'moving_shapes' (the embedded ones, pictures and clips), a folder or hub id in
@@ -75,11 +75,11 @@ class ModelConfig:
     CPU, TensorRT or TensorRT-RTX. Exported files are cached. 'auto' measures the engines that run here and takes the
     fastest."""
     engine_dtype: Dtype | None = None
-    """Data type that an exported engine computes in. Default: the model's. OpenVINO computes in bfloat16, as fast as
-    the CPU allows."""
+    """Data type that an exported engine computes in. bfloat16 is fastest in OpenVINO where the CPU has it. Default: the
+    model's."""
     rollout_vae: str | None = None
-    """Folder or hub id of an autoencoder that decodes the images of training in the place of the model's own, which is
-    larger, e.g. madebyollin/taesd. Sample pictures and the evaluation use the model's own."""
+    """Folder or hub id of a small autoencoder that decodes the images of training, e.g. madebyollin/taesd. Sample
+    pictures and the evaluation use the model's own."""
     rollout_batch_size: Annotated[int, COUNT] = 32
     """Largest number of images that the frozen model makes at a time. Processes share a batch in an even number of
     such chunks."""

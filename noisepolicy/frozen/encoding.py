@@ -244,7 +244,7 @@ class PromptEncoder:
         return None
 
     def _column(self, one: torch.Tensor, three: Sequence[torch.Tensor], name: str) -> "_Column | None":
-        """Return the column of a prompt's row, alone, and those of three, of which it is the second; None if neither.
+        """Return the column that holds a prompt's row, or None if there is none.
 
         The same rows, with guidance and without, are one column.
         """
@@ -464,7 +464,7 @@ def replaced(pipeline: "DiffusionPipeline", name: str, function: Callable[..., A
 
 
 def _for_prompts(arguments: dict[str, Any], prompts: list[str]) -> dict[str, Any]:
-    """Return the arguments that encoded `_ONE`, for other prompts; the rest of what has one entry, has one for each."""
+    """Return the arguments that encoded `_ONE`, for other prompts: a list of one entry becomes one entry a prompt."""
 
     def fit(name: str, value: Any) -> Any:
         if value == _ONE:

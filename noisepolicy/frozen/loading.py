@@ -411,7 +411,7 @@ def _with_options(scheduler: SchedulerMixin, options: Mapping[str, Any]) -> Sche
 
 
 def unknown(what: str, name: str, known: Sequence[str]) -> str:
-    """Make the message that there is nothing of this name, with the names that are near or else all."""
+    """Return the message that there is nothing of this name, with similar names, or else all names."""
     near = difflib.get_close_matches(name, known, n=3)
     return f"{what} {name!r}; " + (f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(known)}")
 

@@ -2,8 +2,8 @@
 
 A deterministic scheduler is linear: the sample after each step is a sum of the initial noise and the predictions so
 far, with weights that depend on the step count alone. They are read off the scheduler itself, by running it once on
-unit vectors, so DDIM, Euler, DPM-Solver++, UniPC and the rest are one loop. What is not linear (thresholding, clipping,
-fresh noise) is noticed, and the pipeline's own `__call__` makes the images.
+unit vectors, so DDIM, Euler, DPM-Solver++, UniPC and the rest are one loop. A scheduler that is not linear
+(thresholding, clipping, fresh noise) is noticed, and the pipeline's own `__call__` makes the images.
 """
 
 import copy

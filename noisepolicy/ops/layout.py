@@ -107,10 +107,12 @@ def check_fp32(name: str, tensor: torch.Tensor, shape: tuple[int, ...], device: 
 
 
 def needs_gradient(*tensors: torch.Tensor) -> bool:
+    """Tell whether a gradient is wanted for one of the tensors."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def check_counter(seed: int, offset: int) -> None:
+    """Raise ValueError unless seed and offset are integers in [0, 2**64)."""
     for name, value in (("seed", seed), ("offset", offset)):
         if not isinstance(value, int) or not 0 <= value < 2**64:
             raise ValueError(f"{name} must be an integer in [0, 2**64), got {value!r}")

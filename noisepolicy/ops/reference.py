@@ -15,6 +15,7 @@ _WORD = 0xFFFFFFFF
 
 
 def unavailable_reason() -> str | None:
+    """Return None: this backend runs wherever PyTorch does."""
     return None
 
 
@@ -53,12 +54,14 @@ def standard_normal(batch: int, size: int, seed: int, offset: int, device: torch
 
 @torch.no_grad()
 def gaussian_sample(mean, log_std, seed, offset):
+    """Draw latents and compute their log-density; see `gaussian.gaussian_sample`."""
     noise = standard_normal(mean.shape[0], math.prod(mean.shape[1:]), seed, offset, mean.device)
     return _shift_and_scale(noise.reshape(mean.shape), mean, log_std)
 
 
 @torch.no_grad()
 def spectral_sample(mean, log_std, spectrum: Spectrum, seed, offset):
+    """Draw noise and replace its low band; see `gaussian.spectral_sample`."""
     shape = (mean.shape[0], spectrum.channels, *spectrum.extent)
     white = standard_normal(shape[0], math.prod(shape[1:]), seed, offset, mean.device).reshape(shape)
     basis = spectrum.bases(mean.device)
@@ -71,6 +74,7 @@ def spectral_sample(mean, log_std, spectrum: Spectrum, seed, offset):
 
 @torch.no_grad()
 def gaussian_log_prob(latents, mean, log_std):
+    """Compute the log-density of each row; see `gaussian.gaussian_log_prob`."""
     log_std = _expand(log_std, mean)
     noise = (latents - mean.float()) * (-log_std).exp()
     return _row_sum(-0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi))
@@ -78,6 +82,7 @@ def gaussian_log_prob(latents, mean, log_std):
 
 @torch.no_grad()
 def ppo_clip_loss(latents, mean, log_std, old_log_prob, advantages, clip_range, kl_coef):
+    """Compute the PPO loss and its statistics; see `gaussian.ppo_clip_loss`."""
     log_prob = gaussian_log_prob(latents, mean, log_std)
     kl_to_prior = _row_sum(_kl_to_prior(mean.float(), _expand(log_std, mean)))
     ratio = (log_prob - old_log_prob).exp()

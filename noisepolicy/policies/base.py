@@ -31,6 +31,8 @@ _CARD_FILES = ("README.md", "before_after.png")
 
 
 class PolicySample(NamedTuple):
+    """Latents drawn from a policy, with the action they were made of and its log-density."""
+
     latents: torch.Tensor
     """Latents for the frozen model, float32 `(batch, *latent_shape)`."""
     action: torch.Tensor
@@ -271,7 +273,7 @@ class NoisePolicy(Float32Module):
         max_sequence_length: int | None = None,
         latent_shape: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        """Latents for the pipeline's `latents=`, from the noise of `(seed, index)`: see `noisepolicy.noise`.
+        """Draw latents for the pipeline's `latents=`, from the noise of `(seed, index)`: see `noisepolicy.noise`.
 
         A policy that learned the noise that a sampler draws between steps (`--sampler-noise learned`) hands a plain
         pipeline the initial part only: its `latents=` takes no more, and its sampler draws the rest by the generator
@@ -282,7 +284,7 @@ class NoisePolicy(Float32Module):
         another of two starts that it thinks equally good. `torch.autocast` has no effect here.
 
         Args:
-            pipeline_or_embeds: A diffusers pipeline of a family in `frozen/families.py`, a `FrozenModel`, or, without
+            pipeline_or_embeds: A diffusers pipeline, a `FrozenModel`, or, without
                 `prompts`, prompt embeddings: a `PromptEmbeds` or a tensor `(batch, tokens, width)`.
             prompts: One text or several.
             seed: Seed of the noise, in [0, 2**64).
@@ -343,7 +345,7 @@ class NoisePolicy(Float32Module):
         max_sequence_length: int | None,
         **sizes: int | None,
     ) -> tuple[list[torch.Tensor], tuple[int, ...], Callable[[torch.Tensor], torch.Tensor]]:
-        """Each prompt's embeddings, `(1, tokens, width)`; the shape of latents; a function that packs them."""
+        """Return the prompts' embeddings, each `(1, tokens, width)`, the shape of latents, and what packs latents."""
         texts = [prompts] if isinstance(prompts, str) else None if prompts is None else list(map(str, prompts))
         is_pipeline = texts is not None and not (hasattr(model, "encode") and hasattr(model, "latent_shape"))
         for name, value in {**sizes, "max_sequence_length": max_sequence_length}.items():
@@ -416,7 +418,7 @@ class NoisePolicy(Float32Module):
         num_images_per_prompt: int = 1,
         **options: Any,
     ) -> torch.Tensor:
-        """`latents` with a seed drawn from `generator`, as diffusers pipelines draw their noise.
+        """Do what `latents` does, with a seed drawn from `generator`, as diffusers pipelines draw their noise.
 
         Args:
             pipeline, prompt: A model and one prompt or several, as in `latents`.

@@ -206,9 +206,11 @@ class WeightedSum(Reward):
 
     @property
     def weights(self) -> dict[str, float]:
+        """Weights of the parts, by name."""
         return dict(self._weights)
 
     def parts(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """Return the parts before they are weighted, `(batch, parts)`."""
         return torch.stack([reward(images, prompts) for reward in self._rewards], 1)
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:

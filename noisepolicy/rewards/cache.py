@@ -29,6 +29,7 @@ class CachedReward:
         return self.metrics(images, prompts)["reward"]
 
     def metrics(self, images: torch.Tensor, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Return `reward` and the reward's further values; only new pairs are scored."""
         if len(images) == 0 or len(images) != len(prompts):
             return self._reward.metrics(images, prompts)
         keys = [_key(image, prompt) for image, prompt in zip(images, prompts, strict=True)]

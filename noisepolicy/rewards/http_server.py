@@ -30,7 +30,7 @@ class _RefusedError(Exception):
 
 
 def make_app(reward: Reward, *, token: str | None, max_body_bytes: int) -> Starlette:
-    """An application answering POST requests at `/`; `token`, if given, must come as `Authorization: Bearer`."""
+    """Make an application for POST requests at `/`; `token`, if given, must come as `Authorization: Bearer`."""
     turn = asyncio.Lock()
 
     async def score(request: Request) -> Response:

@@ -17,6 +17,7 @@ class ShapesReward:
         return self._score(images, prompts).reward
 
     def metrics(self, images: torch.Tensor, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Return the dense score as `reward`, and `strict`."""
         result = self._score(images, prompts)
         return {"reward": result.reward, "strict": result.strict}
 

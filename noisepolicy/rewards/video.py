@@ -20,6 +20,7 @@ class FrameMean:
         return self._reward(*_frames(images, prompts)).reshape(images.shape[:2]).mean(1)
 
     def metrics(self, images: torch.Tensor, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Return the means over the frames of the reward's values."""
         check_video(images, prompts)
         values = self._reward.metrics(*_frames(images, prompts))
         return {name: value.reshape(images.shape[:2]).mean(1) for name, value in values.items()}

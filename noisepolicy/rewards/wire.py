@@ -41,7 +41,7 @@ class Request:
 
 
 def encode_request(images: torch.Tensor, prompts: Sequence[str], encoding: str) -> bytes:
-    """`png` rounds to 8 bits; `float32` is exact and about six times as large."""
+    """Encode a request. `png` rounds to 8 bits; `float32` is exact and about six times as large."""
     if encoding == "float32":
         block = images.detach().float().clamp(0, 1).cpu().numpy().astype("<f4").tobytes()
         message = {"encoding": "float32", "shape": list(images.shape), "images": base64.b64encode(block).decode()}

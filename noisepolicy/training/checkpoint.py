@@ -15,6 +15,8 @@ _NUM_KEPT = 2
 
 
 class Checkpoint(NamedTuple):
+    """A checkpoint that was read whole."""
+
     path: Path
     tensors: dict[str, torch.Tensor]
     progress: dict[str, Any]
@@ -77,6 +79,7 @@ def skip_checkpoint(path: Path, error: Exception) -> None:
 
 
 def with_prefix(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Put `prefix.` before every name."""
     return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
 
 

@@ -36,7 +36,7 @@ _SCHEDULES = ("timesteps", "sigmas")
 """Arguments of a pipeline's call that take the place of its number of steps."""
 DEFAULT_EVAL_STEPS = (1, 2, 4, 8, 16)
 FROM_PYTHON = "python:"
-"""Begins the name of a model or reward that was given as an object from Python, and which no command can load."""
+"""Prefix of the name of a model or reward that was given as a Python object, which no command can load."""
 RENAMED = {
     "denoiser": "engine",
     "denoiser_dtype": "engine_dtype",
@@ -97,7 +97,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class CriticConfig:
-    """The reward critic of `algorithm="critic"`."""
+    """Settings of the reward critic of `algorithm="critic"`."""
 
     updates: Annotated[int, COUNT] = 26
     """Gradient steps on the reward critic in an iteration."""
@@ -115,7 +115,7 @@ class CriticConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """The evaluation that ends a run: base model and policy from the same seeds, at several step counts."""
+    """Settings of the evaluation that ends a run: base model and policy from the same seeds, at several step counts."""
 
     steps: Annotated[tuple[int, ...] | None, COUNT] = None
     """Step counts of the evaluation. Default: those of 1,2,4,8,16 at which the model makes the same image from the
@@ -140,7 +140,7 @@ class TrainConfig:
     """Reward to train for: a name, a weighted sum ('0.7*pickscore + 0.3*aesthetic'), 'module:function' or an http(s)
     address; see docs/rewards.md. Default: an embedded model's own."""
     normalize_rewards: Literal["each", "sum", "none"] = "each"
-    """How rewards of different units are brought to one. 'each': every part of a weighted sum is divided by its own
+    """How rewards of different units are combined. 'each': every part of a weighted sum is divided by its own
     spread between images of a prompt, then weighted, so weights are shares. 'sum': the parts keep their units, and the
     weighted sum is divided by its spread. 'none': KL and variety are weighed against the reward in its own units."""
     prompts: Annotated[tuple[str, ...], Group("Prompts")] = ()
@@ -156,8 +156,8 @@ class TrainConfig:
     bands: Annotated[int | None, COUNT] = None
     """DCT frequencies per axis of the spectral policy, at most the latents' extent."""
     std: Literal["power", "one", "learned"] | None = None
-    """Standard deviation of the policy: 'power' makes room for the mean, so the noise is as loud as the prior's; 'one'
-    is constant; 'learned' is learned."""
+    """Standard deviation of the policy: 'power' shrinks it as the mean grows, so that the noise stays as loud as
+    ordinary noise; 'one' keeps it at 1; 'learned' lets the network choose it."""
     num_candidates: Annotated[int, Bounds(at_least=1, at_most=MAX_CANDIDATES)] = 256
     """Starts that the finished policy draws for an image if it has a critic, which chooses one of them. Only that one
     is denoised. 1 leaves the critic out of the policy."""
@@ -196,23 +196,23 @@ class TrainConfig:
     kl_coef: Annotated[float | None, NOT_NEGATIVE] = None
     """KL penalty per nat, in spreads of the reward between images of a prompt."""
     diversity_target: Annotated[float, Bounds(at_least=0, at_most=1)] = 0.82
-    """Share of the base model's variety between images of one prompt that the policy in training is held to, as the
-    critic's sketches show it."""
+    """Share of the base model's variety between images of one prompt that training keeps, measured on the critic's
+    sketches."""
     diversity_coef: Annotated[float, NOT_NEGATIVE] = 4.6
-    """Worth of a unit of that variety at the start (root mean square of pixels in [0, 1]), in spreads of the reward. It
-    adapts to the target. 0 lets the policy give up variety for reward."""
+    """Weight of variety at the start of training: spreads of the reward for one unit of variety (root mean square
+    difference of pixels in [0, 1]). It adapts to `diversity_target`. 0 lets the policy give up variety for reward."""
     average_decay: Annotated[float | None, Bounds(at_least=0, below=1)] = None
     """Decay of the average of the policy's weights over iterations, which is the finished policy. 0 keeps the last
     weights."""
     max_grad_norm: Annotated[float, POSITIVE_OR_INFINITE] = 1.0
     """Norm to which the gradients of policy and critic are each clipped."""
     replay: Annotated[int, COUNT] = 3
-    """Iterations whose images FIND uses again."""
+    """Number of latest iterations whose images FIND learns from."""
     max_log_ratio: Annotated[float, POSITIVE_OR_INFINITE] = 1.0
-    """Largest distance from 0 of the log-ratio of an image of an earlier iteration that FIND still uses."""
+    """FIND drops images of earlier iterations whose log-ratio is further from 0 than this."""
     gradient_accumulation_steps: Annotated[int, COUNT] = 1
-    """Parts of an update's rows that its gradient is summed over: to save memory, or to share the update among as many
-    processes. There are more parts where one would have over 96 rows."""
+    """Parts into which an update is cut, to save memory or to share it among as many processes. It is cut further where
+    a part would have more than 96 rows."""
     overlap: bool = False
     """Score each chunk of images while the next is generated, for rewards that are slow and run elsewhere."""
     seed: Annotated[int, NOT_NEGATIVE] = 0
@@ -237,22 +237,22 @@ class TrainConfig:
 
     @classmethod
     def of(cls, **settings: Any) -> "TrainConfig":
-        """A config from settings by their flat names, e.g. `TrainConfig.of(model="me/model", critic_updates=30)`.
+        """Make a config from settings by flat names, e.g. `TrainConfig.of(model="me/model", critic_updates=30)`.
 
         Raises:
-            ValueError: if there is no such setting, or a value is not one of its.
+            ValueError: if there is no such setting, or a value does not fit it.
         """
         return cls().replace(**settings)
 
     def replace(self, **settings: Any) -> "TrainConfig":
-        """A copy with other settings, by their flat names. Raises as `of`."""
+        """Copy the config with other settings, by their flat names. Raises as `of`."""
         return with_settings(self, **settings)
 
     def resolved(self, num_prompts: int) -> "TrainConfig":
-        """A copy with the algorithm's own values in place of None.
+        """Copy the config with the algorithm's own values in place of None.
 
         Args:
-            num_prompts: training prompts; FIND's batch is a group of each.
+            num_prompts: Number of training prompts; FIND's batch is a group of each.
         """
         values = {name: value for name, value in RECIPES[self.algorithm].items() if getattr(self, name) is None}
         if "kl_budget" in values and self.kl_training_budget is not None and self.algorithm != "find":
@@ -265,7 +265,7 @@ class TrainConfig:
         return resolved
 
     def with_absolute_paths(self) -> "TrainConfig":
-        """A copy that means the same in any working folder: files and folders that are there have their absolute path.
+        """Copy the config with absolute paths of files and folders, so that it means the same in any working folder.
 
         Raises:
             ValueError: if a reward cannot be read.
@@ -300,7 +300,7 @@ class TrainConfig:
         return bool(self.prompts and evaluation.num_prompts and not evaluation.prompts) and self.algorithm != "find"
 
     def check(self) -> None:
-        """Raises ValueError for values that are not their setting's, or that cannot work together."""
+        """Raise ValueError for values that do not fit their setting, or that cannot work together."""
         with_settings(self, **flat_values(self))
         recipe = RECIPES[self.algorithm]
         group_size = self.group_size or recipe["group_size"]
@@ -314,9 +314,7 @@ class TrainConfig:
                 f"--algorithm {self.algorithm} compares images of one prompt: --group-size must be at least 2, got 1"
             )
         if batch_size < 2:
-            raise ValueError(
-                f"--batch-size must be at least 2, got {batch_size}: an image is good or bad beside another one only"
-            )
+            raise ValueError(f"--batch-size must be at least 2, got {batch_size}: images are compared with one another")
         if self.init_policy is not None and self.algorithm != "find":
             raise ValueError(f"--init-policy is for --algorithm find, not {self.algorithm}")
         if self.gradient_accumulation_steps > 1 and self.algorithm == "find":
@@ -334,7 +332,7 @@ class TrainConfig:
             raise ValueError("--prompt-column names a column of --prompts or --eval-prompts; give one of them")
 
     def check_schedule(self, step_counts: Iterable[int]) -> None:
-        """Raises ValueError if `call` holds timesteps or sigmas, which are for another number of steps."""
+        """Raise ValueError if `call` holds timesteps or sigmas for another number of steps."""
         for name in _SCHEDULES:
             schedule = self.model.call.get(name)
             if schedule is None:
@@ -353,7 +351,7 @@ class TrainConfig:
         write_text(path, yaml.safe_dump(self.plain(), sort_keys=False))
 
     def plain(self) -> dict[str, Any]:
-        """The settings by their flat names, as values that YAML and JSON know."""
+        """Return the settings by their flat names, as values that YAML and JSON know."""
         return plain_values(self)
 
 
@@ -381,12 +379,12 @@ def load_config(path: Path) -> TrainConfig:
 
 
 def preset_names() -> list[str]:
-    """The presets that come with the package."""
+    """Return the names of the presets that come with the package."""
     return sorted(path.stem for path in _PRESETS.glob("*.yaml"))
 
 
 def load_preset(name: str) -> TrainConfig:
-    """The settings of a preset.
+    """Return the settings of a preset.
 
     Raises:
         ValueError: if there is none of this name.

@@ -1,9 +1,10 @@
 """FIND (Chen et al., ACM MM 2024, arXiv 2407.19453): a free mean and std for each prompt, many prompts at once.
 
-Denoising is a Markov decision process of one step: the state is the prompt, the action the initial noise, the reward
-the picture's. Each iteration draws a group of pictures for every prompt, calibrates the reward (a network predicts what
-the current distribution is worth; the advantage is what a picture got beyond it), and takes a few clipped steps on new
-and historical samples together. Every ratio is against the distribution that its sample was drawn from.
+Denoising is a Markov decision process of one step: the state is the prompt, the action is the initial noise, and the
+reward is the picture's. Each iteration draws a group of pictures for every prompt. A network, the calibrator, predicts
+what the current distribution is worth, and the advantage of a picture is its reward less this prediction. Then come a
+few clipped steps on new and historical samples together. Every ratio is against the distribution that its sample was
+drawn from.
 
 Started from a policy with a critic (`--init-policy`), the critic takes the calibrator's place: it foresees the reward
 of each noise, and its own gradient is followed beside the clipped term.
@@ -336,9 +337,11 @@ class Replay:
         return {name: column[prompt] for name, column in self._columns.items()}, is_filled
 
     def state(self) -> dict[str, torch.Tensor]:
+        """Return the rings as tensors, for a checkpoint."""
         return {"count": self._count, **self._columns}
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Restore what `state` returned."""
         self._count.copy_(state["count"])
         for name, column in self._columns.items():
             column.copy_(state[name])

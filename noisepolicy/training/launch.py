@@ -15,10 +15,12 @@ _ADDRESS = "noisepolicy/store"
 
 
 def rank() -> int:
+    """Return this process's rank, 0 for a process alone."""
     return int(os.environ.get("RANK", 0))
 
 
 def num_ranks() -> int:
+    """Return the number of processes that were launched together."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 

@@ -26,6 +26,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
+        """Take one step with the gradients of the weights."""
         for group in self.param_groups:
             for weight in group["params"]:
                 state = self.state[weight]

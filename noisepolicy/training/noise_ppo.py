@@ -214,7 +214,7 @@ class NoisePpo:
             drift = (old_log_prob[part.start] - rollout.log_prob[part]).abs().max().item()
             if drift > _MAX_LOG_PROB_DRIFT:
                 raise RuntimeError(
-                    f"log-probs of the rollout and of its update differ by {drift:.3g}; the ratio would lie"
+                    f"log-probs of the rollout and of its update differ by {drift:.3g}; the ratio would be wrong"
                 )
         advantages = leave_one_out(self._scale.standardise(rollout.parts), config.group_size, self._scale.within_share)
 
@@ -446,7 +446,7 @@ class _Fresh(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """Where an update of the policy starts: its weights, and on some prompts its distributions."""
+    """The start of an update of the policy: its weights, and its distributions on some prompts."""
 
     weights: list[torch.Tensor]
     embeds: torch.Tensor

@@ -48,6 +48,7 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
+        """Whether this process is the one that writes and prints."""
         return self.index == 0
 
     def wait(self, phase: str) -> None:

@@ -38,6 +38,7 @@ def find_column(names: Iterable[Any], column: str | None) -> str:
 
 
 def normalized(name: str) -> str:
+    """Return a column's name without surrounding spaces and in lower case, to compare names by."""
     return name.strip().casefold()
 
 

@@ -267,6 +267,7 @@ class PhaseClock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        """Add the time of this context to a phase."""
         self._synchronize()
         start = time.perf_counter()
         try:

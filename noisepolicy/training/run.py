@@ -771,7 +771,7 @@ class Run:
             num_images_per_prompt: Number of images of each prompt, next to each other.
             num_inference_steps: Number of denoising steps. Default: the first that the run was trained at.
             guidance_scale: Guidance scale. Default: the run's.
-            best_of: Number of images of which each is the one with the highest reward.
+            best_of: Number of images that are made for each one that is returned, the one with the highest reward.
             reward: Reward to choose by. Default: the run's.
             compare: Also make the base model's images from the same seed.
 

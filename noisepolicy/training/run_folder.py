@@ -32,7 +32,7 @@ _PROMPTS = ("prompts", "eval_prompts")
 """Settings whose prompts may be given from Python; the folder keeps them in files of these names."""
 _PROMPT_FIELD = "noisepolicy:prompt"  # no other field of a record has this name
 OF_THE_RESULT = ("kl_budget", "num_candidates")
-"""Settings of what is made of a run's weights at its end."""
+"""Settings that decide only how the finished policy is made of a run's weights."""
 MAY_CHANGE_ON_RESUME = {
     *("num_iterations", "checkpoint_every", "sample_every", "trackers", "tensorboard", "timeout", "license"),
     *("device", "engine", "cuda_graph", "cpu_offload", "vae_slicing", "overlap"),

@@ -208,7 +208,7 @@ def _import_model(model: ModelConfig) -> Any:
 
 
 def find_object(config: TrainConfig, given: Given) -> tuple[Given, torch.device | None]:
-    """The model that a user's module holds, if the settings name one, and the device of a model from Python.
+    """Return the model that a user's module holds, if the settings name one, and the device of a model from Python.
 
     An object that says nothing of its device, and holds no weights, is taken to be on the CPU.
 
@@ -225,7 +225,7 @@ def find_object(config: TrainConfig, given: Given) -> tuple[Given, torch.device 
 
 
 def dtype_of(frozen: FrozenModel) -> str | None:
-    """The data type that a diffusers pipeline's denoiser computes in, if it is one that a setting can name."""
+    """Return the data type that a diffusers pipeline's denoiser computes in, if it is one that a setting can name."""
     name = str(getattr(getattr(frozen, "denoiser", None), "dtype", "")).removeprefix("torch.")
     return name if name in settings_of(ModelConfig)["dtype"].choices else None
 

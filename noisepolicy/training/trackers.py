@@ -103,6 +103,7 @@ class Trackers:
         self._each(lambda tracker: _log_result(tracker, columns, data, report, step))
 
     def close(self) -> None:
+        """Finish all trackers."""
         self._each(lambda tracker: tracker.finish())
         self._trackers = []
 

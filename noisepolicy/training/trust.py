@@ -1,5 +1,8 @@
-"""Trust in run folders, which may be anybody's: a run's settings are used without asking, but for one exception: models
-and rewards that run code or send pictures to another machine must be repeated by whoever goes on with the run."""
+"""Trust in run folders, which may come from anybody.
+
+A run's settings are used without asking, with one exception: models and rewards that run code or send pictures to
+another machine must be repeated by whoever goes on with the run.
+"""
 
 import shlex
 from collections.abc import Sequence
