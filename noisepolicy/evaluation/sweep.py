@@ -194,16 +194,31 @@ def measure(
     reward: Reward,
     prompts: Sequence[str],
     embeds: PromptEmbeds,
+    *,
+    rank: int = 0,
+    num_ranks: int = 1,
+    collect: Callable[[Any], list[Any] | None] = lambda value: [value],
     **settings: Any,
-) -> "Results":
+) -> "Results | None":
     """Make and score some images of each prompt, from the policy's starts or, without a policy, the prior's.
 
     Args:
-        settings: `num_inference_steps`, `group_size`, `guidance_scale` and `seed`, as in `evaluate_sweep`.
+        rank: Rank of this process among `num_ranks`, which share the images.
+        collect: Returns the values of all processes in one of them, and None in the others, whose result is None.
+        settings: `num_inference_steps`, `group_size`, `guidance_scale`, `seed` and perhaps `eval_rewards`, as in
+            `evaluate_sweep`.
     """
     begins = range(0, len(prompts), _PROMPTS_AT_A_TIME)
-    parts = [_measure_part(policy, frozen, reward, prompts, embeds, begin=begin, **settings) for begin in begins]
-    return Results.join(parts)
+    shares = collect(
+        {
+            begin: _measure_part(policy, frozen, reward, prompts, embeds, begin=begin, **settings)
+            for begin in begins[rank::num_ranks]
+        }
+    )
+    if shares is None:
+        return None
+    made = {begin: part for share in shares for begin, part in share.items()}
+    return Results.join([made[begin] for begin in begins])
 
 
 class _Starts:
@@ -262,7 +277,7 @@ def _measure_part(
         seeds=row_seeds(seed, range(first, first + len(latents))),
     )
     # By position: further rewards may have the same name, or that of something that the reward tells.
-    others = {_eval_key(number): other(images, chunk_prompts) for number, other in enumerate(eval_rewards)}
+    others = {eval_key(number): other(images, chunk_prompts) for number, other in enumerate(eval_rewards)}
     metrics = {**reward.metrics(images, chunk_prompts), **others}
     groups = images.reshape(-1, group_size, *images.shape[1:]).float().cpu()
     on_progress(len(chunk_embeds))
@@ -338,7 +353,7 @@ def summarise(
         **_gain(base, policy, "reward"),
         "parts": [_compare(base, policy, name) for name in parts],
         "eval_rewards": [
-            _compare(base, policy, _eval_key(number)) | {"name": name} for number, name in enumerate(others)
+            _compare(base, policy, eval_key(number)) | {"name": name} for number, name in enumerate(others)
         ],
         "best_of_n": [
             {"n": n, "reward": expected_best_of(base_rewards, n), "num_images": base_rewards.numel()}
@@ -348,7 +363,8 @@ def summarise(
     }
 
 
-def _eval_key(number: int) -> str:
+def eval_key(number: int) -> str:
+    """Return the name among `Results.metrics` of a further reward, by its position."""
     return f"eval_rewards/{number}"
 
 

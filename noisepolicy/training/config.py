@@ -34,6 +34,7 @@ from noisepolicy.worlds import WORLDS
 _PRESETS = Path(__file__).parent.parent / "presets"
 _SCHEDULES = ("timesteps", "sigmas")
 """Arguments of a pipeline's call that take the place of its number of steps."""
+_EVAL_EVERY = 10
 DEFAULT_EVAL_STEPS = (1, 2, 4, 8, 16)
 FROM_PYTHON = "python:"
 """Prefix of the name of a model or reward that was given as a Python object, which no command can load."""
@@ -129,6 +130,9 @@ class EvalConfig:
     Default: a fifth of the training prompts, which are then not trained on."""
     rewards: tuple[str, ...] = ()
     """Further rewards that the evaluation measures. Rewards that were not trained for show reward hacking."""
+    every: Annotated[int, NOT_NEGATIVE] = 0
+    """Iterations between short evaluations in training: two images of each held-out prompt, whose mean rewards are
+    metrics. 0 evaluates at the end only; with `stop_on` the default is 10."""
 
 
 @dataclass(frozen=True)
@@ -221,6 +225,9 @@ class TrainConfig:
     """Seconds that a process waits for the others of its run before it gives up and names them."""
     critic: Annotated[CriticConfig, Group("Critic"), Flat("critic_")] = field(default_factory=CriticConfig)
     evaluation: Annotated[EvalConfig, Group("Evaluation"), Flat("eval_")] = field(default_factory=EvalConfig)
+    stop_on: str | None = None
+    """The reward, or one of `eval_rewards`, that ends the training: once three short evaluations in a row have not
+    raised it. The finished policy is then the one for which it was highest."""
     output_dir: Annotated[Path | None, Group("Output")] = None
     """Run folder, which must not hold a run. Default: a new folder in runs/, named by the time."""
     checkpoint_every: Annotated[int, COUNT] = 10
@@ -259,6 +266,8 @@ class TrainConfig:
             values["kl_budget"] = min(values["kl_budget"], self.kl_training_budget)
         values["reward"] = self.reward or self.model.name
         values["dtype"] = self.model.dtype or "float32"
+        if self.stop_on is not None and not self.evaluation.every:
+            values["eval_every"] = _EVAL_EVERY
         resolved = self.replace(**values)
         if resolved.batch_size is None:
             resolved = resolved.replace(batch_size=num_prompts * resolved.group_size)
@@ -270,6 +279,7 @@ class TrainConfig:
         Raises:
             ValueError: if a reward cannot be read.
         """
+        named = self.reward, *self.evaluation.rewards
         return self.replace(
             model=_absolute_model(self.model.name),
             single_file_config=_absolute(self.model.single_file_config, Path.is_dir),
@@ -281,6 +291,7 @@ class TrainConfig:
             init_policy=None if self.init_policy is None else _absolute(str(self.init_policy), Path.is_dir),
             reward=None if self.reward is None else _absolute_reward(self.reward),
             eval_rewards=tuple(map(_absolute_reward, self.evaluation.rewards)),
+            stop_on=_absolute_reward(self.stop_on) if self.stop_on in named else self.stop_on,
         )
 
     @property

@@ -19,12 +19,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from noisepolicy.evaluation import Sweep, evaluate_sweep, measured_on, write_model_card, write_report
+from noisepolicy.evaluation import Sweep, evaluate_sweep, measure, measured_on, write_model_card, write_report
 from noisepolicy.evaluation.figures import are_pictures, as_pictures, before_after, image_grid
+from noisepolicy.evaluation.sweep import eval_key
 from noisepolicy.frozen import FrozenModel, PromptEmbeds
 from noisepolicy.frozen.base import row_seeds
 from noisepolicy.frozen.recording import weights_digest
@@ -82,6 +83,8 @@ from noisepolicy.training.trust import refuse_outside_code
 from noisepolicy.worlds import WORLDS
 
 _NUM_SAMPLES = 8
+_SHORT_GROUP_SIZE = 2  # images of each held-out prompt in an evaluation in training
+_PATIENCE = 3  # such evaluations in a row that do not raise the reward of `stop_on`
 _PYTHON_NAMES = {
     "--best-of": "best_of",
     "--num-images": "num_images_per_prompt",
@@ -118,6 +121,7 @@ class Run:
         ValueError: if an argument cannot be used; the message names it.
     """
 
+    _best: "_Best | None" = None
     _is_of_python = False
     """Whether errors call settings by their Python names, or by their flags."""
 
@@ -239,6 +243,7 @@ class Run:
         self.config = config = config.with_absolute_paths().resolved(len(task.train_prompts))
         config.check()
         check_trackers(config.all_trackers)
+        self._check_short_evaluation()
         self._trackers: Trackers | None = None
         if resumed is None:
             chosen = RunFolder.choose(config, is_temporary=self._is_of_python) if processes.is_main else None
@@ -267,7 +272,7 @@ class Run:
                 resumed.keep_prompts(from_caller)
                 before = load_config(resumed.config)
                 is_other = any(getattr(before, name) != getattr(config, name) for name in OF_THE_RESULT)
-                if is_other or self.iteration < config.num_iterations:
+                if is_other or not self.is_over:
                     resumed.summary.unlink(missing_ok=True)  # the policy is another than the one it is about
                 config.save(resumed.config)
         if config.model.drop_text_encoders:
@@ -343,7 +348,7 @@ class Run:
                 self._learner.begin()
             self._open_trackers()
             try:
-                while self.iteration < config.num_iterations:
+                while not self.is_over:
                     with signals.put_off:
                         metrics = self._iterate()
                         self._show(metrics, progress)
@@ -353,12 +358,18 @@ class Run:
                                 f"noisepolicy.resume({str(self.folder)!r})"
                             )
                     yield metrics
+                if self.iteration < config.num_iterations and is_main:
+                    progress.write(
+                        f"stopped: {config.stop_on} has not risen since iteration {self._best.iteration}, whose policy "
+                        "is kept",
+                        file=sys.stderr,
+                    )
             except (KeyboardInterrupt, GeneratorExit):  # between two iterations
                 if is_main and self._is_whole:
                     self.save()
                 raise
             finally:
-                if self.iteration < config.num_iterations:  # otherwise `finish` has more to show
+                if not self.is_over:  # otherwise `finish` has more to show
                     self._close_trackers()
 
     def train(self) -> "Run":
@@ -386,13 +397,15 @@ class Run:
             raise RuntimeError(f"training diverged at iteration {number + 1}: {metrics}; try a lower --learning-rate")
         self.iteration += 1
         self.processes.check_same_weights(self._learner.policy, f"'compare policies' of iteration {self.iteration}")
+        is_last, every = self.iteration == self.config.num_iterations, self.config.evaluation.every
+        if every and (is_last or self.iteration % every == 0):
+            metrics |= self._evaluate_shortly()
         self.metrics.append(metrics)
-        is_last = self.iteration == self.config.num_iterations
         if self.processes.is_main:
             # Before the checkpoint: a kill between the two then loses neither.
             with open(self._folder.metrics, "a", encoding="utf-8") as file:
                 file.write(json.dumps(metrics) + "\n")
-            if is_last or self.iteration % self.config.checkpoint_every == 0:
+            if self.is_over or self.iteration % self.config.checkpoint_every == 0:
                 self.train_seconds += time.perf_counter() - start
                 start = time.perf_counter()
                 self.save()
@@ -416,6 +429,55 @@ class Run:
             "reward_std": rollout.reward.std().item(),
             **{f"reward/{name}": mean for name, mean in means.items()},
         }
+
+    @plain_arithmetic()
+    def _evaluate_shortly(self) -> dict[str, float]:
+        """Measure the policy's rewards on the held-out prompts, and keep it if it is the best so far by `stop_on`."""
+        config, task, processes = self.config, self._task, self.processes
+        policy = self._learner.kept_policy()
+        results = measure(
+            policy,
+            task.frozen,
+            task.reward,
+            self._eval_prompts,
+            self._eval_embeds,
+            rank=processes.index,
+            num_ranks=processes.count,
+            collect=partial(processes.collect, "'evaluate'"),
+            num_inference_steps=config.num_inference_steps[0],
+            group_size=_SHORT_GROUP_SIZE,
+            guidance_scale=config.guidance_scale,
+            seed=stream_seed(0, "evaluation"),
+            eval_rewards=task.eval_rewards,
+        )
+        means = None
+        if results is not None:
+            keys = ["reward", *map(eval_key, range(len(task.eval_rewards)))]
+            values = [results.metrics[key].mean().item() for key in keys]
+            means = dict(zip(self._reward_names, values, strict=True))
+        means = processes.broadcast("'evaluate'", means)
+        if config.stop_on is not None and (self._best is None or means[config.stop_on] > self._best.reward):
+            self._best = _Best(policy, means[config.stop_on], self.iteration)
+        return {f"eval/{name}": mean for name, mean in means.items()}
+
+    @property
+    def _reward_names(self) -> list[str]:
+        """Names of the reward and of the further ones, as a user gave them."""
+        names = self.config.reward, *self.config.evaluation.rewards
+        return [name.removeprefix(FROM_PYTHON) for name in names]
+
+    def _check_short_evaluation(self) -> None:
+        config = self.config
+        if not config.evaluation.every:
+            return
+        if not self._task.eval_prompts or not config.evaluation.num_prompts:
+            raise ValueError("--eval-every and --stop-on measure on held-out prompts, and --eval-num-prompts is 0")
+        names = self._reward_names
+        if len(set(names)) < len(names):
+            raise ValueError(f"--eval-every and --stop-on need rewards of different names, got {', '.join(names)}")
+        if config.stop_on is not None and config.stop_on not in names:
+            known = ", ".join(names)
+            raise ValueError(f"--stop-on must be the reward or one of --eval-rewards ({known}), got {config.stop_on}")
 
     def _open_trackers(self) -> None:
         if self.config.all_trackers and self.processes.is_main and self._trackers is None:
@@ -501,6 +563,9 @@ class Run:
             "settings": self._settings(),
             "prompts": self._prompts.state(),
         }
+        if self._best is not None:
+            tensors |= with_prefix("best", self._best.policy.state_dict())
+            progress["best"] = {"reward": self._best.reward, "iteration": self._best.iteration}
         save_checkpoint(self._folder.checkpoints, self.iteration, tensors, progress)
         self.policy.save_pretrained(self._folder.policy)
         self._saved_iteration = self._known_checkpoint = self.iteration
@@ -556,6 +621,10 @@ class Run:
         self._learner.policy.load_state_dict(without_prefix("policy", tensors))
         self._learner.average.load_state_dict(without_prefix("average", tensors))
         self._learner.load_state(tensors, progress, self._folder.history)
+        if (best := progress.get("best")) is not None:
+            policy = self._learner.kept_policy()
+            policy.load_state_dict(without_prefix("best", tensors))
+            self._best = _Best(policy, best["reward"], best["iteration"])
         train_seconds, seconds = progress["train_seconds"], {phase: progress["seconds"][phase] for phase in PHASES}
         self.iteration = self._saved_iteration = progress["iteration"]
         self.train_seconds, self._clock.seconds = train_seconds, seconds
@@ -641,8 +710,17 @@ class Run:
         return {**phases, "other": max(self.train_seconds - sum(phases.values()), 0.0)}
 
     @property
+    def is_over(self) -> bool:
+        """Whether the training has come to its end: the last iteration, or no more gain by `stop_on`."""
+        config, best = self.config, self._best
+        has_stopped = best is not None and self.iteration - best.iteration >= _PATIENCE * config.evaluation.every
+        return has_stopped or self.iteration >= config.num_iterations
+
+    @property
     def policy(self) -> NoisePolicy:
         """The result of the run so far: a policy to save, share and draw latents with."""
+        if self._best is not None:
+            return self._best.policy
         if self._learner is not None and self._policy_iteration != self.iteration:
             self._policy, self._policy_iteration = self._learner.kept_policy(), self.iteration
         return self._policy
@@ -924,6 +1002,7 @@ class Run:
             return self._folder.read_summary() | {"frozen_sha256_after": sha256, "sweep": sweep.rows}
         return {
             "images_trained": self.images_trained,
+            "kept_iteration": self.iteration if self._best is None else self._best.iteration,
             "train_seconds": self.train_seconds,
             "seconds": self.seconds,
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -974,6 +1053,14 @@ class Run:
                 parts.append(f'<img alt="before and after" src="data:image/png;base64,{data}">')
             parts.append(self._sweep._repr_html_())
         return "".join(parts)
+
+
+class _Best(NamedTuple):
+    """The policy that was best so far by the reward of `stop_on`."""
+
+    policy: NoisePolicy
+    reward: float
+    iteration: int
 
 
 def train(model: Any = None, **arguments: Any) -> Run:
@@ -1034,11 +1121,14 @@ def check_resumed(saved: TrainConfig, config: TrainConfig) -> None:
     """Raise ValueError if a run that was saved with `saved` cannot go on with `config`."""
     before, after = saved.with_absolute_paths().plain(), config.plain()
     changed = {name for name in after if after[name] != before[name]}
+    flags = {name: setting.flag for name, setting in settings_of(TrainConfig).items()}
     if forbidden := sorted(changed - MAY_CHANGE_ON_RESUME):
-        flags = {name: setting.flag for name, setting in settings_of(TrainConfig).items()}
         allowed = ", ".join(flags[name] for name in sorted(MAY_CHANGE_ON_RESUME))
         raise ValueError(f"{flags[forbidden[0]]} cannot change in a resumed run; only {allowed} can")
     config.check()
+    if saved.stop_on is not None and (of_result := sorted(changed & set(OF_THE_RESULT))):
+        name = flags[of_result[0]]
+        raise ValueError(f"{name} cannot change in a run with --stop-on, whose policy is kept as it was measured")
     if saved.holds_out_prompts and not config.holds_out_prompts:
         raise ValueError(
             "this run holds out a fifth of its prompts for evaluation; --eval-prompts or --eval-num-prompts 0 would "

@@ -21,7 +21,17 @@ SETTINGS = {
         "group_size": 2,
         "rollout_batch_size": 6,
     },
-    "ppo": {"algorithm": "ppo", "num_iterations": 8, "batch_size": 15, "group_size": 5, "rollout_batch_size": 4},
+    "ppo": {
+        "algorithm": "ppo",
+        "num_iterations": 8,
+        "batch_size": 15,
+        "group_size": 5,
+        "rollout_batch_size": 4,
+        "eval_prompts": [f"prompt {number}" for number in range(40)],
+        "eval_num_prompts": 40,
+        "stop_on": "left_or_right",
+        "eval_every": 3,
+    },
     "find": {"algorithm": "find", "batch_size": None, "group_size": 5, "rollout_batch_size": 3, "num_iterations": 5},
 }
 
