@@ -4,7 +4,8 @@
                                                 |  [weight *] [folder/]module:function
                                                 |  [weight *] http://... | https://...
 
-An argument is a local folder, a hub id, for `frames` and `cached` another reward, or for `pil` a module:function.
+An argument is a local folder, a hub id, for `frames` and `cached` another reward, for `pil` a module:function, or for
+`votes` a folder of votes.
 What a name needs is imported when its reward is made.
 """
 
@@ -33,7 +34,8 @@ class _Entry:
     module: str
     maker: str
     takes: str = "nothing"
-    """"nothing", "models" (folders or hub ids, all optional), "reward", "function" or "address" (one, required)."""
+    """"nothing", "models" (folders or hub ids, all optional), "reward", "function", "folder" or "address" (one,
+    required)."""
     max_models: int = 0
 
 
@@ -56,6 +58,7 @@ _REGISTRY: dict[str, _Entry] = {
     "frames": _Entry("video", "FrameMean", "reward"),
     "cached": _Entry("cache", "CachedReward", "reward"),
     "pil": _Entry("pil", "PilReward", "function"),
+    "votes": _Entry("votes", "VotesReward", "folder"),
     "raw": _Entry("http_client", "RawHttpReward", "address"),
 }
 
@@ -184,6 +187,8 @@ def _absolute_name(name: str) -> str:
         given = with_absolute_folder(argument)
     elif entry.takes == "reward" and argument:
         given = with_absolute_paths(argument)
+    elif entry.takes == "folder":
+        given = absolute_folder(argument)
     else:
         return name
     return given.join(name.rsplit(argument, 1)) if argument else name
@@ -212,7 +217,12 @@ def _make(name: str, entry: _Entry, argument: str, device: torch.device | str) -
     if entry.takes == "nothing" and argument:
         raise ValueError(f"reward {name!r}: {name.partition('(')[0]} takes no argument")
     models = list(_models(argument, name, entry.max_models)) if entry.takes == "models" else []
-    needed = {"reward": "a reward", "function": "a function, module:function,", "address": "an address"}
+    needed = {
+        "reward": "a reward",
+        "function": "a function, module:function,",
+        "folder": "a folder",
+        "address": "an address",
+    }
     if entry.takes in needed and (not argument or (entry.takes == "function" and ":" not in argument)):
         raise ValueError(f"reward {name!r}: it needs {needed[entry.takes]} in parentheses")
     given: Any = argument

@@ -1,10 +1,13 @@
 """Votes on pairs of pictures: a simulated voter with errors is understood, and no vote is lost."""
 
+import json
+
 import pytest
 import torch
 
+import noisepolicy
 from noisepolicy.policies import SpectralPolicy
-from noisepolicy.rewards.registry import load_reward
+from noisepolicy.rewards.registry import load_reward, with_absolute_paths
 from noisepolicy.training.voting import Voting
 from noisepolicy.worlds.shapes import held_out_scenes
 
@@ -33,6 +36,26 @@ def test_sixty_votes_with_errors_are_worth_more_than_half_of_best_of_four(frozen
         found.append((best - first.mean().item(), (first.reshape(-1, 4).amax(1).mean() - first.mean()).item()))
     gain, of_best_of_four = torch.tensor(found).mean(0).tolist()
     assert gain > 0.5 * of_best_of_four > 0
+
+
+@pytest.mark.slow
+def test_a_policy_learned_from_votes_beats_best_of_four(frozen, tmp_path):
+    """The mean of the policy's pictures, by the reward that the voter had in mind."""
+    reward, found = load_reward("shapes"), []
+    for number, prompt in enumerate(PROMPTS[:2]):
+        votes = tmp_path / f"votes{number}"
+        voting = Voting(frozen, prompt, votes, seed=number, **SETTINGS)
+        first = reward(torch.stack([voting.image(index) for index in range(64)]), [prompt] * 64)
+        simulated_votes(voting, reward, 60, error=0.1, seed=number)
+        run = noisepolicy.Run(
+            frozen, reward=f"votes({votes})", prompts=[prompt], algorithm="find", output_dir=tmp_path / f"run{number}"
+        )
+        assert len(list(run)) == 20
+        latents = run.policy.latents(frozen, [prompt] * 32, seed=1)
+        images = frozen.generate(latents, frozen.encode([prompt] * 32), **SETTINGS)
+        found.append((reward(images, [prompt] * 32).mean().item(), first.reshape(-1, 4).amax(1).mean().item()))
+    of_policy, best_of_four = torch.tensor(found).mean(0).tolist()
+    assert of_policy > best_of_four
 
 
 def test_votes_are_kept_and_taken_back(frozen, tmp_path):
@@ -75,3 +98,30 @@ def test_it_starts_from_a_policy(frozen, tmp_path):
     voting = Voting(frozen, PROMPTS[0], tmp_path, policy=policy, seed=3, **SETTINGS)
     expected = policy.latents(frozen, PROMPTS[0], seed=3, index=5, num_inference_steps=2)
     torch.testing.assert_close(voting.latents(5), expected, rtol=0, atol=1e-5)
+
+
+def test_votes_become_a_reward_of_any_command(frozen, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"votes\(mine\).*mine holds no votes; noisepolicy vote"):
+        load_reward("votes(mine)")
+    with pytest.raises(ValueError, match=r"votes\(\).*it needs a folder in parentheses"):
+        load_reward("votes()")
+    voting = Voting(frozen, PROMPTS[0], tmp_path / "mine", **SETTINGS)
+    with pytest.raises(ValueError, match="holds no votes"):
+        load_reward("votes(mine)")
+    simulated_votes(voting, load_reward("red"), 10, error=0)
+    reward = load_reward("0.5*votes(mine) + 0.5*brightness")
+    assert with_absolute_paths("votes(mine)") == f"votes({tmp_path / 'mine'})"
+    images = torch.stack([voting.image(number) for number in range(64)])
+    learned = reward.parts(images, [PROMPTS[0]] * 64)[:, 0]
+    assert learned.argmax() == voting.best
+    assert torch.corrcoef(torch.stack([learned, load_reward("red")(images, [""] * 64)]))[0, 1] > 0.3
+    # Of two colours as far from what was voted on, that which won is better; further still, both are a guess.
+    red, blue = (torch.zeros(1, 3, 64, 64).index_fill_(1, torch.tensor(channel), 1) for channel in (0, 2))
+    mine = load_reward("votes(mine)")
+    assert mine(images.mean(0, keepdim=True) + 0.1 * red, [""]) > mine(images.mean(0, keepdim=True) + 0.1 * blue, [""])
+    video = images[:2, None].expand(-1, 3, -1, -1, -1)
+    torch.testing.assert_close(mine(video, ["", ""]), mine(images[:2], ["", ""]))
+    (tmp_path / "mine" / "votes.jsonl").write_text(json.dumps([0, 64]) + "\n")
+    with pytest.raises(ValueError, match="cannot be read: a vote on pictures 0 and 64, of 64"):
+        load_reward("votes(mine)")
