@@ -4,7 +4,9 @@ import argparse
 import base64
 import html
 import sys
-from collections.abc import Sequence
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,7 +59,7 @@ def _serve(arguments: argparse.Namespace) -> None:
 
 def serve(page: "gradio.Blocks", arguments: argparse.Namespace) -> None:
     """Serve a page until it is interrupted."""
-    page.queue(default_concurrency_limit=1)  # the model makes one picture at a time
+    page.queue()
     page.launch(server_name=arguments.host, server_port=arguments.port, share=arguments.share, footer_links=[])
 
 
@@ -136,12 +138,17 @@ def make_page(demo: Demo) -> "gradio.Blocks":
         ValueError: if Gradio is not installed.
     """
     gradio = import_gradio()
+    is_free = threading.Lock()  # the model makes the pictures of one event at a time
 
     def pair(prompt: str, seed: float, steps: float) -> str:
         return figures_html(list(_asked(demo.pictures, prompt, seed, steps).items()), PAIR)
 
     def strip(prompt: str, seed: float, steps: float) -> str:
         return figures_html(_asked(demo.candidates, prompt, seed, steps), _STRIP)
+
+    def gallery(seed: float, steps: float) -> Iterator[dict[Any, str]]:
+        for shown, text in zip(pairs, demo.examples, strict=True):
+            yield {shown: html.escape(text) + pair(text, seed, steps)}
 
     def begin(request: gradio.Request) -> tuple[str, int, int, str]:
         asked = dict(request.query_params)
@@ -154,7 +161,8 @@ def make_page(demo: Demo) -> "gradio.Blocks":
         try:
             if not prompt.strip():
                 raise ValueError("the prompt is empty")
-            return make(prompt, int(seed), int(steps))
+            with is_free:
+                return make(prompt, int(seed), int(steps))
         except (ValueError, RuntimeError) as error:
             raise gradio.Error(" ".join(str(error).split()), print_exception=False) from error
 
@@ -174,6 +182,14 @@ def make_page(demo: Demo) -> "gradio.Blocks":
         if demo.examples:
             examples = gradio.Examples([[text] for text in demo.examples], prompt, label="Held-out prompts")
             examples.load_input_event.then(pair, asked, pictures, api_name=False)
+            pairs = []
+            with gradio.Accordion("Gallery of the held-out prompts", open=False) as accordion, gradio.Row():
+                for _ in demo.examples:
+                    with gradio.Column(min_width=280):
+                        pairs.append(gradio.HTML(elem_classes="gallery"))
+            # Its pictures are made while it is open.
+            opened = accordion.expand(gallery, [seed, steps], pairs, api_name="gallery")
+            accordion.collapse(lambda: [""] * len(pairs), None, pairs, cancels=[opened], api_name=False)
         page.load(begin, None, [*asked, pictures], api_name=False)
     return page
 
@@ -210,7 +226,6 @@ def _of_run(path: Path, arguments: argparse.Namespace) -> Demo:
     from noisepolicy.training.run import Run
     from noisepolicy.training.run_folder import RunFolder
     from noisepolicy.training.trust import refuse_outside_code
-    from noisepolicy.worlds import find_world
 
     folder, config = RunFolder.open(path)
     refuse_outside_code(folder.path, model=None if arguments.model else config.model.name)
@@ -219,15 +234,18 @@ def _of_run(path: Path, arguments: argparse.Namespace) -> Demo:
     config.check()
     folder.check_model_is_there(config)
     run = Run.open(folder, with_engine(config, arguments), device=arguments.device)
-    world = find_world(config.model.name)
-    captions = [] if world is None else [scene.caption for scene in world.held_out_scenes()]
+    try:
+        examples = run.held_out_prompts[:_NUM_EXAMPLES]
+    except ValueError as error:
+        warnings.warn(f"the page has no held-out prompts: {error}", stacklevel=2)
+        examples = []
     return Demo(
         folder.path.name,
         run.model,
         run.policy,
         config.num_inference_steps[0],
         config.guidance_scale,
-        captions[:_NUM_EXAMPLES],
+        examples,
     )
 
 

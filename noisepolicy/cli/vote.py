@@ -85,9 +85,8 @@ def make_page(voting: "Voting") -> "gradio.Blocks":
             back = gradio.Button("Undo (\u232b)", elem_id="undo", min_width=80)
         best = gradio.HTML()
         shown = [pair, best]
-        left.click(vote_left, None, shown, api_name="left")
-        right.click(vote_right, None, shown, api_name="right")
-        back.click(undo, None, shown, api_name="undo")
+        for button, function, name in ((left, vote_left, "left"), (right, vote_right, "right"), (back, undo, "undo")):
+            button.click(function, None, shown, api_name=name, concurrency_id="voting")  # one at a time
         page.load(show, None, shown, js=_KEYS, api_name=False)
     return page
 

@@ -74,6 +74,7 @@ from noisepolicy.training.task import (
     dtype_of,
     find_object,
     load_model,
+    load_prompts,
     load_task,
     refuse_object,
     reward_name,
@@ -687,6 +688,17 @@ class Run:
     def model(self) -> FrozenModel:
         """The frozen model."""
         return self._frozen
+
+    @property
+    def held_out_prompts(self) -> Sequence[str]:
+        """The prompts of the run's own evaluation.
+
+        Raises:
+            ValueError: if they cannot be read.
+        """
+        if self._task is not None:
+            return self._task.eval_prompts
+        return load_prompts(self.config, self._given, for_training=False)[1]
 
     @property
     def evaluation(self) -> Sweep:

@@ -75,7 +75,7 @@ def load_task(
     given = given or Given()
     _refuse_missing_objects(config, given)
     world = find_world(config.model.name)
-    train, held_out = _load_prompts(config, given, world, for_training=for_training)
+    train, held_out = load_prompts(config, given, for_training=for_training)
     if world is None and config.reward is None and given.reward is None:
         raise ValueError(f"--model {config.model.name} needs --reward, e.g. pickscore")
     if world is not None and given.reward is None and config.reward in (None, config.model.name):
@@ -248,10 +248,13 @@ def reward_name(reward: Reward) -> str:
     return reward.spec or FROM_PYTHON + reward.name
 
 
-def _load_prompts(
-    config: TrainConfig, given: Given, world: Any, *, for_training: bool
-) -> tuple[Sequence[str], Sequence[str]]:
-    """Load the prompts for training and for evaluation."""
+def load_prompts(config: TrainConfig, given: Given, *, for_training: bool) -> tuple[Sequence[str], Sequence[str]]:
+    """Load the prompts for training, where they are needed, and for evaluation.
+
+    Raises:
+        ValueError: if there are none, or they cannot be read.
+    """
+    world = find_world(config.model.name)
     has_prompts = bool(config.prompts) or given.prompts is not None
     has_eval_prompts = bool(config.evaluation.prompts) or given.eval_prompts is not None
     is_find = config.algorithm == "find"

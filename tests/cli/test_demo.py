@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+import noisepolicy
 from noisepolicy.cli import demo as command
 from noisepolicy.cli import main as cli
 from noisepolicy.cli import vote
@@ -75,6 +76,29 @@ def test_pictures_and_candidates(address, demo, frozen):
     assert len(made) == 8 and foreseen == sorted(foreseen, reverse=True) and foreseen[0] > foreseen[-1]
     with pytest.raises(Exception, match="the prompt is empty"):
         client.predict(" ", 7, 2, api_name="/pictures")
+
+
+def test_the_model_makes_the_pictures_of_one_event_at_a_time(address, demo, monkeypatch):
+    from gradio_client import Client
+
+    client, inside, most = Client(address, verbose=False), [], []
+
+    def watched(make):
+        def call(*arguments):
+            inside.append(make)
+            time.sleep(0.3)
+            most.append(len(inside))
+            inside.remove(make)
+            return make(*arguments)
+
+        return call
+
+    for name in ("pictures", "candidates"):
+        monkeypatch.setattr(demo, name, watched(getattr(demo, name)))
+    jobs = [client.submit(PROMPTS[0], 1, 1, api_name=f"/{name}") for name in ("pictures", "candidates")]
+    jobs.append(client.submit(1, 1, api_name="/gallery"))
+    assert all(job.result(60) for job in jobs)
+    assert len(most) == 2 + len(PROMPTS) and max(most) == 1
 
 
 class Browser:
@@ -149,14 +173,39 @@ def test_the_page_in_a_browser(address, browser, width, tmp_path):
         page.wait("document.querySelector('.pictures img').src != before")
         page.value("[...document.querySelectorAll('button')].find(b => b.innerText == 'Show candidates').click()")
         page.wait("document.querySelectorAll('.pictures img').length == 10")
+        # The gallery's pictures are made once it is opened, one pair after another.
+        page.value("[...document.querySelectorAll('button')].find(b => b.innerText.includes('Gallery')).click()")
+        page.wait("document.querySelectorAll('.gallery .pictures img').length == 6")
+        assert page.value("document.querySelectorAll('.pictures img').length") == 16
+        left = page.value(
+            "[...document.querySelectorAll('.gallery .pictures')].map(p => p.getBoundingClientRect().left)"
+        )
+        assert len(set(left)) == (1 if width < 600 else 3), "pairs are below each other on a phone, else side by side"
         widths = page.value("[...document.querySelectorAll('.pictures img')].map(image => image.clientWidth)")
         assert min(widths) > 90 and page.value("document.documentElement.scrollWidth") <= width
         assert page.value("document.querySelector('h2 b')") is None, "names are text"
+        page.value("[...document.querySelectorAll('button')].find(b => b.innerText.includes('Gallery')).click()")
+        page.wait("document.querySelectorAll('.pictures img').length == 10")
         png = base64.b64decode(page.call("Page.captureScreenshot")["data"])
         (tmp_path / "page.png").write_bytes(png)
         assert len(np.unique(np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).reshape(-1, 3), axis=0)) > 200
     finally:
         page.close()
+
+
+def test_the_gallery_shows_the_held_out_prompts_of_the_run(tmp_path, monkeypatch, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(scene.caption for scene in held_out_scenes()[:5]))
+    settings = {"num_iterations": 1, "batch_size": 4, "critic_warmup": 4, "critic_updates": 1, "eval_num_prompts": 1}
+    run = noisepolicy.Run("shapes", reward="red", prompts=prompts, output_dir=tmp_path / "run", **settings)
+    assert len(list(run)) == 1 and len(run.held_out_prompts) == 1
+    served = []
+    monkeypatch.setattr(command, "make_page", lambda demo: served.append(demo) or _Page())
+    assert cli.main(["demo", str(tmp_path / "run")]) == 0
+    prompts.unlink()
+    assert cli.main(["demo", str(tmp_path / "run")]) == 0
+    assert "warning: the page has no held-out prompts: cannot read prompt file" in capsys.readouterr().err
+    assert [list(demo.examples) for demo in served] == [list(run.held_out_prompts), []]
 
 
 def test_what_the_command_loads(policy_folder, tmp_path, monkeypatch, capsys):
