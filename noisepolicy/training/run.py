@@ -59,6 +59,7 @@ from noisepolicy.training.find import Find
 from noisepolicy.training.launch import num_ranks
 from noisepolicy.training.learner import Learner
 from noisepolicy.training.noise_ppo import NoisePpo
+from noisepolicy.training.notebook import LivePlot, in_notebook
 from noisepolicy.training.processes import Processes
 from noisepolicy.training.prompt_list import PromptList
 from noisepolicy.training.prompt_records import identity
@@ -324,8 +325,6 @@ class Run:
 
     def iterations(self, signals: Signals) -> Iterator[dict[str, Any]]:
         """Train and yield metrics as `__iter__`, with a caller's own signal handlers."""
-        from tqdm.auto import tqdm
-
         config, is_main = self.config, self.processes.is_main
         if self._learner is None:
             raise ValueError("this run was opened to look at; noisepolicy.resume(folder) trains it")
@@ -334,14 +333,8 @@ class Run:
                 "an iteration of this run was cut short; go on from its last checkpoint with "
                 f"noisepolicy.resume({str(self.folder)!r})"
             )
-        progress = tqdm(
-            total=config.num_iterations,
-            initial=self.iteration,
-            unit="it",
-            disable=not is_main,
-            dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 15.0,
-        )
+        plot = LivePlot()
+        progress = self._progress_bar(total=config.num_iterations, initial=self.iteration, unit="it")
         with self._writing(), progress, signals:
             if is_main:
                 self._prompts.keep(self._folder.prompts)
@@ -352,7 +345,7 @@ class Run:
                 while not self.is_over:
                     with signals.put_off:
                         metrics = self._iterate()
-                        self._show(metrics, progress)
+                        self._show(metrics, progress, plot)
                         if self._is_signalled(signals):
                             raise KeyboardInterrupt(
                                 f"stopped after iteration {self.iteration}; go on with "
@@ -490,7 +483,18 @@ class Run:
             self._trackers.close()
             self._trackers = None
 
-    def _show(self, metrics: dict[str, Any], progress: Any) -> None:
+    def _progress_bar(self, **options: Any) -> Any:
+        from tqdm.auto import tqdm
+
+        is_watched = sys.stderr.isatty() or in_notebook()  # and no log file
+        return tqdm(
+            disable=not self.processes.is_main,
+            dynamic_ncols=True,
+            mininterval=0.5 if is_watched else 15.0,
+            **options,
+        )
+
+    def _show(self, metrics: dict[str, Any], progress: Any, plot: LivePlot) -> None:
         progress.set_postfix(
             images=metrics["images"],
             reward=f"{metrics['reward']:.3f}",
@@ -499,6 +503,8 @@ class Run:
             refresh=False,
         )
         progress.update()
+        if self.processes.is_main:
+            plot.update(self.metrics, is_last=self.iteration == self.config.num_iterations)
         if self._trackers is not None:
             self._trackers.log(metrics, metrics["images"])
         if self.processes.is_main and metrics["iteration"] % self.config.sample_every == 0:
@@ -796,18 +802,9 @@ class Run:
         return self._sweep_over(task, prompts, embeds, config)
 
     def _sweep_over(self, task: Task, prompts: Sequence[str], embeds: PromptEmbeds, config: TrainConfig) -> Sweep:
-        from tqdm.auto import tqdm
-
         processes, steps, group_size = self.processes, task.eval_steps, config.evaluation.group_size
         num_images = 2 * len(steps) * len(prompts) * group_size // processes.count
-        with tqdm(
-            total=num_images,
-            desc="evaluating",
-            unit="image",
-            dynamic_ncols=True,
-            disable=not processes.is_main,
-            mininterval=0.5 if sys.stderr.isatty() else 15.0,
-        ) as progress:
+        with self._progress_bar(total=num_images, desc="evaluating", unit="image") as progress:
             return evaluate_sweep(
                 self.policy,
                 task.frozen,
