@@ -73,12 +73,11 @@ def private_copy(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     Raises:
         ValueError: if it is no pipeline.
     """
+    kind = unattached_class(pipeline)
+    own = copy.copy(pipeline)
+    own.__class__ = kind
     if isinstance(pipeline, ModularPipeline):
-        own = as_pipeline(pipeline)
-    else:
-        kind = unattached_class(pipeline)
-        own = copy.copy(pipeline)
-        own.__class__ = kind
+        own = as_pipeline(own)
     if getattr(pipeline, "scheduler", None) is not None:
         own.scheduler = copy.deepcopy(pipeline.scheduler)  # it keeps state
     own.set_progress_bar_config(disable=True)
@@ -90,13 +89,13 @@ def private_copy(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     return own
 
 
-def unattached_class(pipeline: DiffusionPipeline) -> type:
+def unattached_class(pipeline: DiffusionPipeline | ModularPipeline) -> type:
     """Return the class that a pipeline has without a policy that `noisepolicy.attach` attached.
 
     Raises:
         ValueError: if it is no pipeline.
     """
-    if not isinstance(pipeline, DiffusionPipeline):
+    if not is_pipeline(pipeline):
         raise ValueError(f"a diffusers pipeline is needed, got {type(pipeline).__name__}")
     return getattr(type(pipeline), "unattached_class", type(pipeline))
 

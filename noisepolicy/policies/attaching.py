@@ -5,7 +5,8 @@
     noisepolicy.detach(pipe)
 
 The pipeline becomes of a subclass of its own class, made here, whose `__call__` hands the policy's latents to the
-class's own. Nothing else of the pipeline changes.
+class's own. A modular pipeline runs its own blocks with a `LearnedNoiseStep` among them. Nothing else of the pipeline
+changes.
 """
 
 import inspect
@@ -35,7 +36,7 @@ def attach(
     call with `latents` starts from these.
 
     Args:
-        pipeline: A pipeline of diffusers. A policy that is attached already is replaced.
+        pipeline: A pipeline of diffusers or of Modular Diffusers. A policy that is attached already is replaced.
         policy: The policy, its folder, its run's folder or its hub id.
         num_candidates: Number of starts that the critic chooses among. Default: the policy's own.
 
@@ -49,12 +50,14 @@ def attach(
     from noisepolicy.frozen.calling import call_parameters, unattached_class
 
     kind = unattached_class(pipeline)
+    if not isinstance(policy, NoisePolicy):
+        policy = noisepolicy.load(policy)
+    if hasattr(kind, "blocks"):
+        return _become(pipeline, _modular_class(kind, pipeline.blocks, policy, num_candidates))
     defaults, signature = call_parameters(kind), inspect.signature(kind.__call__)
     for name in ("prompt", "latents"):
         if name not in defaults:
             raise ValueError(f"the call of {kind.__name__} takes no {name}, so no policy can be attached to it")
-    if not isinstance(policy, NoisePolicy):
-        policy = noisepolicy.load(policy)
 
     class Attached(kind):
         unattached_class = kind
@@ -92,9 +95,45 @@ def attach(
             )
             return super().__call__(**call)
 
+    return _become(pipeline, Attached)
+
+
+def _modular_class(kind: type, blocks: Any, policy: NoisePolicy, num_candidates: int | None) -> type:
+    """Make a class of modular pipelines that start from a policy's latents.
+
+    Args:
+        kind: The pipeline's own class.
+        blocks: A copy of its blocks.
+    """
+    from noisepolicy.frozen.base import row_seeds
+    from noisepolicy.integrations.modular_diffusers import insert_learned_noise
+
+    learned = insert_learned_noise(blocks)
+    draws = "generator" in {param.name for param in blocks.inputs}
+
+    class Attached(kind):
+        unattached_class = kind
+
+        def __call__(self, state: Any = None, output: Any = None, **inputs: Any) -> Any:
+            if draws and inputs.get("seed") is not None and inputs.get("generator") is None:
+                own = row_seeds(inputs["seed"], range(1))[0]
+                inputs["generator"] = torch.Generator(self._execution_device).manual_seed(own)
+            plain, self._blocks = self._blocks, learned
+            try:
+                return super().__call__(
+                    state, output, **{"noise_policy": policy, "num_candidates": num_candidates, **inputs}
+                )
+            finally:
+                self._blocks = plain
+
+    return Attached
+
+
+def _become(pipeline: "DiffusionPipeline", attached: type) -> "DiffusionPipeline":
     # Diffusers writes the class's name into what it saves, and finds related classes by it.
-    Attached.__name__, Attached.__qualname__, Attached.__module__ = kind.__name__, kind.__qualname__, kind.__module__
-    pipeline.__class__ = Attached
+    kind = attached.unattached_class
+    attached.__name__, attached.__qualname__, attached.__module__ = kind.__name__, kind.__qualname__, kind.__module__
+    pipeline.__class__ = attached
     return pipeline
 
 

@@ -1,7 +1,11 @@
 """The block of Modular Diffusers: tiny pipelines of real components start from a policy's latents."""
 
+import copy
+
 import pytest
 import torch
+
+import noisepolicy
 
 diffusers = pytest.importorskip("diffusers", minversion="0.42")
 
@@ -64,6 +68,29 @@ def test_it_starts_from_the_policys_latents(name):
     plain = images()
     assert torch.equal(plain, images(seed=7))
     assert not torch.allclose(plain, learned, atol=1e-4)
+
+
+def test_a_policy_is_attached_and_detached():
+    with_block, call, policy, _, _ = tiny("FluxModularPipeline")
+    pipeline, _ = build_modular("FluxModularPipeline")
+    parts = {key: part for key, part in with_block.components.items() if part is not None}
+    pipeline.update_components(**parts)
+    kind, settings = type(pipeline), {"prompt": PROMPT, "output": "images", "output_type": "pt", **call}
+    plain = pipeline(generator=torch.Generator().manual_seed(5), **settings)
+    assert noisepolicy.attach(pipeline, policy) is pipeline
+    learned = pipeline(seed=7, **settings)
+    assert torch.equal(learned, with_block(noise_policy=policy, seed=7, **settings))
+    batch = pipeline(seed=7, num_images_per_prompt=3, **settings)
+    torch.testing.assert_close(pipeline(seed=7, index=2, **settings), batch[2:], rtol=0, atol=1e-4)
+    # As a frozen model it is the plain pipeline, and attached anew it has the other policy alone.
+    frozen = FrozenDiffusersPipeline(pipeline, height=call["height"], width=call["width"])
+    assert "noise_policy" not in {param.name for param in pipeline.blocks.inputs} and frozen.latent_shape
+    other = copy.deepcopy(policy)
+    torch.nn.init.normal_(other.mean.weight, std=0.1)
+    noisepolicy.attach(pipeline, other)
+    assert not torch.allclose(pipeline(seed=7, **settings), learned, atol=1e-4)
+    assert noisepolicy.detach(pipeline) is pipeline and type(pipeline) is kind
+    assert torch.equal(pipeline(generator=torch.Generator().manual_seed(5), **settings), plain)
 
 
 def test_several_pictures_and_a_folder(tmp_path):
