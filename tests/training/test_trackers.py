@@ -98,6 +98,24 @@ def test_trackio_gets_them(run, tmp_path):
     assert any("evaluation" in row for row in rows)
 
 
+def test_mlflow_gets_them(run, tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    made = run("mlflow").train()
+    client = mlflow.MlflowClient()
+    [experiment] = client.search_experiments(filter_string="name = 'noisepolicy'")
+    [tracked] = client.search_runs([experiment.experiment_id])
+    assert tracked.info.status == "FINISHED" and tracked.info.run_name.startswith("run-")
+    assert tracked.data.params["batch_size"] == "16"
+    rewards = client.get_metric_history(tracked.info.run_id, "reward")
+    assert [each.step for each in rewards] == NUM_IMAGES
+    assert [each.value for each in rewards] == pytest.approx([metrics["reward"] for metrics in made.metrics])
+    assert tracked.data.metrics["evaluation/2_steps/gain"] == pytest.approx(made.evaluation.rows[1]["gain"])
+    artifacts = {each.path for each in client.list_artifacts(tracked.info.run_id)}
+    assert {"samples", "before_after", "report.html"} <= artifacts
+    assert len(client.list_artifacts(tracked.info.run_id, "samples")) == 3
+
+
 def test_a_tracker_that_fails_is_left_out(run, monkeypatch):
     pytest.importorskip("tensorboard")
     from accelerate.tracking import TensorBoardTracker
