@@ -67,16 +67,38 @@ class LearnedNoiseNode(io.ComfyNode):
                     max=65536,
                     tooltip="Starts that the critic chooses among; 0: the policy's own",
                 ),
+                io.Float.Input(
+                    "variety",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    optional=True,  # workflows that were saved before have no such value
+                    tooltip="How much the pictures of a batch are to differ; 0: as the policy was trained",
+                ),
             ],
             outputs=[io.Noise.Output()],
         )
 
     @classmethod
     def execute(
-        cls, policy: noisepolicy.NoisePolicy, conditioning: list, noise_seed: int, steps: int, candidates: int
+        cls,
+        policy: noisepolicy.NoisePolicy,
+        conditioning: list,
+        noise_seed: int,
+        steps: int,
+        candidates: int,
+        variety: float = 0.0,
     ) -> io.NodeOutput:
         return io.NodeOutput(
-            LearnedNoise(policy, conditioning, noise_seed, num_inference_steps=steps, num_candidates=candidates or None)
+            LearnedNoise(
+                policy,
+                conditioning,
+                noise_seed,
+                num_inference_steps=steps,
+                num_candidates=candidates or None,
+                variety=variety,
+            )
         )
 
 

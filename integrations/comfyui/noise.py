@@ -16,6 +16,7 @@ class LearnedNoise:
         seed: Seed of the noise.
         num_inference_steps: Number of denoising steps that the sampler will take.
         num_candidates: Number of starts that the policy's critic chooses among. Default: as in training.
+        variety: How much the pictures of a batch are to differ, from 0 to 1.
 
     Raises:
         ValueError: if the conditioning is of another text encoder than the policy's.
@@ -29,11 +30,16 @@ class LearnedNoise:
         *,
         num_inference_steps: int = 1,
         num_candidates: int | None = None,
+        variety: float = 0.0,
     ) -> None:
         self.seed = seed
         embeds = policy.fit_tokens(conditioning[0][0])
         self._policy, self._embeds = policy, embeds.to(next(policy.parameters()).device)
-        self._options = {"num_inference_steps": num_inference_steps, "num_candidates": num_candidates}
+        self._options = {
+            "num_inference_steps": num_inference_steps,
+            "num_candidates": num_candidates,
+            "variety": variety,
+        }
 
     def generate_noise(self, input_latent: dict[str, Any]) -> torch.Tensor:
         """Make noise of the shape of a LATENT, whose `batch_index` names each row's noise of the seed.

@@ -78,6 +78,9 @@ class LearnedNoiseStep(ModularPipelineBlocks):
             InputParam("seed", type_hint=int, description="Seed of the noise. Default: one that torch draws."),
             InputParam("index", description="Index of each picture's noise. Default: 0, 1, 2, ..."),
             InputParam("num_candidates", type_hint=int, description="Starts that the policy's critic chooses among."),
+            InputParam(
+                "variety", type_hint=float, description="How much the pictures of a prompt are to differ, 0 to 1."
+            ),
             InputParam("num_inference_steps", description="Number of denoising steps."),
             InputParam("prompt_embeds", required=True, description="The prompts, by the text encoder step."),
             InputParam("latents", description="Latents to start from, which are left as they are."),
@@ -141,6 +144,7 @@ class LearnedNoiseStep(ModularPipelineBlocks):
             index=given.index,
             num_inference_steps=given.num_inference_steps or 1,
             num_candidates=given.num_candidates,
+            variety=given.variety or 0.0,
             latent_shape=shape,
         )
         return latents[:, :channels].reshape(count, channels, *extent).movedim(1, axis)

@@ -184,6 +184,11 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
         from noisepolicy.benchmarks import copies
 
         return copies.run(arguments.run, arguments.steps, arguments.num_prompts, arguments.lora_steps)
+    if arguments.command == "variety":
+        quiet_loading()
+        from noisepolicy.benchmarks import variety
+
+        return variety.run(arguments.runs, arguments.num_prompts, arguments.output)
     from noisepolicy.benchmarks.algorithms import training
 
     return training.run(arguments.output_dir, arguments.seeds, arguments.train_arguments, arguments.rewards)

@@ -77,6 +77,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     copies.add_argument("--steps", type=int, nargs="+", default=[1, 4, 8], help="further step counts; default: 1 4 8")
     copies.add_argument("--num-prompts", type=int, default=24, help="held-out prompts, eight images each; default: 24")
     copies.add_argument("--lora-steps", type=int, default=100, help="gradient steps on the LoRA; default: 100")
+    variety = commands.add_parser(
+        "variety",
+        help="reward against variety: policies of the embedded model beside other ways to make pictures differ",
+    )
+    variety.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders of noisepolicy-train shapes")
+    variety.add_argument("--num-prompts", type=int, default=48, help="held-out prompts, eight images each; default: 48")
+    variety.add_argument("--output", type=Path, metavar="DIR", help="for variety.png and variety_pictures.png")
     report = commands.add_parser("report", help="an HTML file of a result of kernels, latency or algorithms")
     report.add_argument("result", type=Path, metavar="RESULT.json")
     report.add_argument("--output", type=Path, metavar="REPORT.html", help="default: beside the result")

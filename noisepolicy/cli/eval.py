@@ -26,6 +26,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompt-column", help="column of the prompts in files of records (default: the run's)")
     parser.add_argument("--num-prompts", type=int, help="largest number of prompts (default: the run's)")
     parser.add_argument("--group-size", type=int, help="images of each prompt (default: the run's)")
+    parser.add_argument(
+        "--variety",
+        type=float,
+        default=0.0,
+        help="how much the policy's images of a prompt are to differ, 0 to 1, see noisepolicy-generate (default: 0)",
+    )
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: the run's)")
     add_engine_arguments(parser)
     parser.add_argument("--output-dir", type=Path, help="folder for the report (default: RUN/evaluation)")
@@ -71,7 +77,7 @@ def _evaluate(arguments: argparse.Namespace, copy: dict[str, Any]) -> None:
     config.check()
     folder.check_model_is_there(config)
     run = Run.open(folder, with_engine(config, arguments), device=arguments.device)
-    sweep = run.evaluate()
+    sweep = run.evaluate(variety=arguments.variety)
     if run.is_main:
         report = run.report(arguments.output_dir or folder.within("evaluation"))
         print(f"\n{sweep}\nreport  {report}")

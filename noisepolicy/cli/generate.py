@@ -22,6 +22,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
     parser.add_argument("--best-of", type=int, default=1, help="images of which the best is kept (default: 1)")
     parser.add_argument("--reward", help="reward that --best-of chooses by (default: the run's)")
+    parser.add_argument(
+        "--variety",
+        type=float,
+        default=0.0,
+        help="how much the images of a prompt are to differ, from 0 to 1, as the critic foresees them; no further "
+        "image is made (default: 0; 0.2 is a good first try)",
+    )
     parser.add_argument("--compare", action="store_true", help="also write the base model's images, and a grid of both")
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: the run's)")
     add_engine_arguments(parser)
@@ -59,6 +66,7 @@ def _generate(arguments: argparse.Namespace, copy: dict[str, Any]) -> None:
         best_of=arguments.best_of,
         reward=arguments.reward,
         compare=arguments.compare,
+        variety=arguments.variety,
     )
     output = arguments.output_dir or folder.within("generated")
     for side, batch in images.items():

@@ -80,7 +80,7 @@ def _common(config: dict[str, Any], summary: dict[str, Any]) -> dict[str, Any]:
         "config": config,
         "summary": summary,
         "trained": ", ".join(map(str, trained)),
-        "measured_on": measured_on(config),
+        "measured_on": measured_on(config, max((row.get("variety", 0.0) for row in summary["sweep"]), default=0.0)),
         # The headline is the first step count trained, or the nearest one measured.
         "focus": min(summary["sweep"], key=lambda row: abs(row["num_inference_steps"] - trained[0]), default=None),
     }

@@ -115,6 +115,7 @@ def evaluate_sweep(
     num_ranks: int = 1,
     collect: Callable[[Any], list[Any] | None] = lambda value: [value],
     measured_on: str = "held-out prompts",
+    variety: float = 0.0,
 ) -> Sweep:
     """Generate `len(prompts) * group_size` images with and without the policy at each step count.
 
@@ -126,6 +127,7 @@ def evaluate_sweep(
         on_progress: Called with the number of images of each batch.
         rank: Rank of this process among `num_ranks`, which share the images.
         measured_on: The prompts, in words.
+        variety: How much the policy's images of a prompt are to differ; see `NoisePolicy.latents`.
         collect: Returns the values of all processes in one of them, and None in the others, whose sweep is empty.
     """
     if embeds is None:
@@ -138,7 +140,7 @@ def evaluate_sweep(
         for begin in range(0, len(prompts), _PROMPTS_AT_A_TIME)
     ]
     mine = sorted(parts, key=lambda part: part.num_inference_steps, reverse=True)[rank::num_ranks]
-    starts = _Starts(policy)
+    starts = _Starts(policy, group_size, variety)
     made = {
         part: _measure_part(
             starts if part.has_policy else None,
@@ -170,6 +172,7 @@ def evaluate_sweep(
         )
         row = summarise(steps, base, ours, others, list(reward.weights) if len(reward.weights) > 1 else [])
         settings = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "seed": seed}
+        row |= {"variety": variety} if variety else {}
         rows.append(row | {"sampler_noise_share": sampler_noise_share(frozen, reward, prompts, embeds, **settings)})
         for shown in range(min(num_shown, len(prompts))):
             (base_image, base_metrics), (policy_image, policy_metrics) = (
@@ -225,17 +228,28 @@ class _Starts:
     """A policy that keeps its last choice of starts for the step counts that its critic treats alike: choosing takes as
     long as a few denoising steps."""
 
-    def __init__(self, policy: NoisePolicy) -> None:
-        self._policy = policy
+    def __init__(self, policy: NoisePolicy, group_size: int, variety: float) -> None:
+        self._policy, self._group_size, self._variety = policy, group_size, variety
         self._key: Any = None
 
     def choose(self, prompt_embeds: torch.Tensor, *, seed: int, offset: int, num_inference_steps: int) -> torch.Tensor:
         critic = self._policy.critic
         key = (seed, offset, critic and critic.shape.nearest_step_index(num_inference_steps))
         if key != self._key:
-            self._latents = self._policy.choose(
-                prompt_embeds, seed=seed, offset=offset, num_inference_steps=num_inference_steps
-            )
+            # With variety, the images of a prompt are chosen as one set, and each prompt's on their own.
+            size = self._group_size if self._variety else len(prompt_embeds)
+            stride = size * num_counters(self._policy.latent_shape)
+            sets = [
+                self._policy.choose(
+                    rows,
+                    seed=seed,
+                    offset=offset + number * stride,
+                    num_inference_steps=num_inference_steps,
+                    variety=self._variety,
+                )
+                for number, rows in enumerate(prompt_embeds.split(size))
+            ]
+            self._latents = torch.cat(sets)
             self._key = key
         return self._latents
 
@@ -326,9 +340,10 @@ class Results:
         }
 
 
-def measured_on(config: dict[str, Any]) -> str:
-    """Describe a run's evaluation prompts in words; FIND is evaluated on the prompts it was trained on."""
-    return "the prompts it was made for" if config["algorithm"] == "find" else "held-out prompts"
+def measured_on(config: dict[str, Any], variety: float = 0.0) -> str:
+    """Describe a run's evaluation in words; FIND is evaluated on the prompts it was trained on."""
+    prompts = "the prompts it was made for" if config["algorithm"] == "find" else "held-out prompts"
+    return f"{prompts} at variety {variety:g}" if variety else prompts
 
 
 def _repeat(embeds: PromptEmbeds, count: int) -> PromptEmbeds:

@@ -27,7 +27,11 @@ _SIZES = ("height", "width", "num_frames", "max_sequence_length")
 
 
 def attach(
-    pipeline: "DiffusionPipeline", policy: NoisePolicy | str | Path, *, num_candidates: int | None = None
+    pipeline: "DiffusionPipeline",
+    policy: NoisePolicy | str | Path,
+    *,
+    num_candidates: int | None = None,
+    variety: float = 0.0,
 ) -> "DiffusionPipeline":
     """Let every call of a pipeline start from a policy's latents, until `detach`.
 
@@ -39,6 +43,7 @@ def attach(
         pipeline: A pipeline of diffusers or of Modular Diffusers. A policy that is attached already is replaced.
         policy: The policy, its folder, its run's folder or its hub id.
         num_candidates: Number of starts that the critic chooses among. Default: the policy's own.
+        variety: How much the pictures of a prompt are to differ, from 0 to 1; see `NoisePolicy.latents`.
 
     Returns:
         The same pipeline.
@@ -91,6 +96,7 @@ def attach(
                 index=index,
                 num_inference_steps=call.get("num_inference_steps", defaults.get("num_inference_steps")) or 1,
                 num_candidates=num_candidates,
+                variety=variety,
                 **{name: call[name] for name in _SIZES if name in call},
             )
             return super().__call__(**call)

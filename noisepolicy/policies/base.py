@@ -24,6 +24,7 @@ Std = Literal["power", "one", "learned"]
 
 _OWN_COUNTERS = 2**47  # a row's own draw is made of counters below; no run draws as many
 _FIRST_CANDIDATE = 2**63  # counter; a row's further candidates follow one another, MAX_CANDIDATES times its own later
+_SET_SIZE = 16  # pictures of a prompt that are chosen to differ: making one alone means choosing up to 15 before it
 _CRITIC_ROWS = 64
 _DRAWN_AT_ONCE = 2**24  # numbers
 _CONFIG, _WEIGHTS = "config.json", "policy.safetensors"
@@ -151,49 +152,65 @@ class NoisePolicy(Float32Module):
         num_inference_steps: int = 1,
         num_candidates: int | None = None,
         latent_shape: tuple[int, ...] | None = None,
+        variety: float = 0.0,
     ) -> torch.Tensor:
         """Return latents to start from, float32 `(batch, *latent_shape)`: a sample, or the critic's choice of several.
 
         The first candidate is `sample`'s own draw; the others lie far beyond it on the same seed's counter. Each row is
-        chosen on its own, so it does not depend on the batch.
+        chosen on its own, so it does not depend on the batch. With `variety`, all rows must be of one prompt, and each
+        depends on those before it in its sixteen.
 
         Args:
             num_inference_steps: Number of denoising steps that the model will take. The critic uses the nearest number
                 that it was trained at.
             num_candidates: Number of starts to choose among. Default: the policy's own.
+            variety: Weight of a candidate's distance from the rows before it, see `latents`.
+
+        Raises:
+            ValueError: if `variety` is out of range, or there is nothing to choose among.
         """
         latent_shape = latent_shape or self.latent_shape
+        if not 0 <= variety <= 1:
+            raise ValueError(f"variety must be from 0 to 1, got {variety}")
         if self.critic is None or (num_candidates or self.num_candidates) == 1:
+            if variety:
+                raise ValueError("variety needs a critic that chooses among two or more candidates")
             return self.sample(prompt_embeds, seed=seed, offset=offset, latent_shape=latent_shape).latents
         steps = self.critic.shape.nearest_step_index(num_inference_steps)
-        rows = [
-            self._choose_one(
-                embeds,
-                torch.full((1,), steps, device=embeds.device),
-                num_candidates or self.num_candidates,
-                seed=seed,
-                offset=offset + number * num_counters(latent_shape),
-                latent_shape=latent_shape,
-            )
-            for number, embeds in enumerate(prompt_embeds.split(1))
-        ]
+        rows, sketches = [], []
+        for number, embeds in enumerate(prompt_embeds.split(1)):
+            place: dict[str, Any] = {
+                "step_index": torch.full((1,), steps, device=embeds.device),
+                "num_candidates": num_candidates or self.num_candidates,
+                "seed": seed,
+                "offset": offset + number * num_counters(latent_shape),
+                "latent_shape": latent_shape,
+            }
+            if number % _SET_SIZE == 0:
+                sketches = []
+            if sketches:
+                chosen = self._choose_apart(embeds, torch.cat(sketches), variety, **place)
+            else:
+                chosen = self._choose_one(embeds, **place)
+            rows.append(chosen.latents)
+            if variety:
+                sketches.append(self.critic.sketch(embeds, chosen.action, place["step_index"]))
         return torch.cat(rows) if rows else prompt_embeds.new_empty(0, *latent_shape, dtype=torch.float32)
 
     def _choose_one(
         self,
         prompt_embeds: torch.Tensor,
+        *,
         step_index: torch.Tensor,
         num_candidates: int,
-        *,
         seed: int,
         offset: int,
         latent_shape: tuple[int, ...],
-    ) -> torch.Tensor:
+    ) -> PolicySample:
         """Choose among the candidates of one row. Many are drawn and read at once; the best goes on to the next lot."""
         mean, log_std = self(prompt_embeds)
         best = self.draw(mean, log_std, seed=seed, offset=offset, latent_shape=latent_shape)
-        at_once = max(1, min(_CRITIC_ROWS, _DRAWN_AT_ONCE // math.prod(latent_shape)))
-        for numbers in torch.arange(1, num_candidates).split(at_once):
+        for numbers in torch.arange(1, num_candidates).split(_rows_at_once(latent_shape)):
             further = self._draw_further(
                 mean, log_std, int(numbers[0]), len(numbers), seed=seed, offset=offset, latent_shape=latent_shape
             )
@@ -201,7 +218,34 @@ class NoisePolicy(Float32Module):
             values, _ = self.critic.lower_bound(prompt_embeds, drawn.action, step_index)
             index = values.argmax(0, keepdim=True)
             best = PolicySample(*(tensor.index_select(0, index) for tensor in drawn))
-        return best.latents
+        return best
+
+    def _choose_apart(
+        self,
+        prompt_embeds: torch.Tensor,
+        others: torch.Tensor,
+        variety: float,
+        *,
+        step_index: torch.Tensor,
+        num_candidates: int,
+        **place: Any,
+    ) -> PolicySample:
+        """Choose among one row's candidates by predicted reward and by distance from the sketches `others`.
+
+        A distance is the root-mean-square difference of two sketches, averaged over the others. Distances and rewards
+        are each in units of their spread between the candidates, so that `variety` means the same for every reward and
+        every model. As the spreads are known only at the end, the chosen candidate is drawn a second time.
+        """
+        mean, log_std = self(prompt_embeds)
+        values, distances = [], []
+        # The row's own draw, number 0, is left out: it lies elsewhere and is worth no more than any other.
+        for numbers in torch.arange(1, num_candidates + 1).split(_rows_at_once(place["latent_shape"])):
+            drawn = self._draw_further(mean, log_std, int(numbers[0]), len(numbers), **place)
+            value, sketch = self.critic.lower_bound(prompt_embeds, drawn.action, step_index)
+            values.append(value)
+            distances.append(torch.cdist(sketch.flatten(1), others.flatten(1)).mean(1))
+        score = (1 - variety) * _standardised(torch.cat(values)) + variety * _standardised(torch.cat(distances))
+        return self._draw_further(mean, log_std, 1 + int(score.argmax()), 1, **place)
 
     def _draw_further(
         self,
@@ -267,6 +311,7 @@ class NoisePolicy(Float32Module):
         index: int | Sequence[int] | None = None,
         num_inference_steps: int = 1,
         num_candidates: int | None = None,
+        variety: float = 0.0,
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
@@ -279,19 +324,23 @@ class NoisePolicy(Float32Module):
         pipeline the initial part only: its `latents=` takes no more, and its sampler draws the rest by the generator
         it is given. A `FrozenModel` gets all of it.
 
-        A row depends on its seed, index and prompt alone, so picture k of a batch can be made again on its own. It is
-        the same to the bit on one machine and to rounding on another device, where the critic may, rarely, choose
-        another of two starts that it thinks equally good. `torch.autocast` has no effect here.
+        A row depends on its seed, index, prompt and these settings alone, so picture k of a batch can be made again on
+        its own. It is the same to the bit on one machine and to rounding on another device, where the critic may,
+        rarely, choose another of two starts that it thinks equally good. `torch.autocast` has no effect here.
 
         Args:
             pipeline_or_embeds: A diffusers pipeline, a `FrozenModel`, or, without
                 `prompts`, prompt embeddings: a `PromptEmbeds` or a tensor `(batch, tokens, width)`.
             prompts: One text or several.
             seed: Seed of the noise, in [0, 2**64).
-            index: Index of each prompt's noise: an int for one prompt, else one for each. Default: 0, 1, 2, ...
+            index: Index of each prompt's noise: an int for one prompt, else one for each. Default: 0, 1, 2, ..., which
+                with `variety` is counted for each prompt on its own.
             num_inference_steps: Number of denoising steps that the model will take; see `choose`.
             num_candidates: Number of starts that the critic chooses among: more follow the prompt better and differ
                 less. 1 takes every draw as it comes. Default: as in training.
+            variety: How much the pictures of a prompt are to differ: from 0, where the critic looks at the reward it
+                foresees, to 1, where it looks at how far the foreseen picture is from those at smaller indices. They
+                are chosen first, asked for or not, back to the last multiple of 16; no further picture is made.
             height, width, num_frames, max_sequence_length: As given to the pipeline. Default: the pipeline's own.
             latent_shape: Shape of a row of latents, where embeddings are given. Default: that of training.
 
@@ -317,24 +366,36 @@ class NoisePolicy(Float32Module):
             num_frames=num_frames,
             max_sequence_length=max_sequence_length,
         )
-        indices = list(range(len(rows))) if index is None else as_indices(index)
+        size = _SET_SIZE if variety else 1
+        prompt_numbers = _number_prompts(rows) if variety else list(range(len(rows)))
+        if index is not None:
+            indices = as_indices(index)
+        elif variety:
+            indices = [prompt_numbers[:row].count(number) for row, number in enumerate(prompt_numbers)]
+        else:
+            indices = list(range(len(rows)))
         if len(indices) != len(rows):
             raise ValueError(f"index must have one number for each of the {len(rows)} prompts, got {len(indices)}")
+        offsets = [first_counter(number, shape, _OWN_COUNTERS) for number in indices]
         with torch.inference_mode(False):  # or the weights could not be trained any more once they have moved
             self.to(rows[0].device)
-        # One row at a time: in a batch the networks round differently.
-        starts = [
-            self.choose(
-                row,
-                seed=seed,
-                offset=first_counter(number, shape, _OWN_COUNTERS),
-                num_inference_steps=num_inference_steps,
-                num_candidates=num_candidates,
-                latent_shape=shape,
-            )
-            for row, number in zip(rows, indices, strict=True)
-        ]
-        return pack(torch.cat(starts))
+        # One row at a time: in a batch the networks round differently. With variety, those before it are chosen too:
+        # the largest index of a set comes first, so that each set is chosen once.
+        sets: dict[tuple[int, int], torch.Tensor] = {}
+        keys = [(prompt, number // size) for prompt, number in zip(prompt_numbers, indices, strict=True)]
+        for row in sorted(range(len(rows)), key=indices.__getitem__, reverse=True):
+            before = indices[row] % size
+            if keys[row] not in sets:
+                sets[keys[row]] = self.choose(
+                    rows[row].expand(before + 1, -1, -1),
+                    seed=seed,
+                    offset=offsets[row] - before * num_counters(shape),
+                    num_inference_steps=num_inference_steps,
+                    num_candidates=num_candidates,
+                    latent_shape=shape,
+                    variety=variety,
+                )
+        return pack(torch.stack([sets[key][number % size] for key, number in zip(keys, indices, strict=True)]))
 
     def _encode(
         self,
@@ -486,6 +547,22 @@ class NoisePolicy(Float32Module):
                     shutil.copy(file_within(self._source, name), Path(folder) / name)
             api.upload_folder(repo_id=repo_id, folder_path=folder)
         return url
+
+
+def _rows_at_once(latent_shape: tuple[int, ...]) -> int:
+    """Return how many candidates are drawn and read at once."""
+    return max(1, min(_CRITIC_ROWS, _DRAWN_AT_ONCE // math.prod(latent_shape)))
+
+
+def _standardised(values: torch.Tensor) -> torch.Tensor:
+    return (values - values.mean()) / values.std().clamp(min=1e-12)
+
+
+def _number_prompts(rows: Sequence[torch.Tensor]) -> list[int]:
+    """Number the prompts of rows in the order in which they come; equal embeddings are one prompt."""
+    numbers: dict[bytes, int] = {}
+    bits = (row.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes() for row in rows)
+    return [numbers.setdefault(each, len(numbers)) for each in bits]
 
 
 def _read(folder: Path) -> NoisePolicy:

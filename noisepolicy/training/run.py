@@ -751,6 +751,7 @@ class Run:
         rewards: Sequence[str | Reward | Callable[..., Any]] | None = None,
         num_prompts: int | None = None,
         group_size: int | None = None,
+        variety: float = 0.0,
     ) -> Sweep:
         """Measure base model and policy from the same seeds.
 
@@ -762,6 +763,7 @@ class Run:
             rewards: Further rewards to measure. Default: the run's `eval_rewards`.
             num_prompts: Largest number of prompts. Default: the run's `eval_num_prompts`.
             group_size: Images of each prompt. Default: the run's `eval_group_size`.
+            variety: How much the policy's images of a prompt are to differ, from 0 to 1; see `NoisePolicy.latents`.
 
         Raises:
             ValueError: if there are no prompts, or the model cannot work with a step count.
@@ -773,10 +775,10 @@ class Run:
             settings = {name: value for name, value in given.items() if value is not None}
             column = self.config.prompt_column
             named, objects = _split_objects(**settings, eval_prompts=prompts, eval_rewards=rewards, column=column)
-            self._sweep = self._evaluate(self.config.replace(**named), objects)
+            self._sweep = self._evaluate(self.config.replace(**named), objects, variety)
             return self._sweep
 
-    def _evaluate(self, config: TrainConfig, objects: Given) -> Sweep:
+    def _evaluate(self, config: TrainConfig, objects: Given, variety: float) -> Sweep:
         """Measure with `objects`; for those that are None, with the run's own model, reward, prompts and rewards."""
         if self._task is None:
             own = self._given
@@ -799,9 +801,11 @@ class Run:
             embeds = self._eval_embeds[: len(prompts)]
         else:
             embeds = self._encode(prompts)
-        return self._sweep_over(task, prompts, embeds, config)
+        return self._sweep_over(task, prompts, embeds, config, variety)
 
-    def _sweep_over(self, task: Task, prompts: Sequence[str], embeds: PromptEmbeds, config: TrainConfig) -> Sweep:
+    def _sweep_over(
+        self, task: Task, prompts: Sequence[str], embeds: PromptEmbeds, config: TrainConfig, variety: float = 0.0
+    ) -> Sweep:
         processes, steps, group_size = self.processes, task.eval_steps, config.evaluation.group_size
         num_images = 2 * len(steps) * len(prompts) * group_size // processes.count
         with self._progress_bar(total=num_images, desc="evaluating", unit="image") as progress:
@@ -820,7 +824,8 @@ class Run:
                 rank=processes.index,
                 num_ranks=processes.count,
                 collect=partial(processes.collect, "'evaluate'"),
-                measured_on=measured_on(config.plain()),
+                measured_on=measured_on(config.plain(), variety),
+                variety=variety,
             )
 
     def _encode(self, prompts: Sequence[str]) -> PromptEmbeds:
@@ -849,6 +854,7 @@ class Run:
         best_of: int = 1,
         reward: str | Reward | Callable[..., Any] | None = None,
         compare: bool = False,
+        variety: float = 0.0,
     ) -> Any:
         """Make images from the policy's starts.
 
@@ -861,6 +867,7 @@ class Run:
             best_of: Number of images that are made for each one that is returned, the one with the highest reward.
             reward: Reward to choose by. Default: the run's.
             compare: Also make the base model's images from the same seed.
+            variety: How much the images of a prompt are to differ, from 0 to 1; see `NoisePolicy.latents`.
 
         Returns:
             A list of PIL images, or of lists of frames for a video model; with `compare` a pair of such lists, the base
@@ -876,6 +883,7 @@ class Run:
                 best_of=best_of,
                 reward=reward,
                 compare=compare,
+                variety=variety,
             )
         sides = [as_pictures(batch) for batch in images.values()]
         return tuple(sides) if compare else sides[0]
@@ -891,6 +899,7 @@ class Run:
         best_of: int = 1,
         reward: str | Reward | Callable[..., Any] | None = None,
         compare: bool = False,
+        variety: float = 0.0,
     ) -> dict[str, torch.Tensor]:
         """Make images in [0, 1], `(batch, 3, height, width)`, by "policy" and, before it, "base"; see `generate`."""
         at_least = {"--seed": (seed, 0), "--num-images": (num_images_per_prompt, 1), "--best-of": (best_of, 1)}
@@ -911,7 +920,11 @@ class Run:
         if compare:
             prior = torch.zeros(len(embeds), *policy.latent_shape, device=self._accelerator.device)
             starts["base"] = gaussian_sample(prior, prior.new_zeros(()), seed=seed)[0]
-        starts["policy"] = policy.choose(embeds.prompt_embeds, seed=seed, num_inference_steps=steps)
+        # Each prompt counts its own images where they are chosen to differ.
+        sets = embeds.prompt_embeds.split(num_images_per_prompt * best_of if variety else len(embeds))
+        starts["policy"] = torch.cat(
+            [policy.choose(rows, seed=seed, num_inference_steps=steps, variety=variety) for rows in sets]
+        )
         images = {
             side: frozen.generate(
                 latents,

@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import noisepolicy
+
 PROMPT = "a red circle, a blue square and a green triangle from left to right"
+OTHER_PROMPT = "a red circle, a blue square and a green triangle from top to bottom"
 pytestmark = pytest.mark.slow
 
 
@@ -104,6 +107,30 @@ def test_generate_keeps_the_best_by_a_reward(run_command, run_folder, tmp_path):
     assert len(pictures("--best-of", "2")) == 1, "by the run's reward"
 
 
+def test_variety_of_generate_and_eval(run_command, run_folder, tmp_path):
+    """The run's Python object makes the same pictures, and each prompt counts its own."""
+    flags = ("--num-images", "3", "--variety", "0.5", "--output-dir", tmp_path)
+    done = run_command("generate", run_folder, OTHER_PROMPT, PROMPT, *flags)
+    assert done.returncode == 0, done.stderr
+    run = noisepolicy.resume(run_folder)
+    alone = run.generate(PROMPT, num_images_per_prompt=3, variety=0.5)
+    plain = run.generate(PROMPT, num_images_per_prompt=3)
+    written = [np.asarray(Image.open(tmp_path / f"{number:04d}.png")).astype(int) for number in (3, 4, 5)]
+    for picture, expected in zip(written, alone, strict=True):
+        assert np.abs(picture - np.asarray(expected)).max() <= 2
+    assert np.array_equal(alone[0], plain[0]) and not np.array_equal(alone[1], plain[1])
+
+    flags = ("--variety", "1", "--steps", "1", "--num-prompts", "2", "--group-size", "4")
+    done = run_command("eval", run_folder, *flags, "--output-dir", tmp_path / "report")
+    assert done.returncode == 0, done.stderr
+    assert "at variety 1, same seeds" in done.stdout
+    assert "at variety 1" in (tmp_path / "report" / "report.html").read_text()
+    [row] = json.loads((tmp_path / "report" / "summary.json").read_text())["sweep"]
+    [plain] = run.evaluate(steps=[1], num_prompts=2, group_size=4).rows
+    assert row["variety"] == 1 and row["base"]["reward"] == pytest.approx(plain["base"]["reward"], abs=1e-4)
+    assert row["policy"]["diversity"] != pytest.approx(plain["policy"]["diversity"], abs=1e-4)
+
+
 def test_model_card_has_the_runs_numbers(run_folder):
     card = (run_folder / "policy" / "README.md").read_text()
     assert 'license: "mit"' in card and "library_name: noisepolicy" in card
@@ -122,6 +149,7 @@ def test_model_card_has_the_runs_numbers(run_folder):
         ("generate", ["nothing", "a prompt"], "not a run folder"),
         ("generate", ["RUN", "a prompt", "--num-images", "0"], "--num-images must be 1 or more"),
         ("generate", ["RUN", "a prompt", "--best-of", "0"], "--best-of must be 1 or more, got 0"),
+        ("generate", ["RUN", "a prompt", "--variety", "2"], "variety must be from 0 to 1, got 2"),
         ("generate", ["RUN", "a prompt", "--reward", "red"], "say how many with --best-of"),
         ("generate", ["RUN", "a prompt", "--best-of", "2", "--reward", "beauty"], "unknown reward 'beauty'"),
     ],

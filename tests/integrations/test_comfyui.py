@@ -71,6 +71,8 @@ def test_it_is_the_policys_noise(learned_noise, policy, pipeline, embeds):
     assert made.generate_noise(other).shape == (1, 8, 12, 16) and made.generate_noise(other).dtype == torch.float16
     one = learned_noise(policy, [[embeds, {}]], 7, num_candidates=1).generate_noise(latent)
     assert not torch.equal(one, expected)
+    varied = policy.latents(pipeline, [PROMPT] * 4, seed=7, variety=0.5)
+    assert torch.equal(learned_noise(policy, [[embeds, {}]], 7, variety=0.5).generate_noise(latent), varied)
 
 
 def test_shapes_of_prompts_and_latents(learned_noise, embeds):

@@ -64,6 +64,8 @@ def test_it_starts_from_the_policys_latents(name):
     torch.testing.assert_close(learned.reshape(expected.shape), expected, rtol=0, atol=1e-4)
     assert torch.equal(images(noise_policy=policy, seed=7, num_candidates=1), learned)
     assert not torch.allclose(images(noise_policy=policy, seed=8), learned, atol=1e-4)
+    with pytest.raises(ValueError, match="variety needs a critic"):
+        images(noise_policy=policy, seed=7, variety=0.5)
     # Without a policy the pipeline is as before.
     plain = images()
     assert torch.equal(plain, images(seed=7))

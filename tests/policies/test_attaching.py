@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline, EulerAncestralDiscreteScheduler, Stable
 import noisepolicy
 from noisepolicy.frozen import FrozenDiffusersPipeline
 from noisepolicy.policies import SpectralPolicy
+from noisepolicy.policies.critic import CriticShape, RewardCritic
 from noisepolicy.prior import noise
 from noisepolicy.worlds.shapes import held_out_scenes, model_folder
 
@@ -62,6 +63,15 @@ def test_several_images_and_sizes(pipeline):
     assert images.shape == (4, 3, 96, 64) and len(images.unique(dim=0)) == 4
     alone = pipeline(PROMPTS[1], height=96, width=64, seed=7, index=3, **SETTINGS).images
     torch.testing.assert_close(alone, images[3:], rtol=0, atol=1e-4)
+
+
+def test_images_that_are_chosen_to_differ(pipeline):
+    policy = make_policy()
+    policy.attach_critic(RewardCritic(CriticShape((20, 128), policy.action_shape, True, (2,)), size=3), 16)
+    latents = policy.latents(pipeline, PROMPTS[:1] * 3, seed=7, num_inference_steps=2, variety=1.0)
+    expected = pipeline(PROMPTS[0], latents=latents, num_images_per_prompt=3, **SETTINGS).images
+    noisepolicy.attach(pipeline, policy, variety=1.0)
+    assert torch.equal(pipeline(PROMPTS[0], num_images_per_prompt=3, seed=7, **SETTINGS).images, expected)
 
 
 def test_the_seed_decides_what_a_sampler_draws(pipeline):

@@ -78,6 +78,81 @@ def test_a_prompt_that_comes_again_gets_noise_of_its_own(pipeline, policy):
     assert torch.equal(alone, batch[3:])
 
 
+def sketches(policy, pipeline, latents, prompt=PROMPTS[0]):
+    """The critic's sketches of starts of one prompt, `(batch, numbers)`."""
+    embeds, basis = FrozenDiffusersPipeline(pipeline).encode([prompt]).prompt_embeds, dct_basis(8, 8, latents.device)
+    return policy.critic.sketch(embeds, basis @ latents @ basis.T, torch.zeros(1, dtype=torch.int64)).flatten(1)
+
+
+def test_variety_of_zero_changes_no_bit(pipeline, policy):
+    prompts = [*PROMPTS, *PROMPTS]
+    assert torch.equal(policy.latents(pipeline, prompts, seed=7, variety=0), policy.latents(pipeline, prompts, seed=7))
+
+
+@pytest.mark.parametrize("variety", [0.2, 1.0])
+def test_with_variety_each_picture_can_be_made_alone(pipeline, policy, variety):
+    options = {"seed": 7, "num_inference_steps": 2, "variety": variety}
+    batch = policy.latents(pipeline, PROMPTS[:1] * 18, **options)
+    assert len(batch.unique(dim=0)) == 18
+    for index in (0, 3, 15, 16, 17):  # a set has 16 pictures
+        assert torch.equal(policy.latents(pipeline, PROMPTS[0], index=index, **options), batch[index : index + 1])
+    assert torch.equal(policy.latents(pipeline, PROMPTS[:1] * 2, index=[17, 2], **options), batch[[17, 2]])
+    plain = policy.latents(pipeline, PROMPTS[:1] * 18, seed=7, num_inference_steps=2)
+    assert torch.equal(batch[[0, 16]], plain[[0, 16]]), "the first of a set has none to differ from"
+    assert not torch.equal(batch[1:16], plain[1:16])
+    rows = FrozenDiffusersPipeline(pipeline).encode(PROMPTS[:1]).prompt_embeds.expand(18, -1, -1)
+    assert torch.equal(policy.choose(rows, **options), batch)
+
+
+def test_with_variety_each_prompt_counts_its_own_pictures(pipeline, policy):
+    options = {"seed": 7, "variety": 0.2}
+    first, second = (policy.latents(pipeline, [prompt] * 3, **options) for prompt in PROMPTS[:2])
+    mixed = policy.latents(pipeline, [PROMPTS[0], PROMPTS[1]] * 3, **options)
+    assert torch.equal(mixed, torch.stack([first, second], 1).flatten(0, 1))
+    embeds = PromptEmbeds.cat([FrozenDiffusersPipeline(pipeline).encode([PROMPTS[1]])] * 3)
+    assert torch.equal(policy.latents(embeds, **options), second)
+
+
+def test_variety_draws_the_sketches_apart_and_costs_predicted_reward(pipeline, policy):
+    distance, foreseen = [], []
+    for variety in (0.0, 0.3, 1.0):
+        latents = policy.latents(pipeline, PROMPTS[:1] * 8, seed=7, num_candidates=64, variety=variety)
+        sketch = sketches(policy, pipeline, latents)
+        distance.append(torch.pdist(sketch).mean())
+        embeds, basis = FrozenDiffusersPipeline(pipeline).encode(PROMPTS[:1]).prompt_embeds, dct_basis(8, 8, "cpu")
+        step_index = torch.zeros(1, dtype=torch.int64)
+        foreseen.append(policy.critic.lower_bound(embeds, basis @ latents @ basis.T, step_index)[0].mean())
+    assert distance[0] < distance[1] < distance[2]
+    assert foreseen[0] > foreseen[1] > foreseen[2]
+
+
+def test_the_second_picture_is_the_best_by_reward_and_distance(pipeline, policy):
+    """Against a plain computation on all candidates at once."""
+    first, second = policy.latents(pipeline, PROMPTS[:1] * 2, seed=7, num_candidates=100, variety=0.4)
+    embeds = FrozenDiffusersPipeline(pipeline).encode(PROMPTS[:1]).prompt_embeds
+    drawn = policy._draw_further(
+        *policy(embeds), 1, 100, seed=7, offset=num_counters((8, 8, 8)), latent_shape=(8, 8, 8)
+    )
+    values, sketch = policy.critic.lower_bound(embeds, drawn.action, torch.zeros(1, dtype=torch.int64))
+    distances = (sketch.flatten(1) - sketches(policy, pipeline, first[None])).square().mean(1).sqrt()
+    z_values, z_distances = ((x - x.mean()) / x.std() for x in (values, distances))
+    expected = drawn.latents[(0.6 * z_values + 0.4 * z_distances).argmax()]
+    torch.testing.assert_close(second, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("variety", [-0.1, 1.1, float("nan")])
+def test_variety_out_of_range_is_refused(pipeline, policy, variety):
+    with pytest.raises(ValueError, match="variety must be from 0 to 1, got"):
+        policy.latents(pipeline, PROMPTS[0], seed=7, variety=variety)
+
+
+def test_variety_needs_something_to_choose_among(pipeline, policy):
+    for options in ({"num_candidates": 1}, {}):
+        with pytest.raises(ValueError, match="variety needs a critic that chooses among two or more candidates"):
+            policy.latents(pipeline, PROMPTS[0], seed=7, variety=0.2, **options)
+        policy.critic = None
+
+
 def test_pipeline_model_and_embeddings_give_the_same(pipeline, policy):
     expected = policy.latents(pipeline, PROMPTS, seed=7)
     frozen = FrozenDiffusersPipeline(pipeline)
