@@ -58,7 +58,7 @@ def attach(
     if not isinstance(policy, NoisePolicy):
         policy = noisepolicy.load(policy)
     if hasattr(kind, "blocks"):
-        return _become(pipeline, _modular_class(kind, pipeline.blocks, policy, num_candidates))
+        return _become(pipeline, _modular_class(kind, pipeline.blocks, policy, num_candidates, variety))
     defaults, signature = call_parameters(kind), inspect.signature(kind.__call__)
     for name in ("prompt", "latents"):
         if name not in defaults:
@@ -83,6 +83,8 @@ def attach(
             texts = [call["prompt"]] if isinstance(call["prompt"], str) else call["prompt"]
             count = call.get("num_images_per_prompt") or call.get("num_videos_per_prompt") or 1
             prompts = [text for text in texts for _ in range(count)]
+            if index is None and variety:  # each prompt counts its own, here and where a sampler draws
+                index = [prompts[:row].count(text) for row, text in enumerate(prompts)]
             if seed is None:
                 seed = _draw_seed(call.get("generator"))
             elif call.get("generator") is None and "generator" in defaults:
@@ -104,7 +106,7 @@ def attach(
     return _become(pipeline, Attached)
 
 
-def _modular_class(kind: type, blocks: Any, policy: NoisePolicy, num_candidates: int | None) -> type:
+def _modular_class(kind: type, blocks: Any, policy: NoisePolicy, num_candidates: int | None, variety: float) -> type:
     """Make a class of modular pipelines that start from a policy's latents.
 
     Args:
@@ -126,9 +128,8 @@ def _modular_class(kind: type, blocks: Any, policy: NoisePolicy, num_candidates:
                 inputs["generator"] = torch.Generator(self._execution_device).manual_seed(own)
             plain, self._blocks = self._blocks, learned
             try:
-                return super().__call__(
-                    state, output, **{"noise_policy": policy, "num_candidates": num_candidates, **inputs}
-                )
+                options = {"noise_policy": policy, "num_candidates": num_candidates, "variety": variety}
+                return super().__call__(state, output, **{**options, **inputs})
             finally:
                 self._blocks = plain
 
