@@ -47,8 +47,8 @@ def write_random_model(
 
     Args:
         size: One of `SIZES`.
-        dtype: Of the weights.
-        device: Where they are drawn, which is fastest on a GPU.
+        dtype: Data type of the weights.
+        device: Device that the weights are drawn on, which is fastest on a GPU.
         tiny: Make it a sixteenth as wide and the picture a sixteenth as large, with as many layers but two in a text
             encoder.
     """

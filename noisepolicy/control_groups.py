@@ -9,7 +9,7 @@ def cpu_quota(proc: Path = Path("/proc/self")) -> int | None:
     """Return how many CPUs the process's control groups let run at once, rounded up; None if they set no limit.
 
     The smallest limit of the process's own group and those above it holds. A limit of 1.5 CPUs counts as 2: two
-    threads that sleep while they wait can use all of it, one thread cannot. What cannot be read is no limit.
+    threads that sleep while they wait can use all of it, one thread cannot. A file that cannot be read sets no limit.
 
     Args:
         proc: the process's folder in /proc, with the files `cgroup` and `mountinfo`.

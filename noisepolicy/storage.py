@@ -1,7 +1,7 @@
 """Files that are whole or absent: atomic writes, and safetensors with a checksum for every tensor.
 
 A file is written beside its final name, flushed to disk and renamed, so a process killed at any moment leaves the old
-file or the new one and never a torn one. What a disk does to it later shows when it is read.
+file or the new one and never a torn one. Damage that a disk does to it later is noticed when it is read.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """`noisepolicy-bench algorithms`: ways to better pictures on the embedded models, by images and by seconds.
 
-Every method has the same frozen model, reward, captions, denoising steps and guidance. What is finished in the output
-folder is not made again, so the command can be stopped and repeated.
+Every method has the same frozen model, reward, captions, denoising steps and guidance. Jobs that are finished in
+the output folder are not made again, so the command can be stopped and repeated.
 """
 
 import concurrent.futures

@@ -29,7 +29,7 @@ CLIP_RANGE, KL_COEF = 0.2, 1e-3
 _SEED = 1
 # Log-densities are then small sums of large terms, and a ratio of two of them survives float32.
 _LOG_STD = -0.5 - 0.5 * math.log(2 * math.pi)
-# Of the loss and its gradients, relative to their largest value; storage in half precision rounds.
+# Tolerance of the loss and its gradients, relative to their largest value; storage in half precision rounds.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 

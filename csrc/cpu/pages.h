@@ -10,7 +10,7 @@
 
 namespace noisepolicy::cpu {
 
-// Asks for huge pages, for large arrays, where the system has them on request. What is already mapped stays as it is.
+// Asks for huge pages, for large arrays, where the system has them on request. Memory that is already mapped stays as it is.
 inline void expect_writes(void* data, int64_t num_bytes) {
 #ifdef MADV_HUGEPAGE
   constexpr int64_t kLarge = int64_t{1} << 22;

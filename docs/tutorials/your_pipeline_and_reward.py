@@ -58,7 +58,7 @@ base, learned = run.generate(heldout, seed=7, compare=True)
 make_image_grid([*base, *learned], rows=2, cols=8, resize=96)
 
 # %% [markdown]
-# Base model above, policy below. What the row of `shapes` says matters as much as the gain: a policy for a reward
+# Base model above, policy below. The row of `shapes` matters as much as the gain: a policy for a reward
 # that does not look at the prompt may give up what the prompt asks for. In one run of this page the gain was
 # +0.088 (interval from +0.058 to +0.125), and the interval of `shapes` included 0: no harm shown, and with 12
 # prompts none ruled out either.

@@ -14,8 +14,8 @@ and however a batch is split; rows r and up of a batch are a batch with the offs
 (Schulman et al., arXiv 1707.06347, equation 7.) Log-densities are sums over the action's dimensions, so the clip
 binds at a total mean shift of about `clip_range` standard deviations, whatever the dimension.
 
-A call goes straight to its backend, through an `autograd.Function` where a gradient is wanted. What torch.compile and
-torch.export trace are the registered ops of `library.py`.
+A call goes straight to its backend, through an `autograd.Function` where a gradient is wanted. torch.compile and
+torch.export trace the registered ops of `library.py` instead.
 """
 
 import math

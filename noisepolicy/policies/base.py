@@ -425,8 +425,8 @@ class NoisePolicy(Float32Module):
             if not rows:
                 raise ValueError("prompts must hold at least one prompt")
         else:
-            # Each prompt on its own, as in `latents`: a text encoder rounds differently in a batch. What comes again
-            # is encoded once.
+            # Each prompt on its own, as in `latents`: a text encoder rounds differently in a batch. A repeated
+            # prompt is encoded once.
             with float32_by_default():  # text encoders of transformers 4 fail under another default dtype
                 if is_pipeline:
                     from noisepolicy.frozen.calling import PipelinePrompts

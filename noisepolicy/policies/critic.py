@@ -157,7 +157,7 @@ class _Sketch(nn.Module):
         convolution = nn.Conv3d if len(self._extent) == 3 else nn.Conv2d
         self.reader = PromptReader(shape.prompt_shape, token_width=32, hidden_width=hidden_width)
         self.steps = nn.Embedding(len(shape.step_counts), hidden_width)
-        # What the prompt alone says of each place, in a few channels.
+        # A few channels that hold what the prompt alone says of each place.
         self._layout = (channels // 4, *self._extent)
         self.layout = nn.Linear(hidden_width, torch.Size(self._layout).numel())
         self.first = convolution(first + channels // 4, channels, 3, padding=1)
@@ -214,7 +214,7 @@ class _Readers(nn.Module):
         channels, height, picture_width = shape.sketch_shape
         num_tokens, token_width = shape.prompt_shape
         self._split = (size, width)
-        # Of each token, and for each reader: what its place in the prompt says, and a query of the picture.
+        # For each token and each reader: a vector for the prompt network, and a query of the picture.
         self.token, self.query = (nn.Linear(token_width, size * width) for _ in range(2))
         self.prompt = nn.Sequential(
             StackedLinear(size, num_tokens * width, hidden_width),

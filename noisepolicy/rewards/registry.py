@@ -6,7 +6,7 @@
 
 An argument is a local folder, a hub id, for `frames` and `cached` another reward, for `pil` a module:function, or for
 `votes` a folder of votes.
-What a name needs is imported when its reward is made.
+The module of a name is imported when its reward is made.
 """
 
 import importlib

@@ -5,8 +5,8 @@ picture, shrunk to 4 x 4 coloured tiles, with a normal prior over its weights; t
 
     w = argmax sum log sigmoid(w . (x_winner - x_loser)) - |w|^2 / 2
 
-The reward is u less its standard deviation: a policy that is taught by u alone leaves the pictures that were voted on,
-for where u is a guess.
+The reward is u less its standard deviation. A policy that is taught by u alone moves away from the pictures that were
+voted on, to where u is a guess.
 """
 
 import json
@@ -31,7 +31,7 @@ Votes = list[tuple[int, int]]
 
 
 class VotesReward:
-    """What the votes in a folder say of a picture, whatever its prompt.
+    """The taste that the votes in a folder tell, whatever the prompt.
 
     Args:
         folder: Folder of the votes, which is read once.

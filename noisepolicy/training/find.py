@@ -210,7 +210,7 @@ class Find:
             old_mean, old_log_std = self.policy.distribution(prompt)
             reward = self._scale.standardise(samples["parts"].flatten(0, 1)).view_as(is_filled)
             surprise = reward - self._foreseen(embeds, samples, old_mean, old_log_std)
-            # What the critic foresaw is part of the rewards' spread, what the step count explains is not.
+            # The spread includes what the critic foresaw, and leaves out what the step count explains.
             varied = surprise if self._critic is None else reward
             spread = _spread(varied, is_filled).clamp(min=_MIN_SPREAD)
             advantages = surprise / spread

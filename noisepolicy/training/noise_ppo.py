@@ -2,8 +2,8 @@
 
 `NoisePpo.learn` is what one iteration learns from its images, top to bottom: the reward's scale, the critic if there
 is one, the policy. `run.py` calls it, `rollout.py` makes the images. Nothing is back-propagated through the frozen
-model or the reward. Every process of a run holds the whole batch. What an update makes of it does not grow with the
-batch, or is cut into parts that the processes share: see `_set_gradient`.
+model or the reward. Every process of a run holds the whole batch. The cost of an update does not grow with the
+batch, or the update is cut into parts that the processes share: see `_set_gradient`.
 """
 
 import copy
@@ -303,7 +303,7 @@ class NoisePpo:
         process, and the gradients are summed in the order of the parts: no bit depends on the number of processes.
 
         Args:
-            phase: What the processes do here, for an error.
+            phase: Name of this meeting of the processes, for errors.
             loss_of: Computes the mean loss over a part, and statistics of it `(num_statistics,)`, which are means too.
 
         Returns:

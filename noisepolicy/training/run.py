@@ -678,7 +678,7 @@ class Run:
             digest.update(identity(prompt) + b"\n")
         return digest.hexdigest()
 
-    # What comes of it
+    # Results
 
     @property
     def device(self) -> torch.device:

@@ -158,7 +158,7 @@ class RunFolder:
         elif config.output_dir is None and self.summary.is_file():
             return False
         theirs = load_config(self.config).plain()
-        # What was left to the algorithm (None), or to the machine, may be anything there.
+        # Settings that were left to the algorithm (None), or to the machine, may be anything there.
         return all(
             value in (None, theirs[name]) or (name == "engine" and value == "auto")
             for name, value in config.plain().items()
