@@ -279,7 +279,7 @@ class TrainConfig:
         Raises:
             ValueError: if a reward cannot be read.
         """
-        named = self.reward, *self.evaluation.rewards
+        named = {self.reward, *self.evaluation.rewards} - {None}
         return self.replace(
             model=_absolute_model(self.model.name),
             single_file_config=_absolute(self.model.single_file_config, Path.is_dir),
