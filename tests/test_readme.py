@@ -1,10 +1,14 @@
 """The README's example, commands and links, and CONTRIBUTING's layout, against the files."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 from PIL import Image
+
+from noisepolicy.cli import bench_arguments
+from noisepolicy.cli.arguments import parse_arguments
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/**/*.md"))
@@ -47,6 +51,25 @@ def test_commands_of_the_readme_are_in_the_makefile():
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\((?!https?://|#)([^)#]+)", (ROOT / page).read_text("utf-8"))
     assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []
+
+
+def commands(page: str) -> list[tuple[str, str]]:
+    """Names and arguments of the page's noisepolicy-train and noisepolicy-bench, but for those that need a run."""
+    blocks = re.findall(r"```\w*\n(.*?)```", (ROOT / page).read_text("utf-8"), re.DOTALL)
+    lines = re.sub(r"\\\n\s*", " ", "\n".join(blocks)).splitlines()
+    found = [re.match(r"(?:[A-Z_]+=\S+ )*noisepolicy-(train|bench)\b([^#]*)", line) for line in lines]
+    return [match.groups() for match in found if match and not re.search(r"--(resume|config|list)|MODE", match[2])]
+
+
+@pytest.mark.parametrize("page", [page for page in ["README.md", "CONTRIBUTING.md", *PAGES] if commands(page)])
+def test_commands_of_the_page_are_understood(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, arguments in commands(page):
+        argv = [argument for argument in shlex.split(arguments) if argument != "..."]
+        if name == "train":
+            parse_arguments(argv).config.check()
+        else:
+            bench_arguments.parse_arguments(argv)
 
 
 @pytest.mark.slow
