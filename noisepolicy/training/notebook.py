@@ -1,5 +1,6 @@
 """The curves of a run in a notebook, which renew themselves below the cell while it trains."""
 
+import base64
 import sys
 import time
 from collections.abc import Sequence
@@ -31,7 +32,9 @@ class LivePlot:
             return
         from IPython.display import HTML, display
 
-        figure = HTML(f'<div style="background: white; max-width: 60rem">{training_curves(metrics)}</div>')
+        data = base64.b64encode(training_curves(metrics).encode()).decode()
+        style = "max-width: 100%; background: white"  # the curves are drawn on nothing, and cells may be dark
+        figure = HTML(f'<img alt="reward and KL" style="{style}" src="data:image/svg+xml;base64,{data}">')
         if self._display is None:
             self._display = display(figure, display_id=True)
         else:
