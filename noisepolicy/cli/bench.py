@@ -189,6 +189,11 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
         from noisepolicy.benchmarks import variety
 
         return variety.run(arguments.runs, arguments.num_prompts, arguments.output)
+    if arguments.command == "votes":
+        quiet_loading()
+        from noisepolicy.benchmarks import votes
+
+        return votes.run(arguments.tastes, arguments.num_prompts, arguments.num_voters)
     from noisepolicy.benchmarks.algorithms import training
 
     return training.run(arguments.output_dir, arguments.seeds, arguments.train_arguments, arguments.rewards)

@@ -84,6 +84,17 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     variety.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders of noisepolicy-train shapes")
     variety.add_argument("--num-prompts", type=int, default=48, help="held-out prompts, eight images each; default: 48")
     variety.add_argument("--output", type=Path, metavar="DIR", help="for variety.png and variety_pictures.png")
+    votes = commands.add_parser(
+        "votes", help="what a simulated voter's votes are worth, and a policy learned from them"
+    )
+    votes.add_argument(
+        "--tastes",
+        nargs="+",
+        default=["shapes", "red", "sharpness"],
+        help="rewards that the voter has in mind; default: shapes red sharpness",
+    )
+    votes.add_argument("--num-prompts", type=int, default=5, help="held-out captions; default: 5")
+    votes.add_argument("--num-voters", type=int, default=1, help="voters of each taste and caption; default: 1")
     report = commands.add_parser("report", help="an HTML file of a result of kernels, latency or algorithms")
     report.add_argument("result", type=Path, metavar="RESULT.json")
     report.add_argument("--output", type=Path, metavar="REPORT.html", help="default: beside the result")

@@ -1,11 +1,11 @@
-"""Votes on pairs of pictures: a simulated voter with errors is understood, and no vote is lost."""
+"""Votes on pairs of pictures: no vote is lost, and they are a reward. What they are worth: test_bench_votes.py."""
 
 import json
 
 import pytest
 import torch
 
-import noisepolicy
+from noisepolicy.benchmarks.votes import simulate
 from noisepolicy.policies import SpectralPolicy
 from noisepolicy.rewards.registry import load_reward, with_absolute_paths
 from noisepolicy.training.voting import Voting
@@ -16,46 +16,7 @@ SETTINGS = {"num_inference_steps": 2, "guidance_scale": 1.5}
 
 
 def simulated_votes(voting, reward, count, *, error, seed=0):
-    """Vote for the picture with the higher reward, but for a share of errors."""
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(count):
-        one, other = (reward(voting.image(number)[None], [voting.prompt]).item() for number in voting.pair)
-        is_right = bool(torch.rand((), generator=generator) >= error)
-        voting.vote(voting.pair[0 if (one >= other) == is_right else 1])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("taste", ["shapes", "red"])
-def test_sixty_votes_with_errors_are_worth_more_than_half_of_best_of_four(frozen, tmp_path, taste):
-    reward, found = load_reward(taste), []
-    for number, prompt in enumerate(PROMPTS):
-        voting = Voting(frozen, prompt, tmp_path / str(number), seed=number, **SETTINGS)
-        first = reward(torch.stack([voting.image(index) for index in range(64)]), [prompt] * 64)
-        simulated_votes(voting, reward, 60, error=0.1, seed=number)
-        best = reward(voting.image(voting.best)[None], [prompt]).item()
-        found.append((best - first.mean().item(), (first.reshape(-1, 4).amax(1).mean() - first.mean()).item()))
-    gain, of_best_of_four = torch.tensor(found).mean(0).tolist()
-    assert gain > 0.5 * of_best_of_four > 0
-
-
-@pytest.mark.slow
-def test_a_policy_learned_from_votes_beats_best_of_four(frozen, tmp_path):
-    """The mean of the policy's pictures, by the reward that the voter had in mind."""
-    reward, found = load_reward("shapes"), []
-    for number, prompt in enumerate(PROMPTS[:2]):
-        votes = tmp_path / f"votes{number}"
-        voting = Voting(frozen, prompt, votes, seed=number, **SETTINGS)
-        first = reward(torch.stack([voting.image(index) for index in range(64)]), [prompt] * 64)
-        simulated_votes(voting, reward, 60, error=0.1, seed=number)
-        run = noisepolicy.Run(
-            frozen, reward=f"votes({votes})", prompts=[prompt], algorithm="find", output_dir=tmp_path / f"run{number}"
-        )
-        assert len(list(run)) == 20
-        latents = run.policy.latents(frozen, [prompt] * 32, seed=1)
-        images = frozen.generate(latents, frozen.encode([prompt] * 32), **SETTINGS)
-        found.append((reward(images, [prompt] * 32).mean().item(), first.reshape(-1, 4).amax(1).mean().item()))
-    of_policy, best_of_four = torch.tensor(found).mean(0).tolist()
-    assert of_policy > best_of_four
+    simulate(voting, reward, count, error=error, generator=torch.Generator().manual_seed(seed))
 
 
 def test_votes_are_kept_and_taken_back(frozen, tmp_path):

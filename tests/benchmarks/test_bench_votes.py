@@ -1,0 +1,25 @@
+"""`noisepolicy-bench votes` on two captions: votes with errors are understood, and a policy learns from them."""
+
+import json
+
+import pytest
+
+from noisepolicy.cli.bench import main
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("taste", ["shapes", "red"])
+def test_sixty_votes_are_worth_more_than_half_of_best_of_four(taste, capsys):
+    assert main(["votes", "--tastes", taste, "--num-prompts", "2", "--num-voters", "1"]) == 0
+    [row] = json.loads(capsys.readouterr().out.splitlines()[-1])["tastes"]
+    half = (row["base"] + row["best_of_4"]) / 2
+    assert row["base"] < row["best_of_4"] and row["base"] < row["knock_out"]
+    assert row["votes_60"] > half
+    assert row["policy"] > half, "the mean of its pictures"
+
+
+def test_what_is_refused(capsys):
+    assert main(["votes", "--tastes", "nothing"]) == 2
+    assert "unknown reward 'nothing'" in capsys.readouterr().err
+    assert main(["votes", "--num-voters", "0"]) == 2
+    assert "must be positive" in capsys.readouterr().err
