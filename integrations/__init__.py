@@ -1,1 +1,1 @@
-"""Programs that noisepolicy plugs into, each in a folder of its own."""
+"""What plugs a policy into other programs, each in a folder of its own, and into pipelines (`attaching.py`)."""

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from noisepolicy.frozen import FrozenModel, PromptEmbeds
     from noisepolicy.frozen.families import register_family
+    from noisepolicy.integrations.attaching import attach, detach
     from noisepolicy.policies import NoisePolicy
-    from noisepolicy.policies.attaching import attach, detach
     from noisepolicy.prior import noise
     from noisepolicy.rewards import Reward
     from noisepolicy.training.config import CriticConfig, EvalConfig, ModelConfig, TrainConfig
@@ -30,8 +30,8 @@ _PLACES = {
     "Reward": "noisepolicy.rewards",
     "Run": "noisepolicy.training.run",
     "TrainConfig": "noisepolicy.training.config",
-    "attach": "noisepolicy.policies.attaching",
-    "detach": "noisepolicy.policies.attaching",
+    "attach": "noisepolicy.integrations.attaching",
+    "detach": "noisepolicy.integrations.attaching",
     "noise": "noisepolicy.prior",
     "register_family": "noisepolicy.frozen.families",
     "resume": "noisepolicy.training.run",
