@@ -42,6 +42,7 @@ class _Entry:
 _REGISTRY: dict[str, _Entry] = {
     "shapes": _Entry("shapes", "ShapesReward"),
     "moving_shapes": _Entry("shapes", "MovingShapesReward"),
+    "turbo": _Entry("shapes", "TurboReward"),
     "jpeg_compressibility": _Entry("simple", "JpegCompressibility"),
     "jpeg_incompressibility": _Entry("simple", "JpegIncompressibility"),
     "brightness": _Entry("simple", "Brightness"),

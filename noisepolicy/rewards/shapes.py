@@ -8,6 +8,7 @@ from noisepolicy.rewards.base import check_video
 from noisepolicy.worlds.moving_shapes.reward import score as moving_shapes_score
 from noisepolicy.worlds.shapes.reward import ShapesScore
 from noisepolicy.worlds.shapes.reward import score as shapes_score
+from noisepolicy.worlds.turbo.reward import score as turbo_score
 
 
 class ShapesReward:
@@ -31,3 +32,10 @@ class MovingShapesReward(ShapesReward):
     def _score(self, images: torch.Tensor, prompts: Sequence[str]) -> ShapesScore:
         check_video(images, prompts)
         return moving_shapes_score(images, prompts)
+
+
+class TurboReward(ShapesReward):
+    """Dense score of 192 x 192 pictures in [0, 1]; `metrics` adds the strict 0/1 score."""
+
+    def _score(self, images: torch.Tensor, prompts: Sequence[str]) -> ShapesScore:
+        return turbo_score(images, prompts)

@@ -7,7 +7,7 @@ The reward of the same name scores its pictures.
 import importlib
 from types import ModuleType
 
-WORLDS = ("shapes", "moving_shapes")
+WORLDS = ("shapes", "moving_shapes", "turbo")
 
 
 def find_world(name: str) -> ModuleType | None:

@@ -23,6 +23,7 @@ with atheris.instrument_imports(include=["noisepolicy", "yaml"]):
     import noisepolicy.training.run
     import noisepolicy.worlds.moving_shapes.captions
     import noisepolicy.worlds.shapes.captions
+    import noisepolicy.worlds.turbo.captions
     from noisepolicy.policies import NoisePolicy, SpectralPolicy
     from noisepolicy.storage import read_tensors, write_tensors
     from noisepolicy.training.checkpoint import whole_checkpoints
@@ -85,7 +86,8 @@ def prompt_file(data: bytes) -> None:
 
 def captions(data: bytes) -> None:
     text = data.decode("utf-8", "surrogateescape")
-    for world in (noisepolicy.worlds.shapes.captions, noisepolicy.worlds.moving_shapes.captions):
+    worlds = noisepolicy.worlds
+    for world in (worlds.shapes.captions, worlds.moving_shapes.captions, worlds.turbo.captions):
         with contextlib.suppress(ValueError):
             assert world.parse_caption(text).caption == text.strip().lower()
 

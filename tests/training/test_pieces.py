@@ -18,6 +18,7 @@ from noisepolicy.training.noise_ppo import leave_one_out
 from noisepolicy.training.rollout import stream_generator, stream_seed
 from noisepolicy.training.run_folder import RunFolder
 from noisepolicy.training.task import Given
+from noisepolicy.worlds import WORLDS
 
 
 def test_leave_one_out_compares_within_a_prompt():
@@ -54,10 +55,10 @@ def test_presets_are_settings_that_can_work(path):
     config = load_config(path)
     config.check()
     assert set(config.num_inference_steps) <= set(config.evaluation.steps or DEFAULT_EVAL_STEPS)
-    assert config.model.name in ("shapes", "moving_shapes") or "/" in config.model.name
+    assert config.model.name in WORLDS or "/" in config.model.name
 
 
-@pytest.mark.parametrize("model", ["shapes", "moving_shapes"])
+@pytest.mark.parametrize("model", WORLDS)
 def test_an_embedded_model_brings_its_own_reward(model):
     """Named by --model over the default preset, too, which must not leave the other's reward behind."""
     for arguments in (["--model", model], [model]):

@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from noisepolicy.worlds.shapes.captions import COLORS
 from noisepolicy.worlds.shapes.renderer import PALETTE
 
 _COLOR_TOLERANCE = 0.14  # squared RGB distance in [0, 1] units up to which a pixel has a palette colour
@@ -28,14 +27,24 @@ class Regions:
     total_area: np.ndarray
 
 
-def largest_regions(images: torch.Tensor) -> Regions:
-    """Measure pictures in [0, 1], `(batch, 3, height, width)`."""
+def largest_regions(
+    images: torch.Tensor, palette: torch.Tensor = PALETTE, backgrounds: torch.Tensor | None = None
+) -> Regions:
+    """Measure pictures in [0, 1], `(batch, 3, height, width)`.
+
+    Args:
+        images: The pictures.
+        palette: RGB of each colour whose regions are measured.
+        backgrounds: RGB of colours that backgrounds have: what is nearer to one of them has no palette colour.
+    """
+    num_colors = len(palette)
+    known = palette if backgrounds is None else torch.cat([palette, backgrounds])
     pixels = images.detach().float().cpu()
-    distance = ((pixels[:, None] - PALETTE[None, :, :, None, None]) ** 2).sum(2)
+    distance = ((pixels[:, None] - known[None, :, :, None, None]) ** 2).sum(2)
     nearest_distance, nearest = distance.min(1)
     is_colored = nearest_distance < _COLOR_TOLERANCE
-    masks = torch.stack([(nearest == k) & is_colored for k in range(len(COLORS))], 1).numpy()
-    batch, num_colors, height, width = masks.shape
+    masks = torch.stack([(nearest == k) & is_colored for k in range(num_colors)], 1).numpy()
+    batch, _, height, width = masks.shape
 
     labels, num_regions = ndimage.label(masks.reshape(-1, height, width), structure=_IN_PLANE)
     plane, y, x = np.nonzero(labels)

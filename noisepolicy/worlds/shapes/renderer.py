@@ -43,6 +43,7 @@ def paint(
     shapes: torch.Tensor,
     *,
     size: int,
+    palette: torch.Tensor = PALETTE,
 ) -> torch.Tensor:
     """Paint anti-aliased objects on a plain background, the later ones over the earlier.
 
@@ -50,8 +51,9 @@ def paint(
         background: Grey levels, `(batch, 1, 1, 1)`.
         centers: x and y in pixels, `(batch, objects, 2)`.
         radius: Radii in pixels, `(batch, objects)`.
-        colors, shapes: Indices into `captions.COLORS` and `captions.SHAPES`, `(batch, objects)`.
+        colors, shapes: Indices into `palette` and `captions.SHAPES`, `(batch, objects)`.
         size: Edge of a picture, in pixels.
+        palette: RGB of each colour, in [0, 1].
 
     Returns:
         Pictures in [0, 1], `(batch, 3, size, size)`.
@@ -70,5 +72,5 @@ def paint(
         distance = torch.stack(torch.broadcast_tensors(circle, square, triangle), 1)
         distance = distance[torch.arange(batch), shapes[:, k]][:, None]
         coverage = (distance + 0.5).clamp(0, 1)
-        images = images * (1 - coverage) + coverage * PALETTE[colors[:, k]][:, :, None, None]
+        images = images * (1 - coverage) + coverage * palette[colors[:, k]][:, :, None, None]
     return images.clamp(0, 1)
