@@ -99,10 +99,18 @@ class Stages:
         batch_size: int = 64,
         use_bf16: bool = False,
         learning_rate: float = 1.5e-3,
+        late_share: float = 0.15,
+        first_late: int = 850,
     ) -> None:
+        """Train on the stored latents, with `late_share` of the timesteps from `first_late` on.
+
+        The late timesteps decide what few-step sampling does with its noise, and only there is the caption needed: in
+        larger latents objects show through more noise.
+        """
         text, null_text = self.text_table(encoder, tokenizer)
         train = self._train_unet
         options = {"use_bf16": use_bf16, "learning_rate": learning_rate}
+        options |= {"late_share": late_share, "first_late": first_late}
         self._run("unet", unet, lambda: train(unet, data, text, null_text, num_steps, batch_size, **options))
 
     def text_table(self, encoder: CLIPTextModel, tokenizer: CLIPTokenizer) -> tuple[torch.Tensor, torch.Tensor]:
@@ -209,6 +217,8 @@ class Stages:
         *,
         use_bf16: bool,
         learning_rate: float,
+        late_share: float,
+        first_late: int,
     ) -> None:
         """Train `unet` and leave the moving average of its weights in it."""
         checkpoint = self.folder / "unet_checkpoint.safetensors"
@@ -235,9 +245,9 @@ class Stages:
             index = torch.randint(len(data["latents"]), (batch_size,), generator=generator)
             clean = data["latents"][index]
             timesteps = torch.randint(1000, (batch_size,), generator=generator)
-            # The last timesteps decide what few-step sampling does with its noise: see them more often.
-            is_late = torch.rand(batch_size, generator=generator) < 0.15
-            timesteps = torch.where(is_late, torch.randint(850, 1000, (batch_size,), generator=generator), timesteps)
+            is_late = torch.rand(batch_size, generator=generator) < late_share
+            late = torch.randint(first_late, 1000, (batch_size,), generator=generator)
+            timesteps = torch.where(is_late, late, timesteps)
             noise = torch.randn(clean.shape, generator=generator)
             is_dropped = torch.rand(batch_size, generator=generator) < 0.1
             condition = torch.where(is_dropped[:, None, None], null_text, text[data["scene_index"][index]])

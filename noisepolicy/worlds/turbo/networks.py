@@ -40,8 +40,8 @@ def build_vae() -> AutoencoderTiny:
     for layer in halves:
         layer.weight[range(4), range(4), 1:, 1:] = 0.25
     halves[-1].weight[3, 3, 1:, 1:] = torch.tensor([[0.5, 0.0], [0.0, -0.5]])
-    last.weight[range(4), range(4), 1, 1] = torch.tensor([1.0, 1.0, 1.0, 6.0])
-    last.bias.copy_(torch.tensor([-0.5, -0.5, -0.5, 0.0]))
+    last.weight[range(4), range(4), 1, 1] = torch.tensor([2.0, 2.0, 2.0, 12.0])
+    last.bias.copy_(torch.tensor([-1.0, -1.0, -1.0, 0.0]))
     vae.encoder.requires_grad_(False)
     return vae
 

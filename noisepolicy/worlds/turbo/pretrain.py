@@ -28,10 +28,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work_folder", type=Path, help="checkpoints go here, and the models to its teacher/ and model/")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--vae-steps", type=int, default=600)
+    parser.add_argument("--vae-steps", type=int, default=1500)
     parser.add_argument("--text-steps", type=int, default=250)
     parser.add_argument("--num-pictures", type=int, default=6144, help="encoded once for the teacher")
-    parser.add_argument("--teacher-steps", type=int, default=1500)
+    parser.add_argument("--teacher-steps", type=int, default=4000)
     parser.add_argument("--student-steps", type=int, default=600)
     parser.add_argument("--guidance-scale", type=float, default=2.0, help="of the teacher that the student follows")
     arguments = parser.parse_args()
@@ -54,9 +54,11 @@ def main() -> None:
         text_encoder,
         tokenizer,
         num_steps=arguments.teacher_steps,
-        batch_size=32,
+        batch_size=48,
         use_bf16=True,
         learning_rate=1e-3,
+        late_share=0.5,
+        first_late=700,
     )
     save_pipeline(folder / "teacher", teacher, vae, text_encoder, build_scheduler())
     student = distill(
