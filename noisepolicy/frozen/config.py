@@ -15,9 +15,9 @@ class ModelConfig:
     """Settings of the frozen model: which one it is, how it is loaded, and what runs it."""
 
     name: Annotated[str, Flat("model")] = "shapes"
-    """The frozen model: 'shapes' or 'moving_shapes' (the embedded ones, pictures and clips), a folder or hub id in
-    diffusers' format, a .safetensors file with all weights of a model, or 'module:object', an object with `encode` and
-    `generate` from a Python module."""
+    """The frozen model: 'shapes', 'moving_shapes' or 'turbo' (the embedded ones: pictures, clips, and pictures of a
+    distilled model), a folder or hub id in diffusers' format, a .safetensors file with all weights of a model, or
+    'module:object', an object with `encode` and `generate` from a Python module."""
     height: Annotated[int | None, COUNT] = None
     """Image height in pixels. Default: the model's own."""
     width: Annotated[int | None, COUNT] = None
