@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--vae-steps", type=int, default=1500)
     parser.add_argument("--text-steps", type=int, default=250)
     parser.add_argument("--num-pictures", type=int, default=6144, help="encoded once for the teacher")
-    parser.add_argument("--teacher-steps", type=int, default=4000)
+    parser.add_argument("--teacher-steps", type=int, default=3300)
     parser.add_argument("--student-steps", type=int, default=600)
     parser.add_argument("--guidance-scale", type=float, default=2.0, help="of the teacher that the student follows")
     arguments = parser.parse_args()
