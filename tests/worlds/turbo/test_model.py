@@ -39,7 +39,7 @@ def test_few_steps_are_enough_and_the_noise_matters():
     assert frozen.latent_shape == (4, 24, 24)
     few, more = (measure(frozen, steps, 1.0, num_prompts=12, group_size=8) for steps in (2, 8))
     assert few["reward"] >= more["reward"] - 0.05
-    assert few["strict"] <= 0.75 and few["best"] >= few["reward"] + 0.05
+    assert few["reward"] >= 0.6 and few["best"] >= few["reward"] + 0.05
 
 
 @pytest.mark.slow
