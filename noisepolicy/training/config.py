@@ -130,9 +130,9 @@ class EvalConfig:
     Default: a fifth of the training prompts, which are then not trained on."""
     rewards: tuple[str, ...] = ()
     """Further rewards that the evaluation measures. Rewards that were not trained for show reward hacking."""
-    every: Annotated[int, NOT_NEGATIVE] = 0
+    every: Annotated[int | None, NOT_NEGATIVE] = None
     """Iterations between short evaluations in training: two images of each held-out prompt, whose mean rewards are
-    metrics. 0 evaluates at the end only; with `stop_on` the default is 10."""
+    metrics. 0 evaluates at the end only. Default: 10 with `stop_on`, else 0."""
 
 
 @dataclass(frozen=True)
@@ -226,8 +226,8 @@ class TrainConfig:
     critic: Annotated[CriticConfig, Group("Critic"), Flat("critic_")] = field(default_factory=CriticConfig)
     evaluation: Annotated[EvalConfig, Group("Evaluation"), Flat("eval_")] = field(default_factory=EvalConfig)
     stop_on: str | None = None
-    """The reward, or one of `eval_rewards`, that ends the training: once three short evaluations in a row have not
-    raised it. The finished policy is then the one for which it was highest."""
+    """The reward, or one of `eval_rewards`, that ends the training: when three short evaluations in a row find it no
+    higher than before. The finished policy is then the one for which it was highest."""
     output_dir: Annotated[Path | None, Group("Output")] = None
     """Run folder, which must not hold a run. Default: a new folder in runs/, named by the time."""
     checkpoint_every: Annotated[int, COUNT] = 10
@@ -266,8 +266,8 @@ class TrainConfig:
             values["kl_budget"] = min(values["kl_budget"], self.kl_training_budget)
         values["reward"] = self.reward or self.model.name
         values["dtype"] = self.model.dtype or "float32"
-        if self.stop_on is not None and not self.evaluation.every:
-            values["eval_every"] = _EVAL_EVERY
+        if self.evaluation.every is None:
+            values["eval_every"] = 0 if self.stop_on is None else _EVAL_EVERY
         resolved = self.replace(**values)
         if resolved.batch_size is None:
             resolved = resolved.replace(batch_size=num_prompts * resolved.group_size)
@@ -339,6 +339,8 @@ class TrainConfig:
         if self.evaluation.prompts and self.algorithm == "find":
             raise ValueError("FIND is measured on the prompts it was made for; it takes no --eval-prompts")
         self.check_schedule((*self.num_inference_steps, *(self.evaluation.steps or ())))
+        if self.stop_on is not None and self.evaluation.every == 0:
+            raise ValueError("--stop-on needs evaluations in training: --eval-every must not be 0")
         if self.prompt_column is not None and not self.prompts and not self.evaluation.prompts:
             raise ValueError("--prompt-column names a column of --prompts or --eval-prompts; give one of them")
 

@@ -11,6 +11,7 @@ import hashlib
 import html
 import json
 import math
+import re
 import resource
 import sys
 import time
@@ -33,6 +34,7 @@ from noisepolicy.ops import gaussian_sample
 from noisepolicy.policies import NoisePolicy
 from noisepolicy.policies.networks import plain_arithmetic
 from noisepolicy.rewards import Reward, load_reward
+from noisepolicy.rewards.registry import without_folders
 from noisepolicy.settings import settings_of, with_names
 from noisepolicy.storage import DamagedFileError, write_bytes, write_json
 from noisepolicy.training.checkpoint import (
@@ -86,6 +88,7 @@ from noisepolicy.worlds import WORLDS
 
 _NUM_SAMPLES = 8
 _SHORT_GROUP_SIZE = 2  # images of each held-out prompt in an evaluation in training
+_OF_SHORT_EVALUATION = ("eval_prompts", "eval_num_prompts", "eval_rewards")
 _PATIENCE = 3  # such evaluations in a row that do not raise the reward of `stop_on`
 _PYTHON_NAMES = {
     "--best-of": "best_of",
@@ -140,7 +143,7 @@ class Run:
     ) -> None:
         self._is_of_python = True
         with arguments_named():
-            if isinstance(model, str) and model in preset_names() and model not in WORLDS:
+            if isinstance(model, str) and model in preset_names() and (config is None or model not in WORLDS):
                 if config is not None:
                     raise ValueError(f"model {model!r} is a preset, which is a config itself; give one of the two")
                 config = load_preset(model)
@@ -391,8 +394,8 @@ class Run:
             raise RuntimeError(f"training diverged at iteration {number + 1}: {metrics}; try a lower --learning-rate")
         self.iteration += 1
         self.processes.check_same_weights(self._learner.policy, f"'compare policies' of iteration {self.iteration}")
-        is_last, every = self.iteration == self.config.num_iterations, self.config.evaluation.every
-        if every and (is_last or self.iteration % every == 0):
+        every = self.config.evaluation.every
+        if every and self.iteration % every == 0:
             metrics |= self._evaluate_shortly()
         self.metrics.append(metrics)
         if self.processes.is_main:
@@ -428,7 +431,7 @@ class Run:
     def _evaluate_shortly(self) -> dict[str, float]:
         """Measure the policy's rewards on the held-out prompts, and keep it if it is the best so far by `stop_on`."""
         config, task, processes = self.config, self._task, self.processes
-        policy = self._learner.kept_policy()
+        policy = self._present_policy
         results = measure(
             policy,
             task.frozen,
@@ -452,7 +455,10 @@ class Run:
         means = processes.broadcast("'evaluate'", means)
         if config.stop_on is not None and (self._best is None or means[config.stop_on] > self._best.reward):
             self._best = _Best(policy, means[config.stop_on], self.iteration)
-        return {f"eval/{name}": mean for name, mean in means.items()}
+        trained_for, *others = self._reward_names
+        # Without folders, which are nobody else's business, and with characters that every tracker takes.
+        names = {name: re.sub(r"[^\w.: -]", "_", without_folders(name)) for name in others}
+        return {f"eval/{names[name]}": means[name] for name in others} | {"eval/reward": means[trained_for]}
 
     @property
     def _reward_names(self) -> list[str]:
@@ -504,7 +510,7 @@ class Run:
         )
         progress.update()
         if self.processes.is_main:
-            plot.update(self.metrics, is_last=self.iteration == self.config.num_iterations)
+            plot.update(self.metrics, is_last=self.is_over)
         if self._trackers is not None:
             self._trackers.log(metrics, metrics["images"])
         if self.processes.is_main and metrics["iteration"] % self.config.sample_every == 0:
@@ -628,10 +634,14 @@ class Run:
         self._learner.policy.load_state_dict(without_prefix("policy", tensors))
         self._learner.average.load_state_dict(without_prefix("average", tensors))
         self._learner.load_state(tensors, progress, self._folder.history)
+        self._best = None
         if (best := progress.get("best")) is not None:
+            reward, iteration = float(best["reward"]), int(best["iteration"])
+            if not math.isfinite(reward) or not 0 < iteration <= checkpoint.iteration:
+                raise DamagedFileError(f"its best policy is of iteration {iteration}, with the reward {reward}")
             policy = self._learner.kept_policy()
             policy.load_state_dict(without_prefix("best", tensors))
-            self._best = _Best(policy, best["reward"], best["iteration"])
+            self._best = _Best(policy, reward, iteration)
         train_seconds, seconds = progress["train_seconds"], {phase: progress["seconds"][phase] for phase in PHASES}
         self.iteration = self._saved_iteration = progress["iteration"]
         self.train_seconds, self._clock.seconds = train_seconds, seconds
@@ -653,6 +663,11 @@ class Run:
                     "the training prompts are not those that the run's checkpoints were made with; put their files "
                     "back, or start anew with another --output-dir"
                 )
+            if name == "eval_prompts_sha256":
+                raise ValueError(
+                    "the held-out prompts are not those that --stop-on has measured with; put them back, or start anew "
+                    "with another --output-dir"
+                )
             if name == "rollout_vae_sha256":
                 raise ValueError(
                     f"the weights of --rollout-vae {self.config.model.rollout_vae} are not those that the run was "
@@ -669,14 +684,13 @@ class Run:
         settings = {name: value for name, value in plain.items() if name not in {*MAY_CHANGE_ON_RESUME, "output_dir"}}
         if self._task.rollout_vae is not None:
             settings["rollout_vae_sha256"] = weights_digest(self._task.rollout_vae)
+        if self.config.stop_on is not None:
+            settings["eval_prompts_sha256"] = _prompts_digest(self._eval_prompts)
         return settings | {"frozen_sha256": self._frozen_sha256, "prompts_sha256": self._prompts_sha256}
 
     @functools.cached_property
     def _prompts_sha256(self) -> str:
-        digest = hashlib.sha256()
-        for prompt in self._task.train_prompts:
-            digest.update(identity(prompt) + b"\n")
-        return digest.hexdigest()
+        return _prompts_digest(self._task.train_prompts)
 
     # Results
 
@@ -737,8 +751,11 @@ class Run:
     @property
     def policy(self) -> NoisePolicy:
         """The result of the run so far: a policy to save, share and draw latents with."""
-        if self._best is not None:
-            return self._best.policy
+        return self._present_policy if self._best is None else self._best.policy
+
+    @property
+    def _present_policy(self) -> NoisePolicy:
+        """The policy that the newest weights make."""
         if self._learner is not None and self._policy_iteration != self.iteration:
             self._policy, self._policy_iteration = self._learner.kept_policy(), self.iteration
         return self._policy
@@ -1042,7 +1059,7 @@ class Run:
     def _write_samples(self, iteration: int) -> None:
         """Write the policy's pictures of the first held-out prompts, from the same seed each time."""
         num_inference_steps = self.config.num_inference_steps[0]
-        latents = self.policy.choose(
+        latents = self._present_policy.choose(
             self._sample_embeds.prompt_embeds,
             seed=stream_seed(self.config.seed, "samples"),
             num_inference_steps=num_inference_steps,
@@ -1148,8 +1165,8 @@ def check_resumed(saved: TrainConfig, config: TrainConfig) -> None:
         allowed = ", ".join(flags[name] for name in sorted(MAY_CHANGE_ON_RESUME))
         raise ValueError(f"{flags[forbidden[0]]} cannot change in a resumed run; only {allowed} can")
     config.check()
-    if saved.stop_on is not None and (of_result := sorted(changed & set(OF_THE_RESULT))):
-        name = flags[of_result[0]]
+    if saved.stop_on is not None and (changed := sorted(changed & {*OF_THE_RESULT, *_OF_SHORT_EVALUATION})):
+        name = flags[changed[0]]
         raise ValueError(f"{name} cannot change in a run with --stop-on, whose policy is kept as it was measured")
     if saved.holds_out_prompts and not config.holds_out_prompts:
         raise ValueError(
@@ -1214,6 +1231,13 @@ def _split_objects(
                 raise ValueError(f"{name}: {error}") from error
             settings[name] = (FROM_PYTHON + name,)
     return settings, Given(**objects)
+
+
+def _prompts_digest(prompts: Iterable[Any]) -> str:
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(identity(prompt) + b"\n")
+    return digest.hexdigest()
 
 
 def _best_of(images: torch.Tensor, rewards: torch.Tensor, count: int) -> torch.Tensor:

@@ -72,6 +72,7 @@ def distill(
 
     A killed run goes on from its last checkpoint in `folder`.
     """
+    teacher.to(memory_format=torch.channels_last)  # as after its training: a loaded one would round otherwise
     student, critic = copy.deepcopy(teacher), copy.deepcopy(teacher)
     students = [student, critic]
     for unet in students:

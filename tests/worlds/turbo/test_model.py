@@ -6,9 +6,10 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
 
+import noisepolicy
 from noisepolicy.frozen import FrozenDiffusersPipeline
 from noisepolicy.storage import read_tensors
-from noisepolicy.worlds.turbo import held_out_scenes, model_folder, pretrain
+from noisepolicy.worlds.turbo import distillation, held_out_scenes, model_folder, pretrain
 from noisepolicy.worlds.turbo.compare import measure
 from noisepolicy.worlds.turbo.networks import MAX_TOKENS, NUM_SLOTS
 
@@ -33,6 +34,11 @@ def test_captions_leave_their_last_tokens_to_the_slots():
     assert max(lengths) <= MAX_TOKENS - NUM_SLOTS == tokenizer.model_max_length - NUM_SLOTS
 
 
+def test_its_name_brings_its_preset(tmp_path):
+    run = noisepolicy.Run("turbo", output_dir=tmp_path / "run", eval_num_prompts=0)
+    assert (run.config.guidance_scale, run.config.num_inference_steps) == (1.0, (2,))
+
+
 @pytest.mark.slow
 def test_few_steps_are_enough_and_the_noise_matters():
     frozen = FrozenDiffusersPipeline.from_pretrained(model_folder(), dtype=torch.bfloat16)
@@ -46,8 +52,15 @@ def test_few_steps_are_enough_and_the_noise_matters():
 def test_pretraining_resumes(monkeypatch, tmp_path):
     monkeypatch.setattr(pretrain, "train_scenes", lambda: held_out_scenes()[:16])
     counts = ["--vae-steps", "1", "--text-steps", "1", "--num-pictures", "128", "--teacher-steps", "1"]
-    monkeypatch.setattr(sys, "argv", ["pretrain", str(tmp_path), *counts, "--student-steps", "2"])
-    pretrain.main()
+    monkeypatch.setattr(distillation, "_CHECKPOINT_EVERY", 1)
+
+    def train(num_student_steps):
+        options = [*counts, "--student-steps", str(num_student_steps)]
+        monkeypatch.setattr(sys, "argv", ["pretrain", str(tmp_path), *options])
+        pretrain.main()
+
+    train(1)
+    train(2)
     for part in ("text_encoder/model", "unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model"):
         made = read_tensors(tmp_path / "model" / f"{part}.safetensors")
         shipped = read_tensors(model_folder() / f"{part}.safetensors")
@@ -57,7 +70,8 @@ def test_pretraining_resumes(monkeypatch, tmp_path):
         assert made == (model_folder() / "tokenizer" / name).read_text()
     path = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
     first = read_tensors(path)
-    (tmp_path / "unet.safetensors").unlink()
-    pretrain.main()
+    for name in ("unet", "student_checkpoint"):
+        (tmp_path / f"{name}.safetensors").unlink()
+    train(2)
     again = read_tensors(path)
     assert all(torch.equal(first[name], again[name]) for name in first)
