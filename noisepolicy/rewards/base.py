@@ -59,6 +59,11 @@ class Reward:
         """Weights of a weighted sum's parts, by name. A single reward is its own part, of weight 1."""
         return {self.name: 1.0}
 
+    @property
+    def data_sha256(self) -> str | None:
+        """SHA-256 of what the reward was fitted to when it was made, such as votes; None if it was not."""
+        return getattr(self._function, "data_sha256", None)
+
     def parts(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """Return the parts of a weighted sum before they are weighted, `(batch, parts)` in the order of `weights`."""
         return self(images, prompts)[:, None]
@@ -208,6 +213,11 @@ class WeightedSum(Reward):
     def weights(self) -> dict[str, float]:
         """Weights of the parts, by name."""
         return dict(self._weights)
+
+    @property
+    def data_sha256(self) -> str | None:
+        """The parts' own, of those that were fitted."""
+        return " ".join(reward.data_sha256 for reward in self._rewards if reward.data_sha256) or None
 
     def parts(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """Return the parts before they are weighted, `(batch, parts)`."""

@@ -21,6 +21,7 @@ class CachedReward:
 
     def __init__(self, reward: Reward, *, max_items: int = _MAX_ITEMS) -> None:
         self._reward = reward
+        self.data_sha256 = reward.data_sha256
         self._max_items = max_items
         self._scores: OrderedDict[bytes, dict[str, float]] = OrderedDict()
 

@@ -13,6 +13,7 @@ class FrameMean:
 
     def __init__(self, reward: Reward) -> None:
         self._reward = reward
+        self.data_sha256 = reward.data_sha256
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """Return the means, `(batch,)`."""

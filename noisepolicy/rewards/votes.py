@@ -9,6 +9,7 @@ The reward is u less its standard deviation. A policy that is taught by u alone 
 voted on, to where u is a guess.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,10 +47,20 @@ class VotesReward:
         if not votes:
             raise ValueError(f"{folder} holds no votes; noisepolicy vote --output-dir writes some")
         self._model = PairwiseModel(tensors["tiles"], votes)
+        self.data_sha256 = _sha256(tensors["tiles"], votes)
+        """Hash of the votes and the pictures that the reward was fitted to."""
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """Return the rewards, float64 `(batch,)`."""
         return self._model.lower_utilities(tiles_of(images).cpu())
+
+
+def _sha256(tiles: torch.Tensor, votes: Votes) -> str:
+    """Hash all that the model of the votes depends on. Pictures without a vote may come and go."""
+    digest = hashlib.sha256(json.dumps(votes).encode())
+    used = sorted({*range(min(NUM_FIRST, len(tiles))), *(number for vote in votes for number in vote)})
+    digest.update(tiles[used].numpy().tobytes())
+    return digest.hexdigest()
 
 
 class PairwiseModel:
@@ -107,13 +118,17 @@ def read_votes(folder: Path) -> tuple[dict[str, torch.Tensor], Votes]:
     """Read the pictures' `latents` and `tiles`, and the votes.
 
     Raises:
-        ValueError: if a file is damaged or missing.
+        ValueError: if a file is missing, damaged or holds something else.
     """
     try:
         # The votes first: somebody may be voting, and pictures are written before they are voted on.
         lines = (folder / _VOTES).read_text("utf-8").splitlines() if (folder / _VOTES).is_file() else []
         tensors = read_tensors(folder / _PICTURES)
-        count = min(len(tensors["latents"]), len(tensors["tiles"]))
+        tiles = tensors["tiles"]
+        is_of_pictures = tiles.dtype == torch.float32 and tiles.ndim == 2 and tiles.shape[1] == 3 * _TILES**2
+        if not is_of_pictures or len(tiles) < 2 or not tiles.isfinite().all():
+            raise ValueError(f"its tiles are no finite float32 tensor (2 or more, {3 * _TILES**2})")
+        count = min(len(tensors["latents"]), len(tiles))
         return tensors, [_checked(json.loads(line), count) for line in lines]
     except (DamagedFileError, OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"the votes in {folder} cannot be read: {error}") from error

@@ -237,6 +237,9 @@ class Run:
         if resumed:
             given = resumed.given(config, given)
         self._task = task = load_task(config, self._accelerator.device, given)
+        data_sha256 = task.reward.data_sha256
+        if data_sha256 is not None and len(set(processes.exchange("'read the votes'", data_sha256))) > 1:
+            raise ValueError("the votes changed while the processes read them; start again")
         # What 'auto' chose is the run's from here on: a resumed run must not choose again.
         config = config.replace(
             engine=task.frozen.engine,
@@ -673,6 +676,11 @@ class Run:
                     f"the weights of --rollout-vae {self.config.model.rollout_vae} are not those that the run was "
                     "started with; put them back, or start anew with another --output-dir"
                 )
+            if name == "reward_data_sha256":
+                raise ValueError(
+                    f"the votes that the reward {self.config.reward} learns from are not those that the run was "
+                    "started with; take the later votes back, or start anew with another --output-dir"
+                )
             raise ValueError(
                 f"{self._folder.config} says {name} is {settings[name]}, but its checkpoints were made with "
                 f"{made_with[name]}; put it back, or start anew with another --output-dir"
@@ -686,6 +694,8 @@ class Run:
             settings["rollout_vae_sha256"] = weights_digest(self._task.rollout_vae)
         if self.config.stop_on is not None:
             settings["eval_prompts_sha256"] = _prompts_digest(self._eval_prompts)
+        if self._task.reward.data_sha256 is not None:
+            settings["reward_data_sha256"] = self._task.reward.data_sha256
         return settings | {"frozen_sha256": self._frozen_sha256, "prompts_sha256": self._prompts_sha256}
 
     @functools.cached_property

@@ -4,7 +4,9 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+import noisepolicy
 from noisepolicy.benchmarks.votes import simulate
 from noisepolicy.policies import SpectralPolicy
 from noisepolicy.rewards.registry import load_reward, with_absolute_paths
@@ -86,3 +88,46 @@ def test_votes_become_a_reward_of_any_command(frozen, tmp_path, monkeypatch):
     (tmp_path / "mine" / "votes.jsonl").write_text(json.dumps([0, 64]) + "\n")
     with pytest.raises(ValueError, match="cannot be read: a vote on pictures 0 and 64, of 64"):
         load_reward("votes(mine)")
+
+
+def test_a_run_goes_on_with_the_votes_that_it_was_started_with(frozen, tmp_path):
+    voting = Voting(frozen, PROMPTS[0], tmp_path / "mine", **SETTINGS)
+    simulated_votes(voting, load_reward("red"), 14, error=0)
+    settings = {"algorithm": "find", "prompts": [PROMPTS[0]], "group_size": 4, "batch_size": 4, "eval_num_prompts": 0}
+    rewards = ["votes({})", "cached(votes({}))", "0.5*votes({}) + 0.5*brightness"]
+    runs = [tmp_path / f"run{number}" for number in range(len(rewards))]
+    for reward, run in zip(rewards, runs, strict=True):
+        reward = reward.format(tmp_path / "mine")
+        noisepolicy.train(frozen, reward=reward, num_iterations=1, output_dir=run, **settings)
+    simulated_votes(voting, load_reward("red"), 1, error=0)  # and new pictures
+    for run in runs:
+        with pytest.raises(ValueError, match=r"the votes that the reward .*mine.* learns from are not those") as caught:
+            noisepolicy.resume(run, model=frozen, num_iterations=2)
+        assert "take the later votes back, or start anew" in str(caught.value) and "\n" not in str(caught.value)
+    voting.undo()
+    for run in runs:
+        assert noisepolicy.resume(run, model=frozen, num_iterations=2).train().iteration == 2
+
+
+@pytest.mark.parametrize(
+    "tiles",
+    [
+        torch.zeros(64),
+        torch.zeros(64, 47),
+        torch.zeros(1, 48),
+        torch.zeros(64, 48, dtype=torch.int64),
+        torch.full((64, 48), torch.nan),
+    ],
+    ids=["one axis", "another width", "one picture", "whole numbers", "no numbers"],
+)
+def test_tiles_that_are_none(frozen, tmp_path, tiles):
+    voting = Voting(frozen, PROMPTS[0], tmp_path, **SETTINGS)
+    voting.vote(voting.pair[0])
+    path = tmp_path / "pictures.safetensors"
+    save_file(load_file(path) | {"tiles": tiles}, path)
+    (tmp_path / "votes.jsonl").write_text("[0, 0]\n")
+    message = r"cannot be read: its tiles are no finite float32 tensor \(2 or more, 48\)"
+    with pytest.raises(ValueError, match=message):
+        load_reward(f"votes({tmp_path})")
+    with pytest.raises(ValueError, match=message):
+        Voting(frozen, PROMPTS[0], tmp_path, **SETTINGS)
