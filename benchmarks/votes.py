@@ -26,6 +26,7 @@ _ERROR = 0.1
 _NUM_PICTURES = 256
 _NUM_KNOCK_OUTS = 100
 _NUM_OF_POLICY = 64
+_SEED_OF_POLICY = 2**20  # of no voter: the policy was taught by pictures of the voters' noise
 _COLUMNS = ("base", "best_of_4", "knock_out", *(f"votes_{count}" for count in COUNTS), "policy")
 
 
@@ -93,7 +94,7 @@ def _measure(
         )
         for _ in run:
             pass
-        latents = run.policy.latents(frozen, [prompt] * _NUM_OF_POLICY, seed=seed)
+        latents = run.policy.latents(frozen, [prompt] * _NUM_OF_POLICY, seed=_SEED_OF_POLICY)
         images = frozen.generate(latents, frozen.encode([prompt] * _NUM_OF_POLICY), **settings)
         row["policy"] = reward(images, [prompt] * _NUM_OF_POLICY).mean().item()
     return row
