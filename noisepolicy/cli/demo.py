@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from noisepolicy.frozen import FrozenModel
     from noisepolicy.policies import NoisePolicy
+    from noisepolicy.training.config import TrainConfig
 
 _NUM_CANDIDATES = 8
 _NUM_EXAMPLES = 8
@@ -235,6 +236,7 @@ def _of_run(path: Path, arguments: argparse.Namespace) -> Demo:
     folder.check_model_is_there(config)
     run = Run.open(folder, with_engine(config, arguments), device=arguments.device)
     try:
+        _refuse_outside_prompts(config)
         examples = run.held_out_prompts[:_NUM_EXAMPLES]
     except ValueError as error:
         warnings.warn(f"the page has no held-out prompts: {error}", stacklevel=2)
@@ -247,6 +249,15 @@ def _of_run(path: Path, arguments: argparse.Namespace) -> Demo:
         config.guidance_scale,
         examples,
     )
+
+
+def _refuse_outside_prompts(config: "TrainConfig") -> None:
+    """Raise ValueError if the held-out prompts are elsewhere: the run may be anybody's, and the page seen by all."""
+    from noisepolicy.training.prompt_list import is_hub_dataset, is_prompt_file
+
+    for source in config.evaluation.prompts or config.prompts:
+        if is_prompt_file(source) or is_hub_dataset(source):
+            raise ValueError(f"{source} is not in the run folder")
 
 
 def _of_policy(arguments: argparse.Namespace) -> Demo:

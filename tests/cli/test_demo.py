@@ -194,18 +194,28 @@ def test_the_page_in_a_browser(address, browser, width, tmp_path):
 
 
 def test_the_gallery_shows_the_held_out_prompts_of_the_run(tmp_path, monkeypatch, capsys):
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("\n".join(scene.caption for scene in held_out_scenes()[:5]))
+    prompts = [scene.caption for scene in held_out_scenes()[:5]]
     settings = {"num_iterations": 1, "batch_size": 4, "critic_warmup": 4, "critic_updates": 1, "eval_num_prompts": 1}
     run = noisepolicy.Run("shapes", reward="red", prompts=prompts, output_dir=tmp_path / "run", **settings)
     assert len(list(run)) == 1 and len(run.held_out_prompts) == 1
     served = []
-    monkeypatch.setattr(command, "make_page", lambda demo: served.append(demo) or _Page())
+    monkeypatch.setattr(command, "make_page", lambda demo: served.append(list(demo.examples)) or _Page())
+    path = tmp_path / "run" / "config.yaml"
+    config = path.read_text()
+    secret = tmp_path / "secret"
+    secret.write_text("my secret\n")
+    # A run may come from anybody, and the page may be public.
+    for source in (str(secret), str(tmp_path / "nowhere.txt"), "hf:nobody/nothing"):
+        path.write_text(config.replace("eval_prompts: []", f"eval_prompts: [{json.dumps(source)}]"))
+        assert source in path.read_text()
+        assert cli.main(["demo", str(tmp_path / "run")]) == 0
+        warning = f"warning: the page has no held-out prompts: {source} is not in the run folder"
+        assert warning in capsys.readouterr().err
+    path.write_text(config.replace("eval_prompts: []", f"eval_prompts: [{json.dumps(prompts[1])}]"))
     assert cli.main(["demo", str(tmp_path / "run")]) == 0
-    prompts.unlink()
+    path.write_text(config)
     assert cli.main(["demo", str(tmp_path / "run")]) == 0
-    assert "warning: the page has no held-out prompts: cannot read prompt file" in capsys.readouterr().err
-    assert [list(demo.examples) for demo in served] == [list(run.held_out_prompts), []]
+    assert served == [[], [], [], [prompts[1]], list(run.held_out_prompts)]
 
 
 def test_what_the_command_loads(policy_folder, tmp_path, monkeypatch, capsys):
