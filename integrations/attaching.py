@@ -18,7 +18,6 @@ import torch
 
 import noisepolicy
 from noisepolicy.policies.base import NoisePolicy
-from noisepolicy.prior import as_indices
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -83,24 +82,19 @@ def attach(
             texts = [call["prompt"]] if isinstance(call["prompt"], str) else call["prompt"]
             count = call.get("num_images_per_prompt") or call.get("num_videos_per_prompt") or 1
             prompts = [text for text in texts for _ in range(count)]
-            if index is None and variety:  # each prompt counts its own, here and where a sampler draws
-                index = [prompts[:row].count(text) for row, text in enumerate(prompts)]
-            if seed is None:
-                seed = _draw_seed(call.get("generator"))
-            elif call.get("generator") is None and "generator" in defaults:
-                rows = range(len(prompts)) if index is None else as_indices(index)
-                seeds = (row_seeds(seed, range(row, row + 1))[0] for row in rows)
-                call["generator"] = [torch.Generator(self._execution_device).manual_seed(own) for own in seeds]
-            call["latents"] = policy.latents(
+            call["latents"], indices = policy.latents_and_indices(
                 self,
                 prompts,
-                seed=seed,
+                seed=_draw_seed(call.get("generator")) if seed is None else seed,
                 index=index,
                 num_inference_steps=call.get("num_inference_steps", defaults.get("num_inference_steps")) or 1,
                 num_candidates=num_candidates,
                 variety=variety,
                 **{name: call[name] for name in _SIZES if name in call},
             )
+            if seed is not None and call.get("generator") is None and "generator" in defaults:
+                seeds = row_seeds(seed, indices)
+                call["generator"] = [torch.Generator(self._execution_device).manual_seed(own) for own in seeds]
             return super().__call__(**call)
 
     return _become(pipeline, Attached)

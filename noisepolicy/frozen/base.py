@@ -3,7 +3,7 @@
 import hashlib
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -87,7 +87,7 @@ class FrozenModel(Protocol):
         ...
 
 
-def row_seeds(seed: int, rows: range) -> list[int]:
+def row_seeds(seed: int, rows: Iterable[int]) -> list[int]:
     """Return the seed of what a sampler draws for each row; it depends on the run's seed and the row's number."""
     first = int.from_bytes(hashlib.blake2b(f"{seed}/sampler".encode(), digest_size=8).digest(), "little")
     return [(first + row) % 2**63 for row in rows]

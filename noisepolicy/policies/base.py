@@ -239,7 +239,8 @@ class NoisePolicy(Float32Module):
         mean, log_std = self(prompt_embeds)
         values, distances = [], []
         # The row's own draw, number 0, is left out: it lies elsewhere and is worth no more than any other.
-        for numbers in torch.arange(1, num_candidates + 1).split(_rows_at_once(place["latent_shape"])):
+        last = min(num_candidates, MAX_CANDIDATES - 1)  # there are counters for no more
+        for numbers in torch.arange(1, last + 1).split(_rows_at_once(place["latent_shape"])):
             drawn = self._draw_further(mean, log_std, int(numbers[0]), len(numbers), **place)
             value, sketch = self.critic.lower_bound(prompt_embeds, drawn.action, step_index)
             values.append(value)
@@ -301,7 +302,6 @@ class NoisePolicy(Float32Module):
         values, _ = self.critic.lower_bound(prompt_embeds, drawn.action, step_index)
         return drawn.latents, self.critic.in_reward_units(values)
 
-    @without_autocast
     def latents(
         self,
         pipeline_or_embeds: Any,
@@ -339,8 +339,9 @@ class NoisePolicy(Float32Module):
             num_candidates: Number of starts that the critic chooses among: more follow the prompt better and differ
                 less. 1 takes every draw as it comes. Default: as in training.
             variety: How much the pictures of a prompt are to differ: from 0, where the critic looks at the reward it
-                foresees, to 1, where it looks at how far the foreseen picture is from those at smaller indices. They
-                are chosen first, asked for or not, back to the last multiple of 16; no further picture is made.
+                foresees, to 1, where it looks at how far the foreseen picture is from those before it in its set:
+                indices 0 to 15 are one set, 16 to 31 the next. To make picture 5 alone, the starts of pictures 0 to 4
+                are chosen too, so that picture 5 can differ from them; pictures 0 to 4 are not made.
             height, width, num_frames, max_sequence_length: As given to the pipeline. Default: the pipeline's own.
             latent_shape: Shape of a row of latents, where embeddings are given. Default: that of training.
 
@@ -351,21 +352,43 @@ class NoisePolicy(Float32Module):
             ValueError: if an argument is out of range, or the model's latents or embeddings are not of the kind the
                 policy was trained on.
         """
+        latents, _ = self.latents_and_indices(
+            pipeline_or_embeds,
+            prompts,
+            seed=seed,
+            index=index,
+            num_inference_steps=num_inference_steps,
+            num_candidates=num_candidates,
+            variety=variety,
+            height=height,
+            width=width,
+            num_frames=num_frames,
+            max_sequence_length=max_sequence_length,
+            latent_shape=latent_shape,
+        )
+        return latents
+
+    @without_autocast
+    def latents_and_indices(
+        self,
+        pipeline_or_embeds: Any,
+        prompts: str | Sequence[str] | None = None,
+        *,
+        seed: int,
+        index: int | Sequence[int] | None = None,
+        num_inference_steps: int = 1,
+        num_candidates: int | None = None,
+        variety: float = 0.0,
+        **sizes: Any,
+    ) -> tuple[torch.Tensor, list[int]]:
+        """Do what `latents` does, and return the index of each row too: what a sampler draws is to follow it."""
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be 1 or more, got {num_inference_steps}")
         if num_candidates is not None and not 1 <= num_candidates <= MAX_CANDIDATES:
             raise ValueError(f"num_candidates must be from 1 to {MAX_CANDIDATES}, got {num_candidates}")
         if num_candidates is not None and num_candidates > 1 and self.critic is None:
             raise ValueError(f"this policy has no critic to choose among {num_candidates} candidates")
-        rows, shape, pack = self._encode(
-            pipeline_or_embeds,
-            prompts,
-            latent_shape=latent_shape,
-            height=height,
-            width=width,
-            num_frames=num_frames,
-            max_sequence_length=max_sequence_length,
-        )
+        rows, shape, pack = self._encode(pipeline_or_embeds, prompts, **sizes)
         size = _SET_SIZE if variety else 1
         prompt_numbers = _number_prompts(rows) if variety else list(range(len(rows)))
         if index is not None:
@@ -395,15 +418,16 @@ class NoisePolicy(Float32Module):
                     latent_shape=shape,
                     variety=variety,
                 )
-        return pack(torch.stack([sets[key][number % size] for key, number in zip(keys, indices, strict=True)]))
+        latents = torch.stack([sets[key][number % size] for key, number in zip(keys, indices, strict=True)])
+        return pack(latents), indices
 
     def _encode(
         self,
         model: Any,
         prompts: str | Sequence[str] | None,
         *,
-        latent_shape: Sequence[int] | None,
-        max_sequence_length: int | None,
+        latent_shape: Sequence[int] | None = None,
+        max_sequence_length: int | None = None,
         **sizes: int | None,
     ) -> tuple[list[torch.Tensor], tuple[int, ...], Callable[[torch.Tensor], torch.Tensor]]:
         """Return the prompts' embeddings, each `(1, tokens, width)`, the shape of latents, and what packs latents."""

@@ -942,23 +942,24 @@ class Run:
         guidance = self.config.guidance_scale if guidance_scale is None else guidance_scale
         frozen, policy = self._frozen, self.policy
         texts = [prompt for prompt in prompts for _ in range(num_images_per_prompt * best_of)]
-        embeds = self._encode(texts)
-        starts = {}
+        if variety:  # each prompt counts its own images, wherever they stand
+            encoded = {text: self._encode([text]) for text in dict.fromkeys(texts)}
+            embeds = PromptEmbeds.cat([encoded[text] for text in texts])
+            chosen, indices = policy.latents_and_indices(embeds, seed=seed, num_inference_steps=steps, variety=variety)
+        else:
+            embeds, indices = self._encode(texts), list(range(len(texts)))
+            chosen = policy.choose(embeds.prompt_embeds, seed=seed, num_inference_steps=steps)
+        starts = {"policy": chosen}
         if compare:
-            prior = torch.zeros(len(embeds), *policy.latent_shape, device=self._accelerator.device)
-            starts["base"] = gaussian_sample(prior, prior.new_zeros(()), seed=seed)[0]
-        # Each prompt counts its own images where they are chosen to differ.
-        sets = embeds.prompt_embeds.split(num_images_per_prompt * best_of if variety else len(embeds))
-        starts["policy"] = torch.cat(
-            [policy.choose(rows, seed=seed, num_inference_steps=steps, variety=variety) for rows in sets]
-        )
+            prior = torch.zeros(max(indices) + 1, *policy.latent_shape, device=self._accelerator.device)
+            starts = {"base": gaussian_sample(prior, prior.new_zeros(()), seed=seed)[0][indices], **starts}
         images = {
             side: frozen.generate(
                 latents,
                 embeds,
                 num_inference_steps=steps,
                 guidance_scale=guidance,
-                seeds=row_seeds(seed, range(len(latents))),
+                seeds=row_seeds(seed, indices),
             )
             for side, latents in starts.items()
         }

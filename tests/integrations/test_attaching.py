@@ -8,6 +8,7 @@ from diffusers import DiffusionPipeline, EulerAncestralDiscreteScheduler, Stable
 
 import noisepolicy
 from noisepolicy.frozen import FrozenDiffusersPipeline
+from noisepolicy.frozen.base import row_seeds
 from noisepolicy.policies import SpectralPolicy
 from noisepolicy.policies.critic import CriticShape, RewardCritic
 from noisepolicy.prior import noise
@@ -72,6 +73,19 @@ def test_images_that_are_chosen_to_differ(pipeline):
     expected = pipeline(PROMPTS[0], latents=latents, num_images_per_prompt=3, **SETTINGS).images
     noisepolicy.attach(pipeline, policy, variety=1.0)
     assert torch.equal(pipeline(PROMPTS[0], num_images_per_prompt=3, seed=7, **SETTINGS).images, expected)
+
+
+def test_texts_of_the_same_tokens_are_one_prompt(pipeline):
+    pipeline.scheduler = EulerAncestralDiscreteScheduler.from_config(pipeline.scheduler.config)
+    policy = make_policy()
+    policy.attach_critic(RewardCritic(CriticShape((20, 128), policy.action_shape, True, (2,)), size=3), 16)
+    prompts = [PROMPTS[0], PROMPTS[1], PROMPTS[0].upper()]
+    latents = policy.latents(pipeline, prompts, seed=7, num_inference_steps=2, variety=0.5)
+    generators = [torch.Generator().manual_seed(seed) for seed in row_seeds(7, [0, 0, 1])]
+    expected = pipeline(prompts, latents=latents, generator=generators, **SETTINGS).images
+    noisepolicy.attach(pipeline, policy, variety=0.5)
+    images = pipeline(prompts, seed=7, **SETTINGS).images
+    assert torch.equal(images, expected) and not torch.equal(images[0], images[2])
 
 
 def test_the_seed_decides_what_a_sampler_draws(pipeline):

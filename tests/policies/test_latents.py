@@ -84,9 +84,28 @@ def sketches(policy, pipeline, latents, prompt=PROMPTS[0]):
     return policy.critic.sketch(embeds, basis @ latents @ basis.T, torch.zeros(1, dtype=torch.int64)).flatten(1)
 
 
-def test_variety_of_zero_changes_no_bit(pipeline, policy):
-    prompts = [*PROMPTS, *PROMPTS]
-    assert torch.equal(policy.latents(pipeline, prompts, seed=7, variety=0), policy.latents(pipeline, prompts, seed=7))
+def test_without_variety_the_foreseen_reward_alone_decides(pipeline, policy):
+    """To the bit, against a choice by hand; a prompt that comes again is none to differ from."""
+    prompts = [*PROMPTS[:2], *PROMPTS[:2]]
+    chosen = policy.latents(pipeline, prompts, seed=7, num_candidates=3, num_inference_steps=2, variety=0)
+    frozen, shape = FrozenDiffusersPipeline(pipeline), (8, 8, 8)
+    for index, prompt in enumerate(prompts):
+        embeds = frozen.encode([prompt]).prompt_embeds
+        place = {"seed": 7, "offset": index * num_counters(shape), "latent_shape": shape}
+        own, further = policy.sample(embeds, **place), policy._draw_further(*policy(embeds), 1, 2, **place)
+        action, latents = (torch.cat(pair) for pair in ((own.action, further.action), (own.latents, further.latents)))
+        values, _ = policy.critic.lower_bound(embeds, action, torch.zeros(1, dtype=torch.int64))
+        assert torch.equal(chosen[index], latents[values.argmax()])
+
+
+def test_the_last_index_has_as_many_candidates(monkeypatch):
+    # Lots of which one would begin at candidate 65536, which has no counters at the last index.
+    monkeypatch.setattr("noisepolicy.policies.base._CRITIC_ROWS", 13107)
+    policy = SpectralPolicy(latent_shape=(1, 4, 4), prompt_shape=(2, 4), bands=2)
+    policy.attach_critic(RewardCritic(CriticShape((2, 4), policy.action_shape, True, (1,)), size=2), 2**16)
+    for variety in (0.0, 0.2):
+        chosen = policy.choose(torch.ones(2, 2, 4), seed=7, offset=2**47 - 2 * num_counters((1, 4, 4)), variety=variety)
+        assert chosen.isfinite().all()
 
 
 @pytest.mark.parametrize("variety", [0.2, 1.0])

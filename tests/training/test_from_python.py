@@ -12,6 +12,7 @@ import torch
 import yaml
 
 import noisepolicy
+from noisepolicy.frozen.base import row_seeds
 from noisepolicy.rewards import Reward
 
 SMALL = {"batch_size": 8, "group_size": 4, "num_iterations": 2, "critic_warmup": 8, "critic_updates": 1, "bands": 4}
@@ -261,6 +262,32 @@ def test_evaluating_other_prompts_and_rewards(blob, tmp_path):
     assert [image.size for image in images] == [(16, 16)] * 2
     base, policy = run.generate("a", seed=3, compare=True)
     assert policy[0].tobytes() == images[0].tobytes() != base[0].tobytes()
+
+
+def test_variety_counts_the_pictures_of_each_prompt(blob, tmp_path):
+    """Also where a prompt is given twice, by the base model, and with what a sampler draws."""
+    run = noisepolicy.train(
+        blob[0](), reward=blob[1], prompts=["a", "bb"], eval_num_prompts=0, output_dir=tmp_path, **SMALL
+    )
+    frozen, policy = run._task.frozen, run.policy
+    generate = frozen.generate
+
+    def drawing(latents, embeds, *, seeds, **settings):
+        drawn = [torch.rand((), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return generate(latents, embeds, **settings) + torch.stack(drawn)[:, None, None, None]
+
+    frozen.generate = drawing
+    options = {"seed": 3, "variety": 0.2, "compare": True}
+    prompts = ["a", "bb", "a", "a"]
+    several = run.generate_tensors(prompts, **options)
+    a, bb = (run.generate_tensors([text], num_images_per_prompt=3, **options) for text in ("a", "bb"))
+    for side in ("base", "policy"):
+        assert len(several[side].unique(dim=0)) == 4 - (side == "base")
+        assert torch.equal(several[side], torch.stack([a[side][0], bb[side][0], a[side][1], a[side][2]]))
+    latents = policy.latents(frozen, prompts, seed=3, variety=0.2)
+    seeds = row_seeds(3, [0, 0, 1, 2])
+    images = drawing(latents, frozen.encode(prompts), seeds=seeds, num_inference_steps=1, guidance_scale=1.0)
+    assert torch.equal(several["policy"], images)
 
 
 def test_a_model_of_a_module_gets_everything(tmp_path, monkeypatch, capsys):
