@@ -41,7 +41,7 @@ run = noisepolicy.train(
 # One row: the base model's mean reward on held-out captions, the policy's from the same seeds, and the gain with
 # its 95% interval. After so few pictures the gain is small: a run of 1,440 pictures came to +0.113, with an
 # interval from +0.057 to +0.181. If an interval includes 0, the run has not shown that the policy helps; the
-# [results](../results.md) show what the default reaches.
+# [results](../results.html) show what the default reaches.
 
 # %%
 print(run.evaluation)
@@ -65,4 +65,4 @@ print(f"standard deviation {latents.std():.3f}, largest mean of a latent {latent
 
 # %% [markdown]
 # ## Next
-# `runs/first/report.html` shows all of this. [How to read the report](../start/report.md) explains its numbers.
+# `runs/first/report.html` shows all of this. [How to read the report](../start/report.html) explains its numbers.

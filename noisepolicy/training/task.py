@@ -331,9 +331,10 @@ def _refuse_missing_objects(config: TrainConfig, given: Given) -> None:
 def refuse_object(name: str, argument: str) -> None:
     """Raise `ValueError` if settings name an object from Python, which cannot be loaded."""
     if name.startswith(FROM_PYTHON):
+        keyword = argument.removeprefix("--").replace("-", "_")
         raise ValueError(
             f"this run was made in Python with {name.removeprefix(FROM_PYTHON)}, which cannot be loaded by its name; "
-            f"in Python, give it again as {argument}"
+            f"give it again from Python: noisepolicy.resume(folder, {keyword}=...)"
         )
 
 
