@@ -19,7 +19,7 @@ def in_notebook() -> bool:
 
 
 class LivePlot:
-    """Reward and KL of every iteration so far. Outside notebooks nothing is shown."""
+    """Reward and KL of every iteration so far. It needs a notebook."""
 
     def __init__(self) -> None:
         self._display: Any = None
@@ -28,7 +28,7 @@ class LivePlot:
     def update(self, metrics: Sequence[dict[str, Any]], *, is_last: bool) -> None:
         """Draw the metrics anew, unless the last drawing is recent and there are more to come."""
         start = time.monotonic()
-        if not in_notebook() or (start < self._next and not is_last):
+        if start < self._next and not is_last:
             return
         from IPython.display import HTML, display
 

@@ -339,7 +339,7 @@ class Run:
                 "an iteration of this run was cut short; go on from its last checkpoint with "
                 f"noisepolicy.resume({str(self.folder)!r})"
             )
-        plot = LivePlot()
+        plot = LivePlot() if is_main and in_notebook() else None
         progress = self._progress_bar(total=config.num_iterations, initial=self.iteration, unit="it")
         with self._writing(), progress, signals:
             if is_main:
@@ -503,7 +503,7 @@ class Run:
             **options,
         )
 
-    def _show(self, metrics: dict[str, Any], progress: Any, plot: LivePlot) -> None:
+    def _show(self, metrics: dict[str, Any], progress: Any, plot: LivePlot | None) -> None:
         progress.set_postfix(
             images=metrics["images"],
             reward=f"{metrics['reward']:.3f}",
@@ -512,7 +512,7 @@ class Run:
             refresh=False,
         )
         progress.update()
-        if self.processes.is_main:
+        if plot is not None:
             plot.update(self.metrics, is_last=self.is_over)
         if self._trackers is not None:
             self._trackers.log(metrics, metrics["images"])

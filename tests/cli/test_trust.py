@@ -80,7 +80,7 @@ def test_the_command_line_is_the_users_own(run_folder, command, tmp_path):
     run = run_folder(reward="evil:score")
     code, errors = command("eval", run, "--reward", "evil:score")
     assert code == 0 and (tmp_path / "ran").exists(), errors
-    refused(command("eval", run, "--reward", "red"), "trained for, evil:score")
+    refused(command("eval", run, "--reward", "red"), "the run's own reward, evil:score")
     refused(command("train", "--resume", run, "--reward", "red"), "--reward cannot change")
     (tmp_path / "own.yaml").write_text("reward: no_such:function\n")
     refused(command("train", "--config", "own.yaml"), "cannot import 'no_such'")

@@ -4,7 +4,7 @@ The stages of `shapes/stages.py` make a teacher, from pictures; `distillation.py
 the command goes on where it was stopped. Teacher and student are written as Stable Diffusion pipelines in diffusers'
 format, safetensors in fp16, to `teacher/` and `model/`; the package ships the latter. Seeded.
 
-`python -m noisepolicy.worlds.turbo.compare WORK_FOLDER` measures both.
+`python -m noisepolicy.benchmarks.distilled WORK_FOLDER` measures both.
 """
 
 import argparse

@@ -7,10 +7,10 @@ import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
 
 import noisepolicy
+from noisepolicy.benchmarks.distilled import measure
 from noisepolicy.frozen import FrozenDiffusersPipeline
 from noisepolicy.storage import read_tensors
 from noisepolicy.worlds.turbo import distillation, held_out_scenes, model_folder, pretrain
-from noisepolicy.worlds.turbo.compare import measure
 from noisepolicy.worlds.turbo.networks import MAX_TOKENS, NUM_SLOTS
 
 

@@ -1,4 +1,4 @@
-"""Compares the student with its teacher: `python -m noisepolicy.worlds.turbo.compare WORK_FOLDER`.
+"""Compares the student with its teacher: `python -m noisepolicy.benchmarks.distilled WORK_FOLDER`.
 
 For held-out captions, from the same seeds: reward, share of strictly right pictures, mean reward of the best of a
 group, variety (root mean square difference of two pictures of a caption, as in the evaluation of policies), also as a
