@@ -1,1 +1,1 @@
-"""What plugs a policy into other programs, each in a folder of its own, and into pipelines (`attaching.py`)."""
+"""Policies in other programs, each in a folder of its own, and attached to pipelines (`attaching.py`)."""

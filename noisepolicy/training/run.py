@@ -237,9 +237,6 @@ class Run:
         if resumed:
             given = resumed.given(config, given)
         self._task = task = load_task(config, self._accelerator.device, given)
-        data_sha256 = task.reward.data_sha256
-        if data_sha256 is not None and len(set(processes.exchange("'read the votes'", data_sha256))) > 1:
-            raise ValueError("the votes changed while the processes read them; start again")
         # What 'auto' chose is the run's from here on: a resumed run must not choose again.
         config = config.replace(
             engine=task.frozen.engine,
@@ -252,6 +249,9 @@ class Run:
         config.check()
         check_trackers(config.all_trackers)
         self._check_short_evaluation()
+        fitted_to = self._fitted_to
+        if fitted_to and len({str(theirs) for theirs in processes.exchange("'read the votes'", fitted_to)}) > 1:
+            raise ValueError("the votes changed while the processes read them; start again")
         self._trackers: Trackers | None = None
         if resumed is None:
             chosen = RunFolder.choose(config, is_temporary=self._is_of_python) if processes.is_main else None
@@ -453,15 +453,20 @@ class Run:
         means = None
         if results is not None:
             keys = ["reward", *map(eval_key, range(len(task.eval_rewards)))]
-            values = [results.metrics[key].mean().item() for key in keys]
-            means = dict(zip(self._reward_names, values, strict=True))
+            means = [results.metrics[key].mean().item() for key in keys]
         means = processes.broadcast("'evaluate'", means)
-        if config.stop_on is not None and (self._best is None or means[config.stop_on] > self._best.reward):
-            self._best = _Best(policy, means[config.stop_on], self.iteration)
-        trained_for, *others = self._reward_names
-        # Without folders, which are nobody else's business, and with characters that every tracker takes.
-        names = {name: re.sub(r"[^\w.: -]", "_", without_folders(name)) for name in others}
-        return {f"eval/{names[name]}": means[name] for name in others} | {"eval/reward": means[trained_for]}
+        if config.stop_on is not None:
+            value = means[self._reward_names.index(config.stop_on)]
+            if self._best is None or value > self._best.reward:
+                self._best = _Best(policy, value, self.iteration)
+        return dict(zip(self._eval_metrics, means, strict=True))
+
+    @property
+    def _eval_metrics(self) -> list[str]:
+        """Names of the metrics of a short evaluation: without folders, which are nobody else's business, and with
+        characters that every tracker takes."""
+        others = (re.sub(r"[^\w.: -]", "_", without_folders(name)) for name in self._reward_names[1:])
+        return ["eval/reward", *(f"eval/{name}" for name in others)]
 
     @property
     def _reward_names(self) -> list[str]:
@@ -476,7 +481,7 @@ class Run:
         if not self._task.eval_prompts or not config.evaluation.num_prompts:
             raise ValueError("--eval-every and --stop-on measure on held-out prompts, and --eval-num-prompts is 0")
         names = self._reward_names
-        if len(set(names)) < len(names):
+        if len(set(names)) < len(names) or len(set(self._eval_metrics)) < len(names):
             raise ValueError(f"--eval-every and --stop-on need rewards of different names, got {', '.join(names)}")
         if config.stop_on is not None and config.stop_on not in names:
             known = ", ".join(names)
@@ -678,8 +683,8 @@ class Run:
                 )
             if name == "reward_data_sha256":
                 raise ValueError(
-                    f"the votes that the reward {self.config.reward} learns from are not those that the run was "
-                    "started with; take the later votes back, or start anew with another --output-dir"
+                    f"the votes that the reward {', '.join(self._fitted_to)} learns from are not those that the run "
+                    "was started with; take the later votes back, or start anew with another --output-dir"
                 )
             raise ValueError(
                 f"{self._folder.config} says {name} is {settings[name]}, but its checkpoints were made with "
@@ -694,9 +699,15 @@ class Run:
             settings["rollout_vae_sha256"] = weights_digest(self._task.rollout_vae)
         if self.config.stop_on is not None:
             settings["eval_prompts_sha256"] = _prompts_digest(self._eval_prompts)
-        if self._task.reward.data_sha256 is not None:
-            settings["reward_data_sha256"] = self._task.reward.data_sha256
+        if self._fitted_to:
+            settings["reward_data_sha256"] = " ".join(self._fitted_to.values())
         return settings | {"frozen_sha256": self._frozen_sha256, "prompts_sha256": self._prompts_sha256}
+
+    @property
+    def _fitted_to(self) -> dict[str, str]:
+        """Hashes of what the rewards were fitted to, by reward, of those that decide the result."""
+        rewards = [self._task.reward, *(self._task.eval_rewards if self.config.stop_on is not None else ())]
+        return {reward_name(reward): reward.data_sha256 for reward in rewards if reward.data_sha256}
 
     @functools.cached_property
     def _prompts_sha256(self) -> str:

@@ -139,6 +139,14 @@ def test_a_damaged_best_policy_is_noticed(blob, settings, tmp_path, best):
         run._restore(dataclasses.replace(checkpoint, progress=checkpoint.progress | {"best": best}))
 
 
+def test_metrics_that_would_have_one_name_are_refused(blob, settings, tmp_path):
+    def reward(images, prompts):
+        return images.mean((1, 2, 3))
+
+    with pytest.raises(ValueError, match="need rewards of different names, got left_or_right, reward"):
+        noisepolicy.Run(blob[0](), output_dir=tmp_path, **(settings | {"eval_rewards": [reward], "eval_every": 1}))
+
+
 def test_a_launch_that_is_started_again_finds_its_run(tmp_path):
     config = TrainConfig.of(model="shapes", stop_on="shapes", output_dir=tmp_path / "run")
     RunFolder(tmp_path / "run").begin(config.resolved(4), "launch", Given())

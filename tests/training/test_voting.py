@@ -109,6 +109,17 @@ def test_a_run_goes_on_with_the_votes_that_it_was_started_with(frozen, tmp_path)
         assert noisepolicy.resume(run, model=frozen, num_iterations=2).train().iteration == 2
 
 
+def test_so_does_a_run_that_stops_on_votes(frozen, tmp_path):
+    voting = Voting(frozen, PROMPTS[0], tmp_path / "mine", **SETTINGS)
+    simulated_votes(voting, load_reward("red"), 4, error=0)
+    votes = f"votes({tmp_path / 'mine'})"
+    settings = {"reward": "red", "eval_rewards": [votes], "stop_on": votes, "algorithm": "find", "group_size": 4}
+    noisepolicy.train(frozen, prompts=[PROMPTS[0]], num_iterations=1, output_dir=tmp_path / "run", **settings)
+    simulated_votes(voting, load_reward("red"), 1, error=0)
+    with pytest.raises(ValueError, match=r"the votes that the reward .*mine.* learns from are not those"):
+        noisepolicy.resume(tmp_path / "run", model=frozen, num_iterations=2)
+
+
 @pytest.mark.parametrize(
     "tiles",
     [

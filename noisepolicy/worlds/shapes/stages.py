@@ -77,11 +77,11 @@ class Stages:
         train = self._train_text_encoder
         self._run("text_encoder", encoder, lambda: train(encoder, tokenizer, num_steps, use_bf16=use_bf16))
 
-    def latents(self, vae: AutoencoderTiny, *, num_scenes: int, use_bf16: bool = False) -> dict[str, torch.Tensor]:
+    def latents(self, vae: AutoencoderTiny, *, num_scenes: int) -> dict[str, torch.Tensor]:
         """Encode scenes, scaled to unit variance, and set the VAE's scale. Returns latents and the scenes' numbers."""
         path = self.folder / "latents.safetensors"
         if not path.exists():
-            write_tensors(path, self._encode_scenes(vae, num_scenes, use_bf16=use_bf16))
+            write_tensors(path, self._encode_scenes(vae, num_scenes))
         data = read_tensors(path)
         scaling_factor = 1 / data["latents"].std().item()
         data["latents"] *= scaling_factor
@@ -191,15 +191,14 @@ class Stages:
             _log("text encoder", step + 1, num_steps, loss.item(), start)
 
     @torch.no_grad()
-    def _encode_scenes(self, vae: AutoencoderTiny, num_scenes: int, *, use_bf16: bool) -> dict[str, torch.Tensor]:
+    def _encode_scenes(self, vae: AutoencoderTiny, num_scenes: int) -> dict[str, torch.Tensor]:
         index_of = {scene: index for index, scene in enumerate(self.world.scenes)}
         latents, scene_index = [], []
         for batch in range(-(-num_scenes // _LATENT_BATCH)):
             generator = self._generator(1_000_000 + batch)
             scenes = self.world.choose(generator, _LATENT_BATCH)
             pictures = self.world.render(scenes, generator)
-            with torch.autocast("cpu", torch.bfloat16, enabled=use_bf16):
-                encoded = vae.encoder(_frames(pictures) * 2 - 1).float()
+            encoded = vae.encoder(_frames(pictures) * 2 - 1)
             if pictures.ndim == 5:  # latents of clips are (channels, frames, height, width)
                 encoded = encoded.unflatten(0, pictures.shape[:2]).transpose(1, 2)
             latents.append(encoded)

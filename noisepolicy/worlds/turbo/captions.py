@@ -31,7 +31,7 @@ class _Wording:
     item: str
     """One object, of {size}, {color}, {shape} and {place}."""
     last: str
-    """What stands before the last object."""
+    """The text before the last object."""
     whole: str
     """The caption, of {items} and {background}."""
 
